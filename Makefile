@@ -1,0 +1,37 @@
+# `make` lists the targets. TORCH_INDEX names another index for torch, for people behind a mirror.
+TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
+PYTHON = .venv/bin/python
+STAGES = model-eval model-infer
+
+.PHONY: help test data local net lint
+help: ## list the targets
+	@sed -n 's/^\([a-z-]*\):.*## /make \1 - /p' $(MAKEFILE_LIST)
+
+test: .venv/for-tests ## set up what the tests need, and run them: a fast tier, and one in real containers
+	$(PYTHON) -m pytest tests
+
+data: ## put the MNIST data set into ./data ahead of time, and verify it
+	@python3 data/fetch.py
+
+local: .venv/for-stages ## without Docker: set up a virtual environment, and run the three programs in order
+	@python3 data/fetch.py
+	$(PYTHON) model-train/train.py --data data --model model
+	$(PYTHON) model-eval/evaluate.py --data data --model model
+	$(PYTHON) model-infer/infer.py --data data --model model
+
+net: ## copy what the three images share from model-train to the others
+	@for stage in $(STAGES); do cp model-train/net.py model-train/requirements*.txt $$stage/; done
+
+lint: .venv/for-tests ## mend the layout of the code, and say what else is wrong with it
+	$(PYTHON) -m ruff format .
+	$(PYTHON) -m ruff check --fix .
+
+.venv/for-stages: model-train/requirements-torch.txt model-train/requirements.txt
+	python3 -m venv .venv
+	$(PYTHON) -m pip install --quiet --no-deps --index-url $(TORCH_INDEX) --requirement model-train/requirements-torch.txt
+	$(PYTHON) -m pip install --quiet --no-deps --require-hashes --requirement model-train/requirements.txt
+	@touch $@
+
+.venv/for-tests: .venv/for-stages tests/requirements.txt
+	$(PYTHON) -m pip install --quiet --no-deps --require-hashes --requirement tests/requirements.txt
+	@touch $@
