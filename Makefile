@@ -3,7 +3,7 @@ TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 PYTHON = .venv/bin/python
 STAGES = model-eval model-infer
 
-.PHONY: help test data local net lint
+.PHONY: help test data local net lint audit
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /make \1 - /p' $(MAKEFILE_LIST)
 
@@ -25,6 +25,10 @@ net: ## copy what the three images share from model-train to the others
 lint: .venv/for-tests ## mend the layout of the code, and say what else is wrong with it
 	$(PYTHON) -m ruff format .
 	$(PYTHON) -m ruff check --fix .
+
+audit: .venv/for-tests ## ask whether a weakness is known of the pinned packages; fails where that cannot be asked
+	$(PYTHON) -m pip install --quiet pip-audit==2.10.1
+	$(PYTHON) -m pip_audit --strict --disable-pip --require-hashes --requirement model-train/requirements.txt
 
 .venv/for-stages: model-train/requirements-torch.txt model-train/requirements.txt
 	python3 -m venv .venv

@@ -213,7 +213,7 @@ def publish_model(run, folder):
 
     net.publish(folder / "training.png", draw_curves(run.results["history"]))
     buffer = io.BytesIO()
-    torch.save({key: tensor.clone() for key, tensor in run.task.model.state_dict().items()}, buffer)
+    torch.save(run.state_dict(), buffer)
     net.publish(folder / "mnist_cnn.pt", buffer.getvalue())
     run.publish_finished(hashlib.sha256(buffer.getvalue()).hexdigest())
     accuracy, seconds = run.results["history"][-1]["held_out_accuracy"], run.results["seconds"]

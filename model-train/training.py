@@ -14,7 +14,7 @@ from importlib.metadata import version
 import net
 import torch
 import torch.nn.functional as F
-from hogwild import Task, Worker
+from hogwild import BFLOAT16, Task, Worker
 from plan import WAY_OUT, as_flags, parse_results, read_results
 
 HELD_OUT = 5_000  # the last of the 60,000 training images watch the training; no worker ever sees them
@@ -55,6 +55,7 @@ def new_results(settings):
         "history": [],
         "workers": workers,
         "lost_workers": [],
+        "precision": "bfloat16" if BFLOAT16 else "float32",
         "versions": {"python": platform.python_version()} | {name: version(name) for name in ("torch", "torchvision")},
     }
 
@@ -144,6 +145,8 @@ class Training:
             worker = Worker(rank, self.task, write_end)
             self.processes.append(context.Process(target=worker.run, daemon=True))
             self.processes[-1].start()
+        # The workers are forked, and at rest when the parent judges: now it may use as many threads as they are.
+        torch.set_num_threads(len(self.processes))
         self.began = time.monotonic() - self.results["seconds"]
         self.last_checkpoint = self.last_step = time.monotonic()
         self.steps = 0
@@ -230,9 +233,14 @@ class Training:
         if not self.task.parameters.isfinite().all():
             raise net.Failure(f"the parameters are no longer finite; trained with {self.recipe()}. {WAY_OUT}")
         buffer = io.BytesIO()
-        parts = {"model": self.task.model.state_dict(), "velocities": self.task.velocities}
+        parts = {"model": self.state_dict(), "velocities": self.task.velocities}
         torch.save(parts | {"results": json.dumps(self.results)}, buffer)
         return buffer.getvalue()
+
+    def state_dict(self):
+        """The model's, with tensors of their own in the usual memory layout instead of views of the shared vector."""
+        state_dict = self.task.model.state_dict()
+        return {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in state_dict.items()}
 
     def publish_finished(self, model_sha256):
         """Writes the results of a finished training whose model is published."""
