@@ -33,7 +33,7 @@ def has_bfloat16():
     return not {"avx512_bf16", "amx_bf16", "bf16"}.isdisjoint(flags)
 
 
-BFLOAT16 = has_bfloat16()
+REDUCED = has_bfloat16()  # whether products are in bfloat16; all that is kept is float32
 DROPOUT = 0.0
 ROTATION, SCALING, SHIFT = 0.26, 0.1, 0.1  # radians, part of the size, half widths of the image
 WARM_UP = 0.1  # the part of a training in which the learning rate rises from 0; in the rest it falls to 0
@@ -203,7 +203,8 @@ class Worker:
             while (number := self.next_batch()) is not None:
                 self.train_batch(number)
         except Exception as error:
-            os.write(self.errors, f"{type(error).__name__}: {error}".splitlines()[0].encode()[:1000])
+            message = f"{type(error).__name__}: {error}".splitlines()[0][:500]
+            os.write(self.errors, f"{message}\n".encode())
             os._exit(1)
 
     def own_gradient(self):
@@ -229,7 +230,7 @@ class Worker:
         torch.manual_seed(task.seed_of(number))  # what is random depends on the batch, not on who has it
         x = augment(net.to_input(images))
         self.gradient.zero_()
-        with torch.autocast("cpu", torch.bfloat16, enabled=BFLOAT16):
+        with torch.autocast("cpu", torch.bfloat16, enabled=REDUCED):
             loss = F.nll_loss(task.model(x), labels)
         loss.backward()
         if not math.isfinite(loss.item()):

@@ -123,7 +123,7 @@ def train(task, args):
             return 128 + stopped.number
         if not args.dry_run:
             publish_model(run, args.model)
-        return 0
+        return 128 + run.asked_to_stop if run.asked_to_stop else 0
 
 
 def fetch_data(data):

@@ -2,6 +2,7 @@
 
 import io
 import json
+import math
 import multiprocessing
 import os
 import platform
@@ -14,13 +15,13 @@ from importlib.metadata import version
 import net
 import torch
 import torch.nn.functional as F
-from hogwild import BFLOAT16, Task, Worker
+from hogwild import REDUCED, Task, Worker
 from plan import WAY_OUT, as_flags, parse_results, read_results
 
 HELD_OUT = 5_000  # the last of the 60,000 training images watch the training; no worker ever sees them
 CHECKPOINT_SECONDS = 3
-STALL_SECONDS = 60  # no batch takes that long: workers that finish none in this time have hung
-STOP_SECONDS = 2
+STALL_SECONDS = 60  # no batch takes that long: workers that are at one when none has finished in this time have hung
+STOP_SECONDS = 1.5  # for the batches under way when the training is asked to stop
 LEAST_ACCURACY = 20  # percent; chance is 10
 KEPT_ON_RESUMING = ("run", "batches", "start", "seconds", "history", "workers", "lost_workers")
 LARGEST_CHECKPOINT = 16_000_000  # the parameters, a velocity for each of 64 workers, and the history
@@ -32,8 +33,8 @@ GO_ON = "The last checkpoint is kept; go on with: docker compose run --rm train"
 class Stopped(Exception):
     """The training was asked to stop, by the signal `number`."""
 
-    def __init__(self, number, line):
-        super().__init__(line)
+    def __init__(self, number):
+        super().__init__(f"stopped by {signal.Signals(number).name}")
         self.number = number
 
 
@@ -55,7 +56,7 @@ def new_results(settings):
         "history": [],
         "workers": workers,
         "lost_workers": [],
-        "precision": "bfloat16" if BFLOAT16 else "float32",
+        "precision": "bfloat16" if REDUCED else "float32",
         "versions": {"python": platform.python_version()} | {name: version(name) for name in ("torch", "torchvision")},
     }
 
@@ -69,7 +70,7 @@ class Training:
         self.held_out = images[-HELD_OUT:], labels[-HELD_OUT:]
         self.task = Task(results["settings"], images[:-HELD_OUT], labels[:-HELD_OUT], results["start"])
         self.dealer = self.task.dealer
-        self.asked_to_stop = None
+        self.asked_to_stop, self.stop_by = None, math.inf
 
     def run(self, show):
         """Trains to the end; show(training) is called many times a second.
@@ -91,7 +92,7 @@ class Training:
 
     def ask_to_stop(self, number, frame):
         """Handles a signal: the training stops after the batches that are under way."""
-        self.asked_to_stop = number
+        self.asked_to_stop, self.stop_by = number, time.monotonic() + STOP_SECONDS
 
     def train_epoch(self, limit, show):
         """Has all batches up to a number trained on, with a pause for a checkpoint every few seconds."""
@@ -101,30 +102,21 @@ class Training:
             self.watch_workers()
             show(self)
             if self.asked_to_stop:
-                self.stop()
+                self.pause()
+                self.keep(self.checkpoint())
+                raise Stopped(self.asked_to_stop)
             if time.monotonic() > self.last_checkpoint + CHECKPOINT_SECONDS:
-                self.pause(STALL_SECONDS)
+                self.pause()
                 content = self.checkpoint()
                 self.dealer.deal_up_to(limit)  # the workers train on while the disk takes its time
                 self.keep(content)
 
-    def stop(self):
-        """Keeps a checkpoint and raises Stopped; if the batches under way take too long, the last one must do."""
-        name = signal.Signals(self.asked_to_stop).name
-        try:
-            self.pause(STOP_SECONDS)
-            self.keep(self.checkpoint())
-        except TimeoutError:
-            pass
-        raise Stopped(self.asked_to_stop, f"stopped by {name} after {self.results['batches']:,} batches")
-
-    def pause(self, seconds):
-        """Lets the workers finish what they are at; TimeoutError if that takes longer than the seconds."""
+    def pause(self):
+        """Waits until the workers have finished what they are at; raises Stopped if that takes too long for a stop."""
         self.dealer.pause()
-        deadline = time.monotonic() + seconds
         while not self.dealer.is_dry():
-            if time.monotonic() > deadline:
-                raise TimeoutError
+            if time.monotonic() > self.stop_by:
+                raise Stopped(self.asked_to_stop)
             time.sleep(0.0005)
             self.watch_workers()
         self.note_progress()
@@ -162,7 +154,7 @@ class Training:
                 process.join()
 
     def watch_workers(self):
-        """Hands on the batch of a worker that was killed; raises Failure if one failed, all are dead, or all hang."""
+        """Hands on the batch of a worker that was killed; raises Failure if one failed or all are dead."""
         for rank, process in enumerate(self.processes):
             row = self.dealer.rows[rank]
             if process.exitcode is None or row.dead:
@@ -180,12 +172,14 @@ class Training:
         if steps != self.steps:
             self.steps, self.last_step = steps, time.monotonic()
         elif time.monotonic() > self.last_step + STALL_SECONDS:
-            raise net.Failure(f"no worker has finished a batch for {STALL_SECONDS} s. {GO_ON}")
+            for row, process in zip(self.dealer.rows, self.processes, strict=True):
+                if row.held >= 0:
+                    process.kill()  # to be found dead in the next round, and its batch handed on
 
     def read_error(self):
         """What a worker said before it ended."""
         try:
-            return os.read(self.errors, 1000).decode()
+            return os.read(self.errors, 1000).decode().splitlines()[0]
         except BlockingIOError:
             return "it said nothing"
 
