@@ -98,9 +98,8 @@ def publish(folder, samples, images, sha256):
 def replace_folder(folder, files):
     """Makes the files, a dict of name and bytes, all that is in a folder; until all are written, the old ones stay."""
     new, old = (folder.with_name(f".{folder.name}.{which}") for which in ("new", "old"))
-    shutil.rmtree(new, ignore_errors=True)
-    shutil.rmtree(old, ignore_errors=True)
     try:
+        clean_up(folder, new, old)  # what a crash may have left
         new.mkdir()
         for name, content in files.items():
             net.publish(new / name, content)
@@ -108,8 +107,15 @@ def replace_folder(folder, files):
             folder.rename(old)
         new.rename(folder)
     finally:
-        shutil.rmtree(new, ignore_errors=True)
-        shutil.rmtree(old, ignore_errors=True)
+        clean_up(folder, new, old)
+
+
+def clean_up(folder, new, old):
+    """Puts the old folder back if the new one did not get to its place, and removes what is left over."""
+    if old.exists() and not folder.exists():
+        old.rename(folder)
+    shutil.rmtree(new, ignore_errors=True)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def draw(samples, images):

@@ -36,6 +36,7 @@ def has_bfloat16():
 REDUCED = has_bfloat16()  # whether products are in bfloat16; all that is kept is float32
 DROPOUT = 0.0
 ROTATION, SCALING, SHIFT = 0.26, 0.1, 0.1  # radians, part of the size, half widths of the image
+LOCK_SECONDS = 30  # the lock is held for microseconds, so whoever waits that long waits for a process that hangs
 WARM_UP = 0.1  # the part of a training in which the learning rate rises from 0; in the rest it falls to 0
 
 
@@ -88,11 +89,22 @@ class Dealer:
     @contextlib.contextmanager
     def locked(self):
         """Keeps the others from taking a batch, for the microseconds that the block takes."""
-        fcntl.lockf(self.file, fcntl.LOCK_EX)
+        deadline = time.monotonic() + LOCK_SECONDS
+        while not self.try_lock():
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"a process has kept the others from taking a batch for {LOCK_SECONDS} s")
         try:
             yield
         finally:
             fcntl.lockf(self.file, fcntl.LOCK_UN)
+
+    def try_lock(self):
+        """Takes the lock if no other process has it; says whether it did."""
+        try:
+            fcntl.lockf(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        return True
 
     def take(self, rank):
         """Hands the worker the number of a batch, or None if there is none at present."""

@@ -9,7 +9,9 @@ import fcntl
 import hashlib
 import io
 import os
+import signal
 import sys
+import zipfile
 from pathlib import Path
 
 import torch
@@ -100,21 +102,19 @@ def read_raw(data, name):
     """The verified contents of one of RAW_FILES, as a bytearray."""
     path = data / RAW_FOLDER / name
     size, sha256 = RAW_FILES[name]
-    try:
-        found = path.stat().st_size
-        content = bytearray(path.read_bytes()) if found == size else b""
-    except OSError as error:
-        raise Failure(f"{path} cannot be read ({error.strerror}). Put the data set there with: make data") from None
-    if found != size:
-        raise Failure(f"{path} has {found:,} bytes instead of {size:,}. Replace it with: make data")
+    content = bytearray(read_limited(path, size, "Put the data set there with: make data"))
+    if len(content) < size:
+        raise Failure(f"{path} has {len(content):,} bytes instead of {size:,}. Replace it with: make data")
     if hashlib.sha256(content).hexdigest() != sha256:
         raise Failure(f"{path} is altered (its sha256 is wrong). Replace it with: make data")
     return content
 
 
 def read_limited(path, limit, remedy):
-    """The contents of a file of the volume, as bytes. Raises Failure with the remedy if that fails."""
+    """The contents of a file, as bytes. Raises Failure with the remedy if that fails or is more than the limit."""
     try:
+        if path.exists() and not path.is_file():
+            raise Failure(f"{path} is not a file. {remedy}")  # a pipe, to name one, would never end
         with open(path, "rb") as file:
             content = file.read(limit + 1)
     except FileNotFoundError:
@@ -122,13 +122,17 @@ def read_limited(path, limit, remedy):
     except OSError as error:
         raise Failure(f"{path} cannot be read ({error.strerror}). {remedy}") from None
     if len(content) > limit:
-        raise Failure(f"{path} is larger than {limit:,} bytes, which is not what this pipeline writes. {remedy}")
+        raise Failure(f"{path} is larger than the {limit:,} bytes that it may have. {remedy}")
     return content
 
 
 def load_tensors(content, path, remedy):
     """What torch.save wrote, from its bytes, with no code run: tensors, numbers, text, lists and dicts only."""
     try:
+        entries = zipfile.ZipFile(io.BytesIO(content)).infolist()
+        # torch.save compresses nothing. What is compressed, or named twice, could take any amount of memory.
+        if any(entry.compress_type for entry in entries) or sum(entry.file_size for entry in entries) > len(content):
+            raise ValueError
         return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
     except Exception:  # a damaged file ends the unpickler in any of a dozen ways
         raise Failure(f"{path} is damaged, or not a checkpoint of plain tensors. {remedy}") from None
@@ -149,11 +153,13 @@ def load_model(path):
 def fill_model(model, state_dict, path, remedy):
     """Copies the state_dict into the model; raises Failure unless keys, shapes, types and finiteness are right."""
     expected = model.state_dict()
-    if not isinstance(state_dict, dict) or state_dict.keys() != expected.keys():
+    # A plain dict: a loaded one may have attributes of its own that hide its methods.
+    tensors = dict(dict.items(state_dict)) if isinstance(state_dict, dict) else {}
+    if tensors.keys() != expected.keys():
         raise Failure(f"{path} is not a state_dict of this network (its keys differ). {remedy}")
-    for key, tensor in state_dict.items():
+    for key, tensor in tensors.items():
         check_tensor(tensor, key, expected[key].shape, path, remedy)
-    model.load_state_dict(state_dict, strict=True)
+    model.load_state_dict(tensors, strict=True)
 
 
 def check_tensor(tensor, name, shape, path, remedy):
@@ -161,7 +167,7 @@ def check_tensor(tensor, name, shape, path, remedy):
     plain = isinstance(tensor, torch.Tensor) and tensor.layout == torch.strided and tensor.device.type == "cpu"
     if not plain or tensor.shape != shape or tensor.dtype != torch.float32:
         raise Failure(f"{path} is of another network ({name} is not float32 {[*shape]}). {remedy}")
-    if not tensor.isfinite().all():
+    if not torch.isfinite(tensor).all():
         raise Failure(f"{path} holds numbers that are not finite (in {name}). {remedy}")
 
 
@@ -190,7 +196,7 @@ def publish(path, content):
 def opened_alone(part):
     """Opens a file to write to, once nobody else has it open this way: two runs of a stage may publish at once."""
     while True:
-        with open(part, "ab") as file:
+        with open(part, "ab", opener=open_strictly) as file:
             fcntl.flock(file, fcntl.LOCK_EX)
             # While this one waited, the other may have renamed it: then it is the published file now.
             if part.exists() and os.path.samestat(part.stat(), os.fstat(file.fileno())):
@@ -198,9 +204,16 @@ def opened_alone(part):
                 return
 
 
+def open_strictly(path, flags):
+    """Opens a file itself, neither what a link points to nor, without end, a pipe that nobody reads."""
+    return os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK, 0o644)
+
+
 @contextlib.contextmanager
 def plain_errors(stage):
-    """Turns what can go wrong for a person into one line on standard error and exit status 1."""
+    """Turns what goes wrong into one line on standard error and exit status 1, and a signal to end into 128 + n."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda number, _: sys.exit(128 + number))
     try:
         yield
     except Failure as failure:

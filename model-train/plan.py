@@ -20,6 +20,7 @@ SETTINGS = {
 # The settings that make two trainings the same training. The number of epochs is no part of it: it may grow.
 RECIPE = ("batch_size", "lr", "momentum", "seed", "num_processes")
 
+LARGEST_MODEL = 1_000_000  # mnist_cnn.pt takes 90 kB
 LARGEST_RESULTS = 10_000_000  # train_results.json takes a few kB, and some 200 bytes more with every epoch
 WAY_OUT = "To start over, with the old model in place until the new one is finished: train --fresh"
 
@@ -55,10 +56,14 @@ def parse_results(text):
         results = json.loads(text)
         for name in SETTINGS:
             checked(name, results["settings"][name])
-        if type(results["finished"]) is not bool or not isinstance(results["run"], str):
-            raise ValueError("finished or run")
-        if not isinstance(results["lost_workers"], list) or not isinstance(results.get("model_sha256", ""), str):
-            raise ValueError("lost_workers or model_sha256")
+        if type(results["finished"]) is not bool or (results["finished"] and not results["model_sha256"]):
+            raise ValueError("finished or model_sha256")
+        for name in ("run", "host", "began"):
+            if not results[name].isprintable():
+                raise ValueError(name)
+        for name in ("history", "workers", "lost_workers"):
+            if not isinstance(results[name], list):
+                raise ValueError(name)
         if len(results["workers"]) != results["settings"]["num_processes"]:
             raise ValueError("workers")
         check_numbers(results, ("batches", "start"), ("seconds",))
@@ -86,15 +91,23 @@ def check_numbers(part, whole, fractional):
 def read_results(folder):
     """What train_results.json says, or None if there is none."""
     path = folder / "train_results.json"
-    try:
-        with open(path, "rb") as file:
-            return parse_results(file.read(LARGEST_RESULTS))
-    except FileNotFoundError:
+    if not path.exists():
         return None
-    except OSError as error:
-        raise Refusal(f"{path} cannot be read ({error.strerror}). {WAY_OUT}", 1) from None
+    try:
+        return parse_results(read_start(path, LARGEST_RESULTS))
     except ValueError:
         raise Refusal(f"{path} is damaged. {WAY_OUT}", 1) from None
+
+
+def read_start(path, limit):
+    """The contents of a file, up to a limit of bytes. Raises Refusal if it cannot be read."""
+    try:
+        if not path.is_file():
+            raise Refusal(f"{path} is not a file. {WAY_OUT}", 1)
+        with open(path, "rb") as file:
+            return file.read(limit)
+    except OSError as error:
+        raise Refusal(f"{path} cannot be read ({error.strerror}). {WAY_OUT}", 1) from None
 
 
 def decide(asked, fresh, folder):
@@ -131,7 +144,7 @@ def decide_on(results, asked, model):
         if epochs < epochs_done:
             raise Refusal(f"the training in {model.parent} is past {epochs} epochs already. {WAY_OUT}", 2)
         return Plan("resume", f"goes on after {epochs_done} of {epochs} epochs", settings | {"epochs": epochs})
-    if hashlib.sha256(model.read_bytes()).hexdigest() != results["model_sha256"]:
+    if hashlib.sha256(read_start(model, LARGEST_MODEL)).hexdigest() != results["model_sha256"]:
         line = f"{model} is not the model that train_results.json describes, and is left as it is. {WAY_OUT}"
         return Plan("nothing", line, settings)
     if epochs > epochs_done:
@@ -141,7 +154,7 @@ def decide_on(results, asked, model):
 
 def as_flags(settings):
     """The settings as a person would give them."""
-    return " ".join(f"{flag(name)} {value}" for name, value in settings.items())
+    return " ".join(f"{flag(name)} {settings[name]}" for name in SETTINGS)
 
 
 def flag(name):

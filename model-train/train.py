@@ -36,18 +36,21 @@ def main():
     decide = partial(plan.decide, asked, args.fresh or args.dry_run, args.model)
     try:
         args.model.mkdir(parents=True, exist_ok=True)
-        task = decide()
-        if task.action == "nothing":
-            print(f"train: {task.line}")
-            return 0
-        with plan.hold(args.model):
-            # Decided anew: another training may have ended between the first look and the lock.
-            return train(decide(), args)
+        todo = decide()
+        if args.dry_run:
+            return train(todo, args)
+        if todo.action != "nothing":
+            with plan.hold(args.model):
+                todo = decide()  # anew: another training may have ended between the first look and the lock
+                if todo.action != "nothing":
+                    return train(todo, args)
+        print(f"train: {todo.line}")
+        return 0
     except plan.Refusal as refusal:
         print(f"train: {refusal}", file=sys.stderr)
         return refusal.status
     except OSError as error:
-        print(f"train: {error.filename}: {error.strerror}. Mend that, then run it again.", file=sys.stderr)
+        print(f"train: {error}. When that is mended, run it again.", file=sys.stderr)
         return 1
 
 
@@ -101,7 +104,7 @@ def parse_setting(name, text):
         raise argparse.ArgumentTypeError(f"{text} {error}") from None
 
 
-def train(task, args):
+def train(todo, args):
     """Does what the plan says, and returns the exit status."""
     import net  # only now, since it imports torch, which takes longer than all that came before
     import training
@@ -110,12 +113,12 @@ def train(task, args):
         fetch_data(args.data)
         images, labels = net.read_split(args.data, "train")
         if args.dry_run:
-            task.settings["epochs"], task.line = 1, "tries out a batch for each worker, and publishes nothing"
-            few = training.HELD_OUT + task.settings["num_processes"] * task.settings["batch_size"]
+            todo.settings["epochs"], todo.line = 1, "tries out a batch for each worker, and publishes nothing"
+            few = training.HELD_OUT + todo.settings["num_processes"] * todo.settings["batch_size"]
             images, labels = images[-few:], labels[-few:]
-        print(f"train: {task.line}: {plan.as_flags(task.settings)}", flush=True)
-        warn_of_cores(task.settings["num_processes"])
-        run = training.begin(task, images, labels, None if args.dry_run else args.model)
+        print(f"train: {todo.line}: {plan.as_flags(todo.settings)}", flush=True)
+        warn_of_cores(todo.settings["num_processes"])
+        run = training.begin(todo, images, labels, None if args.dry_run else args.model)
         try:
             run.run(Progress(args.log_interval))
         except training.Stopped as stopped:

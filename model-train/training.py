@@ -16,7 +16,7 @@ import net
 import torch
 import torch.nn.functional as F
 from hogwild import REDUCED, Task, Worker
-from plan import WAY_OUT, as_flags, parse_results, read_results
+from plan import RECIPE, WAY_OUT, as_flags, parse_results, read_results
 
 HELD_OUT = 5_000  # the last of the 60,000 training images watch the training; no worker ever sees them
 CHECKPOINT_SECONDS = 3
@@ -200,6 +200,8 @@ class Training:
         self.note_progress()
         images, labels = self.held_out
         log_probabilities = net.predict(self.task.model, images)
+        if not log_probabilities.isfinite().all():
+            raise net.Failure(f"the model's outputs are not finite; trained with {self.recipe()}. {WAY_OUT}")
         history, trained_on = self.results["history"], len(self.task.images)
         loss_sum = sum(worker["loss_sum"] for worker in self.results["workers"])
         history.append(
@@ -279,6 +281,8 @@ def begin(plan, images, labels, folder):
 def resumed(checkpoint, settings, images, labels, folder):
     """The training of a checkpoint, to go on to the number of epochs in the settings."""
     results, path = checkpoint["results"], folder / "checkpoint.pt"
+    if any(results["settings"][name] != settings[name] for name in RECIPE):
+        raise net.Failure(f"{path} has other settings than train_results.json. {WAY_OUT}")
     longer = settings["epochs"] > results["settings"]["epochs"]
     if longer and len(results["history"]) == results["settings"]["epochs"]:
         results["start"] = results["batches"]  # the learning rate had fallen to 0: it has another rise and fall
@@ -298,6 +302,7 @@ def load_checkpoint(path, missing_ok=False):
         return None
     checkpoint = net.load_tensors(net.read_limited(path, LARGEST_CHECKPOINT, WAY_OUT), path, WAY_OUT)
     try:
-        return {**checkpoint, "results": parse_results(checkpoint["results"])}
+        parts = {name: checkpoint[name] for name in ("model", "velocities")}
+        return parts | {"results": parse_results(checkpoint["results"])}
     except (KeyError, TypeError, ValueError):
         raise net.Failure(f"{path} is damaged. {WAY_OUT}") from None
