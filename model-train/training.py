@@ -266,12 +266,18 @@ def publish_results(folder, results):
 
 
 def begin(plan, images, labels, folder):
-    """The training that a plan asks for, from its start or from the folder's checkpoint."""
+    """The training that a plan asks for, from its start or from the folder's checkpoint.
+
+    Raises Failure if there is to be a checkpoint but it is missing, damaged, or another training's.
+    """
     if plan.action == "resume":
-        checkpoint = load_checkpoint(folder / "checkpoint.pt", missing_ok=True)
-        # The results of a training are there before its first checkpoint; a checkpoint of another run is a stale one.
-        if checkpoint and checkpoint["results"]["run"] == read_results(folder)["run"]:
+        known, path = read_results(folder), folder / "checkpoint.pt"
+        checkpoint = load_checkpoint(path) if path.exists() or known["batches"] else None
+        if checkpoint and checkpoint["results"]["run"] == known["run"]:
             return resumed(checkpoint, plan.settings, images, labels, folder)
+        if known["batches"]:
+            raise net.Failure(f"{path} is not of the training that train_results.json describes. {WAY_OUT}")
+        # Killed before its first checkpoint: what checkpoint there is, is left from an earlier training.
     results = new_results(plan.settings)
     if folder:
         publish_results(folder, results)
@@ -296,10 +302,8 @@ def resumed(checkpoint, settings, images, labels, folder):
     return training
 
 
-def load_checkpoint(path, missing_ok=False):
-    """What is in checkpoint.pt: model, velocities, results. Raises Failure if it is damaged."""
-    if missing_ok and not path.exists():
-        return None
+def load_checkpoint(path):
+    """What is in checkpoint.pt: model, velocities, results. Raises Failure if it is missing or damaged."""
     checkpoint = net.load_tensors(net.read_limited(path, LARGEST_CHECKPOINT, WAY_OUT), path, WAY_OUT)
     try:
         parts = {name: checkpoint[name] for name in ("model", "velocities")}
