@@ -162,7 +162,8 @@ class Task:
         if self.order[0] != epoch:
             generator = torch.Generator().manual_seed(self.seed_of(-epoch))
             self.order = epoch, torch.randperm(len(self.images), generator=generator)
-        chosen = self.order[1].split(self.settings["batch_size"])[place]
+        size = self.settings["batch_size"]
+        chosen = self.order[1][place * size : (place + 1) * size]
         return self.images[chosen], self.labels[chosen]
 
     def seed_of(self, number):
@@ -239,7 +240,7 @@ class Worker:
         """One step of SGD with momentum, on parameters that the other workers read and write meanwhile."""
         task = self.task
         images, labels = task.batch(number)
-        torch.manual_seed(task.seed_of(number))  # what is random depends on the batch, not on who has it
+        torch.default_generator.manual_seed(task.seed_of(number))  # what is random depends on the batch, not on who has it
         x = augment(net.to_input(images))
         self.gradient.zero_()
         with torch.autocast("cpu", torch.bfloat16, enabled=REDUCED):
