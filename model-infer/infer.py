@@ -149,7 +149,7 @@ def summary(samples, folder):
         verdict = "right" if read == truth else f"wrong, it is a {truth}"
         lines.append(f"infer: test image {sample['index']:4} read as a {read}, {sure:.1f} % sure: {verdict}")
     if folder == net.MODEL:
-        lines.append("infer: copy all files out of the volume with: docker compose cp infer:/opt/mount/model out")
+        lines.append("infer: copy all files out of the volume with: docker compose cp train:/opt/mount/model/. out")
     return "\n".join(lines)
 
 
