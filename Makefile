@@ -3,7 +3,7 @@ TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 PYTHON = .venv/bin/python
 STAGES = model-eval model-infer
 
-.PHONY: help test data local net lint audit
+.PHONY: help test data local net lint audit bench
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /make \1 - /p' $(MAKEFILE_LIST)
 
@@ -18,6 +18,10 @@ local: .venv/for-stages ## without Docker: set up a virtual environment, and run
 	$(PYTHON) model-train/train.py --data data --model model
 	$(PYTHON) model-eval/evaluate.py --data data --model model
 	$(PYTHON) model-infer/infer.py --data data --model model
+
+bench: .venv/for-stages ## measure speed, memory and sizes against PyTorch's example, in 30 minutes (FLAGS=--quick: in 2)
+	@python3 data/fetch.py
+	$(PYTHON) tests/bench/bench.py $(FLAGS)
 
 net: ## copy what the three images share from model-train to the others
 	@for stage in $(STAGES); do cp model-train/net.py model-train/requirements*.txt $$stage/; done

@@ -46,7 +46,7 @@ def checked(name, value):
     """The value of a setting, if it has the right type and range; raises ValueError otherwise."""
     kind, _, smallest, largest = SETTINGS[name]
     if type(value) is not kind or not smallest <= value <= largest:
-        raise ValueError(f"must be {'an integer' if kind is int else 'a number'} from {smallest:g} to {largest:g}")
+        raise ValueError(f"must be {'an integer' if kind is int else 'a number'} from {smallest:,} to {largest:,}")
     return value
 
 

@@ -72,7 +72,7 @@ def parse_args():
     }
     for name, text in helps.items():
         _, default, smallest, largest = plan.SETTINGS[name]
-        text += f" ({smallest:g} to {largest:g}; default: {default})"
+        text += f" ({smallest:,} to {largest:,}; default: {default})"
         parser.add_argument(plan.flag(name), type=partial(parse_setting, name), metavar="N", help=text)
     parser.add_argument(
         "--log-interval",
@@ -143,7 +143,7 @@ def fetch_data(data):
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
             MNIST(data, download=True)
     except (OSError, RuntimeError) as error:
-        reason = str(error).splitlines()[0]
+        reason = str(error).splitlines()[0].rstrip(":")
         raise net.Failure(
             f"no data in {raw}, and none to be fetched ({reason}). Put it there with: make data"
         ) from None
