@@ -35,7 +35,7 @@ def has_bfloat16():
 
 REDUCED = has_bfloat16()  # whether products are in bfloat16; all that is kept is float32
 DROPOUT = 0.0
-ROTATION, SCALING, SHIFT = 0.26, 0.1, 0.1  # radians, part of the size, half widths of the image
+ROTATION, SCALING, SHIFT = 0.17, 0.1, 0.08  # at most: radians, part of the size, half widths of the image
 LOCK_SECONDS = 30  # the lock is held for microseconds, so whoever waits that long waits for a process that hangs
 WARM_UP = 0.1  # the part of a training in which the learning rate rises from 0; in the rest it falls to 0
 
@@ -209,8 +209,8 @@ class Worker:
 
     def run(self):
         """Trains on one batch after another until there are no more: the whole life of the process."""
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent too, which ends the workers in order
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, signal.SIG_IGN)  # the parent gets it too, and ends its workers in order
         try:
             self.own_gradient()
             while (number := self.next_batch()) is not None:

@@ -22,6 +22,7 @@ import time
 import uuid
 from dataclasses import dataclass
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -121,6 +122,30 @@ class Pipeline:
         """Runs a stage to its end."""
         return self.start(stage, *flags).end(seconds)
 
+    @contextlib.contextmanager
+    def up(self):
+        """Has Compose run all stages in their order, as `docker compose up` does; the block has its process."""
+        command = self.compose_command("up", *STAGES)
+        with subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.STDOUT
+        ) as up:
+            up.stdin.write(json.dumps(self.override).encode())
+            up.stdin.close()
+            try:
+                yield up
+            finally:
+                up.kill()
+
+    def container(self, stage):
+        """The container that Compose made for a stage, as soon as it is there."""
+        find = partial(self.compose, "ps", "--all", "--quiet", stage)
+        return Container(wait_until(lambda: find().stdout.strip(), what=f"the container of {stage}"))
+
+    def has_started(self, stage):
+        """Whether the stage's container, if there is one, ever ran."""
+        number = self.compose("ps", "--all", "--quiet", stage).stdout.strip()
+        return bool(number) and not Container(number).state()["StartedAt"].startswith("0001-")
+
     def look(self):
         """The folder with what is in the volume."""
         if self.disk is not None:
@@ -183,6 +208,11 @@ class Container:
     def wait_until_it_trains(self):
         """Waits for the first line of progress, which comes soon with the flags OFTEN."""
         self.wait_until_or_end(lambda: "images/s" in self.logs()[0], "a line of progress")
+
+    def wait_until_it_listens(self):
+        """Waits until the program heeds SIGTERM. (Before, the first process of a container does not even notice it.)"""
+        caught = "sed -n 's/^SigCgt://p' /proc/1/status"
+        self.wait_until_or_end(lambda: int(self.inside(caught).stdout or "0", 16) >> 14 & 1, "listening")
 
     def wait_until_or_end(self, condition, what):
         """Waits for a condition; RuntimeError if the container ends before."""
