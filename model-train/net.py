@@ -11,6 +11,7 @@ import io
 import os
 import signal
 import sys
+import warnings
 import zipfile
 from pathlib import Path
 
@@ -133,7 +134,8 @@ def load_tensors(content, path, remedy):
         # torch.save compresses nothing. What is compressed, or named twice, could take any amount of memory.
         if any(entry.compress_type for entry in entries) or sum(entry.file_size for entry in entries) > len(content):
             raise ValueError
-        return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+        with warnings.catch_warnings(action="ignore"):  # of what is odd in a file; what matters is checked
+            return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
     except Exception:  # a damaged file ends the unpickler in any of a dozen ways
         raise Failure(f"{path} is damaged, or not a checkpoint of plain tensors. {remedy}") from None
 

@@ -30,6 +30,7 @@ from PIL import Image
 
 TREE = Path(__file__).parents[1]
 STAGES = ("train", "evaluate", "infer")
+IMAGES = "mnist"  # what the names of the images begin with
 MODEL = "/opt/mount/model"
 OFTEN = ("--log-interval", "20")  # flags for a line of progress every few tenths of a second
 
@@ -66,7 +67,7 @@ class Pipeline:
         self.environment = os.environ | (environment or {})
         self.folder.mkdir(parents=True, exist_ok=True)
         self.name = f"fault-{uuid.uuid4().hex[:10]}"
-        services = {stage: {"image": f"mnist-{stage}", "pull_policy": "never"} for stage in STAGES}
+        services = {stage: {"image": f"{IMAGES}-{stage}", "pull_policy": "never"} for stage in STAGES}
         for stage, service in services.items():
             service["volumes"] = [f"{Path(data).resolve()}:/opt/mount/data" + (":ro" if stage != "train" else "")]
             service |= changes.get(stage, {})
@@ -75,7 +76,7 @@ class Pipeline:
         options = disk or {"type": "none", "o": "bind", "device": str(self.folder.resolve())}
         if disk is not None:
             services["watcher"] = {
-                "image": "mnist-train",
+                "image": f"{IMAGES}-train",
                 "entrypoint": ["sleep", "infinity"],
                 "network_mode": "none",
                 "stop_signal": "SIGKILL",
@@ -218,8 +219,8 @@ class Container:
         """Waits for a condition; RuntimeError if the container ends before."""
 
         def met():
-            running = self.state()["Running"]
-            if not condition() and not running:
+            ended = self.state()["Status"] in ("exited", "dead")
+            if not condition() and ended:
                 raise RuntimeError(f"ended before {what}: {self.logs()}")
             return condition()
 
@@ -272,7 +273,7 @@ def kill_once_there_is(container, pipeline, *files):
     volume, pid = f"{pipeline.name}_mnist:{MODEL}", container.state()["Pid"]
     options = ("--rm", "--pid", "host", "--network", "none", "--volume", volume, "--entrypoint", "python")
     paths = [f"{MODEL}/{file}" for file in files]
-    return docker("run", *options, "mnist-train", "-c", SNIPER, pid, *paths).returncode == 0
+    return docker("run", *options, f"{IMAGES}-train", "-c", SNIPER, pid, *paths).returncode == 0
 
 
 WORKERS = "$(cat /proc/$P/task/$P/children)"
