@@ -1,0 +1,14 @@
+"""Runs in the train image: train.py with the flags given, but with two torch threads in each of its workers.
+
+Only the workers get them: they are forked, which is why their parent has to stay at one.
+"""
+
+import os
+import runpy
+import sys
+
+import torch
+
+sys.path.insert(0, "/opt/app")  # the image's own programs
+os.register_at_fork(after_in_child=lambda: torch.set_num_threads(2))
+runpy.run_path("/opt/app/train.py", run_name="__main__")
