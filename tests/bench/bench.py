@@ -90,7 +90,7 @@ def begin(args):
     """The results without a run, or on resuming those in the file."""
     inspect = ["image", "inspect", "--format", "{{.Id}}", *containers.IMAGES.values()]
     images = dict(zip(containers.IMAGES, containers.docker(*inspect).split(), strict=True))
-    if args.resume:
+    if args.resume and args.output.exists():
         results = json.loads(args.output.read_text())
         if (results["images"], results["quick"]) != (images, args.quick):
             sys.exit(f"bench: the runs in {args.output} are of other images or flags. Begin anew, without --resume.")

@@ -4,8 +4,8 @@ Every worker is a fresh process that walks the whole training set, in an order o
 torchvision's transforms, image by image; each takes plain SGD steps on one model in shared memory. So two workers do
 two passes an epoch. How many threads torch takes is left to it, or to OMP_NUM_THREADS.
 
-Checked against the example itself, an epoch with each of three seeds, in turns, OMP_NUM_THREADS=1: a worker takes 13.4 s
-of processor time in both, and the test accuracy is 96.13 % here and 96.19 % there.
+Checked against the example itself, an epoch with each of three seeds, in turns, with OMP_NUM_THREADS=1: a worker takes
+13.4 s of processor time in both, and the mean test accuracy is 96.13 % here and 96.19 % there.
 
 Reads   DATA/MNIST/raw
 Prints  one line of JSON: the seconds from the first batch to the last, and the seconds and test accuracy by epoch
