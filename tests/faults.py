@@ -302,6 +302,37 @@ def freeze_one_worker(container):
     container.inside(PARENT + f"set -- {WORKERS}; kill -STOP $1")
 
 
+# Trainings that go wrong: what to do to a volume whose training is to go on -------------------------------------------
+
+
+def throw_off_course(folder):
+    """The workers' velocities are so large that the loss is not finite any more after a step or two."""
+    forge(folder, velocities=lambda old: 1e37 * torch.randn(old.shape, generator=torch.Generator().manual_seed(1)))
+
+
+def kill_the_neurons(folder):
+    """All parameters become so negative with the next step that no neuron ever speaks: the loss is finite, and stays."""
+    forge(folder, velocities=lambda old: torch.full_like(old, 1e30))
+
+
+def change_settings(folder, **settings):
+    """The training was begun with other settings; they stand in two files."""
+
+    def edit(text):
+        results = json.loads(text)
+        results["settings"] |= settings
+        return json.dumps(results)
+
+    forge(folder, results=edit)
+    (folder / "train_results.json").write_text(edit((folder / "train_results.json").read_text()))
+
+
+def forge(folder, **edits):
+    """Changes the named parts of checkpoint.pt by functions."""
+    checkpoint = load(folder / "checkpoint.pt")
+    torch.save(checkpoint | {name: edit(checkpoint[name]) for name, edit in edits.items()}, folder / "checkpoint.pt")
+
+
 # Disks and limits: what to make a Pipeline with -----------------------------------------------------------------------
 
 

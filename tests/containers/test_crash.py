@@ -1,5 +1,5 @@
-"""The crash contract, row by row, in containers: whatever happens to a stage, the artefacts in the volume are whole, the
-next run finishes the job, and one line says what happened. `make chaos` tries each row many times.
+"""The crash contract, row by row, in containers: whatever happens to a stage, the volume's files are whole, the next
+run finishes the job, and one line says what happened. `make chaos` tries each row many times.
 """
 
 import json
@@ -8,7 +8,6 @@ import time
 
 import faults
 import pytest
-import torch
 from faults import OFTEN, Pipeline
 
 MOST_SECONDS_LOST = 5
@@ -42,18 +41,8 @@ def unfinished(begun, tmp_path):
 @pytest.fixture
 def nearly_done(unfinished):
     """The same, but one epoch is wanted."""
-    change_results(unfinished, lambda results: results["settings"].update(epochs=1))
+    faults.change_settings(unfinished, epochs=1)
     return unfinished
-
-
-def change_results(folder, edit):
-    """Changes the results of a training, which stand in two files."""
-    results, checkpoint = faults.results_of(folder), faults.load(folder / "checkpoint.pt")
-    edit(results)
-    (folder / "train_results.json").write_text(json.dumps(results))
-    results = json.loads(checkpoint["results"])
-    edit(results)
-    torch.save(checkpoint | {"results": json.dumps(results)}, folder / "checkpoint.pt")
 
 
 def training(pipeline, *flags):
@@ -228,8 +217,7 @@ def test_a_training_whose_workers_are_all_killed_fails_and_keeps_its_checkpoint(
 
 
 def test_a_loss_that_is_not_finite_ends_the_training_and_keeps_the_last_good_checkpoint(unfinished):
-    checkpoint = faults.load(unfinished / "checkpoint.pt")
-    torch.save(checkpoint | {"velocities": torch.full((2, 21_840), 1e38)}, unfinished / "checkpoint.pt")
+    faults.throw_off_course(unfinished)
     before = faults.artefacts(unfinished)
     with Pipeline(unfinished) as pipeline:
         ended = pipeline.run("train")
@@ -239,15 +227,16 @@ def test_a_loss_that_is_not_finite_ends_the_training_and_keeps_the_last_good_che
     assert faults.artefacts(unfinished) == before
 
 
-def test_a_training_that_learned_nothing_publishes_nothing(unfinished):
-    change_results(unfinished, lambda results: results["settings"].update(epochs=1, lr=1000.0))
-    with Pipeline(unfinished) as pipeline:
+def test_a_training_that_learned_nothing_publishes_nothing(nearly_done):
+    faults.kill_the_neurons(nearly_done)
+    with Pipeline(nearly_done) as pipeline:
         ended = pipeline.run("train")
     assert ended.status == 1
     assert ended.is_one_line
-    assert "--lr 1000" in ended.stderr
-    assert faults.faults_in(unfinished) == []
-    assert not (unfinished / "mnist_cnn.pt").exists()
+    assert "--lr" in ended.stderr
+    assert faults.results_of(nearly_done)["history"][-1]["held_out_accuracy"] < 20
+    assert faults.faults_in(nearly_done) == []
+    assert not (nearly_done / "mnist_cnn.pt").exists()
 
 
 # Disks ---------------------------------------------------------------------------------------------------------------
