@@ -65,7 +65,7 @@ def assert_fails(result, status, *names):
     assert len(result.stderr.splitlines()) == 1, result.stderr
     assert "Traceback" not in result.stdout + result.stderr
     for name in names:
-        assert name in result.stderr
+        assert name in result.stderr, result.stderr
 
 
 def sha256(path):

@@ -65,8 +65,11 @@ DAMAGE = {"truncated": lambda path: os.truncate(path, 1000), "altered": alter}
 @pytest.mark.parametrize("how", DAMAGE)
 @pytest.mark.parametrize(
     ("stage", "name", "flags"),
-    [("train", "train-images-idx3-ubyte", ["--fresh"]), ("evaluate", "t10k-labels-idx1-ubyte", [])]
-    + [("infer", "t10k-images-idx3-ubyte", [])],
+    [
+        ("train", "train-images-idx3-ubyte", ["--fresh"]),
+        ("evaluate", "t10k-labels-idx1-ubyte", []),
+        ("infer", "t10k-images-idx3-ubyte", []),
+    ],
 )
 def test_a_damaged_data_file_is_named_with_its_remedy(start, copied, stage, name, flags, how):
     DAMAGE[how](copied / RAW / name)
