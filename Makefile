@@ -3,7 +3,7 @@ TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 PYTHON = .venv/bin/python
 STAGES = model-eval model-infer
 
-.PHONY: help test data local net lint audit bench
+.PHONY: help test data local net lint audit bench chaos
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /make \1 - /p' $(MAKEFILE_LIST)
 
@@ -22,6 +22,10 @@ local: .venv/for-stages ## without Docker: set up a virtual environment, and run
 bench: .venv/for-stages ## measure speed, memory and sizes against PyTorch's example, in 30 minutes (FLAGS=--quick: in 2)
 	@python3 data/fetch.py
 	$(PYTHON) tests/bench/bench.py $(FLAGS)
+
+chaos: .venv/for-tests ## try every row of the crash contract many times, in 20 minutes (FLAGS="--only kills --kills 10": less)
+	@python3 data/fetch.py
+	$(PYTHON) tests/chaos.py $(FLAGS)
 
 net: ## copy what the three images share from model-train to the others
 	@for stage in $(STAGES); do cp model-train/net.py model-train/requirements*.txt $$stage/; done

@@ -311,7 +311,7 @@ def throw_off_course(folder):
 
 
 def kill_the_neurons(folder):
-    """All parameters become so negative with the next step that no neuron ever speaks: the loss is finite, and stays."""
+    """All parameters become so negative that no neuron ever speaks again: the loss is finite, and stays as it is."""
     forge(folder, velocities=lambda old: torch.full_like(old, 1e30))
 
 
