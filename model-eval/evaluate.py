@@ -14,8 +14,13 @@ A model that reads fewer images right than --min-accuracy is a failure: exit sta
 import argparse
 import io
 import json
+import signal
 import sys
 from pathlib import Path
+
+if __name__ == "__main__":  # before the imports that take a second: the first process of a container must handle signals
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda number, _: sys.exit(128 + number))
 
 import net
 import torch

@@ -9,7 +9,6 @@ import fcntl
 import hashlib
 import io
 import os
-import signal
 import sys
 import warnings
 import zipfile
@@ -213,9 +212,7 @@ def open_strictly(path, flags):
 
 @contextlib.contextmanager
 def plain_errors(stage):
-    """Turns what goes wrong into one line on standard error and exit status 1, and a signal to end into 128 + n."""
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda number, _: sys.exit(128 + number))
+    """Turns what goes wrong into one line on standard error and exit status 1."""
     try:
         yield
     except Failure as failure:

@@ -14,8 +14,13 @@ import io
 import json
 import math
 import shutil
+import signal
 import sys
 from pathlib import Path
+
+if __name__ == "__main__":  # before the imports that take a second: the first process of a container must handle signals
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda number, _: sys.exit(128 + number))
 
 import net
 import torch
@@ -101,6 +106,7 @@ def replace_folder(folder, files):
     try:
         clean_up(folder, new, old)  # what a crash may have left
         new.mkdir()
+        new.chmod(0o777)  # as the volume's own folder: whoever owns ./data next can replace it
         for name, content in files.items():
             net.publish(new / name, content)
         if folder.exists():
