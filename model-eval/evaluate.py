@@ -18,7 +18,7 @@ import signal
 import sys
 from pathlib import Path
 
-if __name__ == "__main__":  # before the imports that take a second: the first process of a container must handle signals
+if __name__ == "__main__":  # before the imports, which take a second: nobody else in the container handles signals
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda number, _: sys.exit(128 + number))
 
