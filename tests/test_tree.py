@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import stages
@@ -142,6 +143,12 @@ def test_no_stage_has_more_rights_than_it_needs(compose):
 def test_ruff_has_nothing_to_say(command):
     ruff = [sys.executable, "-m", "ruff", *command, "--no-cache", "."]
     result = subprocess.run(ruff, cwd=stages.TREE, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stdout
+
+
+def test_hadolint_has_nothing_to_say():
+    command = [Path(sys.executable).with_name("hadolint"), *DOCKERFILES.values()]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stdout
 
 
