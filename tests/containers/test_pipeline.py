@@ -204,3 +204,11 @@ def test_only_evaluate_has_no_network(rights):
 
 def test_flags_reach_the_program_as_they_were_given(rights):
     assert rights[1]["flags"] == ["--a-flag", "of two words"]
+
+
+def test_torchvision_can_be_imported_where_only_memory_can_be_written_to(pipeline):
+    # Train imports it only to fetch the data, which no other test does: none has the mirrors at hand.
+    said = pipeline.project(
+        *("run", "--rm", "-T", "--no-deps", "--entrypoint", "python", "train"), "-c", "import torchvision.datasets"
+    )
+    assert said.returncode == 0, said.stderr
