@@ -27,7 +27,7 @@ from faults import OFTEN, Pipeline
 SEEDS = 5  # trainings whose accuracy is compared
 MOST_SECONDS_LOST = 5
 MOST_ACCURACY_LOST = 0.1  # percent of the test images, in the mean of the seeds
-SPAN = 9  # seconds: a random kill comes after up to this time; starting takes about 2 of them
+SPAN = 8  # seconds: a random kill comes after up to this time; starting takes about 2 of them
 
 
 @dataclass
@@ -148,7 +148,7 @@ class Chaos:
         files += [
             ("infer", f) for f in (".results.new", ".results.old", ".predictions.json.part", ".predictions.png.part")
         ]
-        attempts = [partial(self.kill_publishing, stage, file) for stage, file in files for _ in range(2)]
+        attempts = [partial(self.kill_publishing, stage, file) for stage, file in files]
         yield self.repeat("SIGKILL while a file is written", attempts, "the old or the new artefacts, whole")
 
     def kill_publishing(self, stage, file):
@@ -169,7 +169,7 @@ class Chaos:
 
     def stops(self):
         for name, ask, status in (("SIGTERM", faults.ask_to_stop, 143), ("SIGINT", faults.press_ctrl_c, 130)):
-            attempts = [partial(self.stop, ask, status)] * 5
+            attempts = [partial(self.stop, ask, status)] * 3
             yield self.repeat(
                 f"{name} at a random moment", attempts, f"a checkpoint of that moment; exit {status} within 3 s"
             )
