@@ -172,6 +172,7 @@ class Training:
         if steps != self.steps:
             self.steps, self.last_step = steps, time.monotonic()
         elif time.monotonic() > self.last_step + STALL_SECONDS:
+            self.last_step = time.monotonic()
             for row, process in zip(self.dealer.rows, self.processes, strict=True):
                 if row.held >= 0:
                     process.kill()  # to be found dead in the next round, and its batch handed on
