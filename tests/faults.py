@@ -66,6 +66,8 @@ class Pipeline:
         self.folder, self.disk, self.containers = Path(folder), disk, []
         self.environment = os.environ | (environment or {})
         self.folder.mkdir(parents=True, exist_ok=True)
+        for path in (self.folder, *self.folder.rglob("*/")):
+            path.chmod(0o777)  # for the owner of the data folder, whoever that is
         self.name = f"fault-{uuid.uuid4().hex[:10]}"
         services = {stage: {"image": f"{IMAGES}-{stage}", "pull_policy": "never"} for stage in STAGES}
         for stage, service in services.items():
