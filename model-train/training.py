@@ -295,7 +295,8 @@ def resumed(checkpoint, settings, images, labels, folder):
         results["start"] = results["batches"]  # the learning rate had fallen to 0: it has another rise and fall
     results |= new_results(settings) | {key: results[key] for key in KEPT_ON_RESUMING}
     training = Training(results, images, labels, folder)
-    if not 0 <= results["batches"] - len(results["history"]) * training.task.per_epoch <= training.task.per_epoch:
+    epochs_done, per_epoch = len(results["history"]), training.task.per_epoch
+    if not 0 <= results["batches"] - epochs_done * per_epoch <= per_epoch or results["start"] > results["batches"]:
         raise net.Failure(f"{path} is damaged (its progress and its history contradict each other). {WAY_OUT}")
     net.fill_model(training.task.model, checkpoint["model"], path, WAY_OUT)
     net.check_tensor(checkpoint["velocities"], "velocities", training.task.velocities.shape, path, WAY_OUT)
@@ -307,7 +308,8 @@ def load_checkpoint(path):
     """What is in checkpoint.pt: model, velocities, results. Raises Failure if it is missing or damaged."""
     checkpoint = net.load_tensors(net.read_limited(path, LARGEST_CHECKPOINT, WAY_OUT), path, WAY_OUT)
     try:
-        parts = {name: checkpoint[name] for name in ("model", "velocities")}
-        return parts | {"results": parse_results(checkpoint["results"])}
+        parts = dict.items(checkpoint)  # a TypeError if it is no dict
+        model, velocities, results = (dict(parts)[name] for name in ("model", "velocities", "results"))
+        return {"model": model, "velocities": velocities, "results": parse_results(results)}
     except (KeyError, TypeError, ValueError):
         raise net.Failure(f"{path} is damaged. {WAY_OUT}") from None
