@@ -98,7 +98,7 @@ class Training:
         """Has all batches up to a number trained on, with a pause for a checkpoint every few seconds."""
         self.dealer.deal_up_to(limit)
         while not (self.dealer.next.value == limit and self.dealer.is_dry()):
-            time.sleep(0.005)
+            time.sleep(0.01)
             self.watch_workers()
             show(self)
             if self.asked_to_stop:
