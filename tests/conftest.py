@@ -41,6 +41,7 @@ def why_no_containers():
 
 
 def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: tier_of(item.nodeid) == "container")  # what fails fast comes first
     for item in items:
         tier = tier_of(item.nodeid)
         item.add_marker(pytest.mark.timeout(TIERS[tier]))
