@@ -262,7 +262,9 @@ TRAINING_FAULTS = {
     "a worker too few": lambda path: in_results(
         path, lambda results: (results["workers"].pop(), results["settings"].update(num_processes=1))
     ),
-    "a start after its end": lambda path: in_results(path, lambda results: results.update(start=10**12)),
+    "a start after its progress": lambda path: in_results(
+        path, lambda results: (results.update(start=10**12), results["settings"].update(epochs=9999))
+    ),
 }
 
 # JSON ----------------------------------------------------------------------------------------------------------------
