@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import platform
 import signal
+import sys
 import time
 import uuid
 from datetime import UTC, datetime
@@ -214,7 +215,8 @@ class Training:
                 "seconds": self.results["seconds"] - sum(line["seconds"] for line in history),
             }
         )
-        print("\r" + describe(history[-1], self.results["settings"]["epochs"]), flush=True)
+        over_the_bar = "\r\033[K" if sys.stdout.isatty() else ""
+        print(over_the_bar + describe(history[-1], self.results["settings"]["epochs"]), flush=True)
 
     def check_accuracy(self):
         """Raises Failure if the training has come to nothing."""
