@@ -55,7 +55,7 @@ class Chaos:
             train.wait_until_or_end((self.begun / "checkpoint.pt").exists, "a checkpoint")
             faults.kill(train)
             train.end()
-        faults.change_settings(self.begun, epochs=1)
+        faults.change_settings(self.begun, epochs=len(faults.progress_of(self.begun)["history"]) + 1)
 
     def copy(self, of=None):
         """A new folder, with what is in another one."""

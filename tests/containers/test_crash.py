@@ -34,14 +34,14 @@ def begun(complete, tmp_path_factory):
 
 @pytest.fixture
 def unfinished(begun, tmp_path):
-    """A volume with a training of which 100 epochs are wanted, and less than one is done."""
+    """A volume with a training of which 100 epochs are wanted, and few are done."""
     return shutil.copytree(begun, tmp_path / "volume")
 
 
 @pytest.fixture
 def nearly_done(unfinished):
-    """The same, but one epoch is wanted."""
-    faults.change_settings(unfinished, epochs=1)
+    """The same, but the epoch that is under way is the last that is wanted."""
+    faults.change_settings(unfinished, epochs=len(faults.progress_of(unfinished)["history"]) + 1)
     return unfinished
 
 
@@ -197,7 +197,7 @@ def test_the_others_take_over_the_work_of_a_killed_worker(nearly_done):
     assert (ended.status, ended.stderr) == (0, "")
     results = faults.results_of(nearly_done)
     assert [(lost["rank"], lost["signal"]) for lost in results["lost_workers"]] == [(0, 9)]
-    assert sum(worker["images"] for worker in results["workers"]) == 55_000
+    assert sum(worker["images"] for worker in results["workers"]) == 55_000 * results["settings"]["epochs"]
     assert faults.faults_in(nearly_done) == []
 
 
