@@ -23,7 +23,7 @@ bench: .venv/for-stages ## measure speed, memory and sizes against PyTorch's exa
 	@python3 data/fetch.py
 	$(PYTHON) tests/bench/bench.py $(FLAGS)
 
-chaos: .venv/for-tests ## try every row of the crash contract many times, in 20 minutes (FLAGS="--only kills --kills 10": less)
+chaos: .venv/for-tests ## try every row of the crash contract many times (FLAGS="--only kills --kills 10": less)
 	@python3 data/fetch.py
 	$(PYTHON) tests/chaos.py $(FLAGS)
 
