@@ -11,6 +11,7 @@ import contextlib
 import json
 import random
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -323,6 +324,7 @@ def main():
         "--seed", type=int, default=random.randrange(10**6), help="of the random moments (default: any)"
     )
     options = parser.parse_args()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that it too leaves nothing behind
     began = time.monotonic()
     subprocess.run(["docker", "compose", "build", "--quiet"], cwd=faults.TREE, check=True)
     say(f"the seed of all random moments is {options.seed}")
