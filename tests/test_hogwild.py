@@ -1,0 +1,79 @@
+"""hogwild.py, the technique: how batches are dealt out, what the learning rate does, how images are augmented."""
+
+import hogwild
+import net
+import pytest
+import torch
+from plan import SETTINGS
+
+DEFAULTS = {name: default for name, (_, default, _, _) in SETTINGS.items()}
+
+
+@pytest.fixture
+def dealer():
+    """One that has ten batches for two workers."""
+    dealer = hogwild.Dealer(2)
+    dealer.resume(0, dealer.sums())
+    dealer.deal_up_to(10)
+    return dealer
+
+
+@pytest.fixture
+def x():
+    """A batch of noise, as the network gets it."""
+    return net.to_input(torch.randint(256, (5, 28, 28), dtype=torch.uint8))
+
+
+def test_a_batch_is_dealt_once(dealer):
+    assert [dealer.take(rank) for rank in (0, 1, 0, 0, 1)] == [0, 1, 2, 3, 4]
+
+
+def test_the_batch_of_a_dead_worker_goes_to_a_living_one_before_any_other(dealer):
+    assert [dealer.take(0), dealer.take(1)] == [0, 1]
+    dealer.rows[0].dead = 1
+    assert [dealer.take(1), dealer.take(1)] == [0, 2]
+
+
+def test_after_a_pause_nothing_is_dealt_before_the_limit_is_moved(dealer):
+    assert dealer.take(0) == 0
+    dealer.pause()
+    assert dealer.take(1) is None
+    assert not dealer.is_dry()
+    dealer.rows[0].held = -1
+    assert dealer.is_dry()
+    dealer.deal_up_to(2)
+    assert dealer.take(1) == 1
+
+
+def test_the_learning_rate_rises_to_its_peak_and_falls_to_zero():
+    images, labels = torch.zeros(960, 28, 28, dtype=torch.uint8), torch.zeros(960, dtype=torch.int64)
+    task = hogwild.Task(DEFAULTS | {"epochs": 100}, images, labels, 0)
+    rates = [task.learning_rate(number) for number in range(task.end)]
+    peak = rates.index(max(rates))
+    assert rates[: peak + 1] == sorted(rates[: peak + 1])
+    assert rates[peak:] == sorted(rates[peak:], reverse=True)
+    assert 0 < rates[0] < DEFAULTS["lr"] / 100
+    assert 0 < rates[-1] < DEFAULTS["lr"] / 100
+    assert max(rates) == pytest.approx(DEFAULTS["lr"], rel=0.01)
+
+
+def test_an_augmentation_by_nothing_leaves_the_images_as_they_are(x, monkeypatch):
+    for name in ("ROTATION", "SCALING", "SHIFT"):
+        monkeypatch.setattr(hogwild, name, 0)
+    assert torch.allclose(hogwild.augment(x), x, atol=1e-4)
+
+
+def test_a_shift_moves_whole_images(x, monkeypatch):
+    for name, strength in (("ROTATION", 0), ("SCALING", 0), ("SHIFT", 2 / 28)):  # a pixel at most
+        monkeypatch.setattr(hogwild, name, strength)
+    monkeypatch.setattr(torch, "rand", lambda *shape: torch.ones(shape))  # of what is random: the most there can be
+    assert torch.allclose(hogwild.augment(x)[:, :, :-1, :-1], x[:, :, 1:, 1:], atol=1e-4)
+
+
+def test_every_image_is_augmented_by_itself_and_a_seed_repeats_it(x):
+    same = x[:1].expand(2, 1, 28, 28).contiguous(memory_format=torch.channels_last)
+    torch.manual_seed(1)
+    one = hogwild.augment(same)
+    assert not torch.allclose(one[0], one[1], atol=0.1)
+    torch.manual_seed(1)
+    assert torch.equal(hogwild.augment(same), one)
