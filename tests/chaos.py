@@ -52,7 +52,7 @@ class Chaos:
                 ended = pipeline.run(stage, *flags)
                 assert ended.status == 0, ended.stderr
         with Pipeline(self.begun) as pipeline:
-            train = pipeline.start("train", "--epochs", "100")
+            train = pipeline.start("train", "--epochs", "100", "--lr", "0.02")  # mild enough to end at any epoch
             train.wait_until_or_end((self.begun / "checkpoint.pt").exists, "a checkpoint")
             faults.kill(train)
             train.end()

@@ -25,7 +25,7 @@ def begun(complete, tmp_path_factory):
     """A volume with a training that was killed after its first checkpoint."""
     folder = tmp_path_factory.mktemp("begun")
     with Pipeline(folder) as pipeline:
-        train = pipeline.start("train", "--epochs", "100")
+        train = pipeline.start("train", "--epochs", "100", "--lr", "0.02")  # mild enough to end at any epoch
         train.wait_until_or_end((folder / "checkpoint.pt").exists, "a checkpoint")
         faults.kill(train)
         train.end()
