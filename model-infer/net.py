@@ -50,41 +50,33 @@ class Failure(Exception):
 class Net(nn.Module):
     """The network of PyTorch's mnist_hogwild example: 21,840 parameters, and the same state-dict keys."""
 
-    def __init__(self, dropout=0.5):
+    def __init__(self):
         super().__init__()
         self.conv1 = nn.Conv2d(1, 10, kernel_size=5)
         self.conv2 = nn.Conv2d(10, 20, kernel_size=5)
         self.fc1 = nn.Linear(320, 50)
         self.fc2 = nn.Linear(50, 10)
-        self.dropout = dropout
 
     def forward(self, x):
         """float32 [N, 1, 28, 28] as to_input() makes it -> log-probabilities, float32 [N, 10]."""
         x = F.relu(F.max_pool2d(self.conv1(x), 2))
-        x = F.relu(F.max_pool2d(F.dropout2d(self.conv2(x), self.dropout, self.training), 2))
-        x = F.relu(self.fc1(x.flatten(1)))
-        x = F.dropout(x, self.dropout, self.training)
-        return F.log_softmax(self.fc2(x).float(), dim=1)  # float32, whatever the layers were computed in
+        x = F.relu(F.max_pool2d(F.dropout2d(self.conv2(x), training=self.training), 2))
+        x = F.relu(self.fc1(x.to_dense().flatten(1)))
+        x = F.dropout(x, training=self.training)
+        return F.log_softmax(self.fc2(x), dim=1)
 
 
 def to_input(images):
     """Images, uint8 [N, 28, 28] with 0 as background, as the network's input: float32 [N, 1, 28, 28], normalised."""
-    return channels_last(images.float().div_(255 * PIXEL_STD).sub_(PIXEL_MEAN / PIXEL_STD))
-
-
-def channels_last(images):
-    """[N, 28, 28] or [N, 1, 28, 28] -> [N, 1, 28, 28] in the memory layout in which pooling is four times as fast.
-
-    With one channel all layouts have the same bytes. It is the strides that tell them apart, hence the permutation.
-    """
-    return images.view(-1, 28, 28, 1).permute(0, 3, 1, 2)
+    return images.float().div_(255 * PIXEL_STD).sub_(PIXEL_MEAN / PIXEL_STD).unsqueeze(1)
 
 
 @torch.inference_mode()
-def predict(model, images, batch_size=1000):
+def predict(model, images, batch_size=250):
     """The model's log-probabilities, float32 [N, 10], of images, uint8 [N, 28, 28]."""
     model.eval()
-    return torch.cat([model(to_input(batch)) for batch in images.split(batch_size)])
+    # In oneDNN's own memory layout pooling is several times as fast; the network's to_dense() ends it.
+    return torch.cat([model(to_input(batch).to_mkldnn()) for batch in images.split(batch_size)])
 
 
 def read_split(data, split):
