@@ -10,8 +10,8 @@ from dataclasses import dataclass
 
 # Of each setting: its type, its default, the smallest and the largest value that make sense.
 SETTINGS = {
-    "batch_size": (int, 64, 1, 55_000),
-    "lr": (float, 0.08, 1e-9, 1e3),
+    "batch_size": (int, 96, 1, 55_000),
+    "lr": (float, 0.1, 1e-9, 1e3),
     "momentum": (float, 0.8, 0.0, 0.9999),
     "seed": (int, 1, 0, 2**32 - 1),
     "num_processes": (int, 2, 1, 64),

@@ -16,7 +16,7 @@ from importlib.metadata import version
 import net
 import torch
 import torch.nn.functional as F
-from hogwild import REDUCED, Task, Worker
+from hogwild import PRECISION, Task, Worker
 from plan import RECIPE, WAY_OUT, as_flags, parse_results, read_results
 
 HELD_OUT = 5_000  # the last of the 60,000 training images watch the training; no worker ever sees them
@@ -57,7 +57,7 @@ def new_results(settings):
         "history": [],
         "workers": workers,
         "lost_workers": [],
-        "precision": "bfloat16" if REDUCED else "float32",
+        "precision": str(PRECISION).removeprefix("torch."),
         "versions": {"python": platform.python_version()} | {name: version(name) for name in ("torch", "torchvision")},
     }
 
@@ -237,9 +237,9 @@ class Training:
         return buffer.getvalue()
 
     def state_dict(self):
-        """The model's, with tensors of their own in the usual memory layout instead of views of the shared vector."""
+        """The model's, with tensors of their own instead of views of the shared vector."""
         state_dict = self.task.model.state_dict()
-        return {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in state_dict.items()}
+        return {name: tensor.clone() for name, tensor in state_dict.items()}
 
     def publish_finished(self, model_sha256):
         """Writes the results of a finished training whose model is published."""

@@ -57,6 +57,20 @@ def test_the_learning_rate_rises_to_its_peak_and_falls_to_zero():
     assert max(rates) == pytest.approx(DEFAULTS["lr"], rel=0.01)
 
 
+@pytest.mark.parametrize(("longest", "expected"), [(0.01, 0.01), (0.02, 0.02), (1e6, None)])
+def test_a_gradient_is_cut_to_the_greatest_length_there_is(monkeypatch, longest, expected):
+    monkeypatch.setattr(hogwild, "WEIGHT_DECAY", 0)
+    monkeypatch.setattr(hogwild, "LARGEST_GRADIENT", longest)
+    images, labels = torch.randint(256, (960, 28, 28), dtype=torch.uint8), torch.randint(10, (960,))
+    task = hogwild.Task(DEFAULTS | {"momentum": 0.0}, images, labels, 0)
+    before = task.parameters.clone()
+    worker = hogwild.Worker(0, task, errors=None)
+    worker.own_gradient()
+    worker.train_batch(50)
+    length = (task.parameters - before).norm().item() / task.learning_rate(50)
+    assert length == pytest.approx(expected, rel=0.01) if expected else length > 0.1
+
+
 def test_an_augmentation_by_nothing_leaves_the_images_as_they_are(x, monkeypatch):
     for name in ("ROTATION", "SCALING", "SHIFT"):
         monkeypatch.setattr(hogwild, name, 0)
