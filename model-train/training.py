@@ -54,6 +54,7 @@ def new_results(settings):
         "batches": 0,
         "start": 0,
         "seconds": 0.0,
+        "images_per_second": 0.0,
         "history": [],
         "workers": workers,
         "lost_workers": [],
@@ -96,9 +97,9 @@ class Training:
         self.asked_to_stop, self.stop_by = number, time.monotonic() + STOP_SECONDS
 
     def train_epoch(self, limit, show):
-        """Has all batches up to a number trained on, with a pause for a checkpoint every few seconds."""
+        """Has all batches up to a number trained on, then a pause; before, one every few seconds, for a checkpoint."""
         self.dealer.deal_up_to(limit)
-        while not (self.dealer.next.value == limit and self.dealer.is_dry()):
+        while self.dealer.next.value < limit:
             time.sleep(0.01)
             self.watch_workers()
             show(self)
@@ -111,16 +112,23 @@ class Training:
                 content = self.checkpoint()
                 self.dealer.deal_up_to(limit)  # the workers train on while the disk takes its time
                 self.keep(content)
+        self.pause()
 
     def pause(self):
-        """Waits until the workers have finished what they are at; raises Stopped if that takes too long for a stop."""
+        """Has the workers finish what they are at and rest, and brings the results up to date.
+
+        Raises Stopped if that takes too long for a stop.
+        """
         self.dealer.pause()
         while not self.dealer.is_dry():
             if time.monotonic() > self.stop_by:
                 raise Stopped(self.asked_to_stop)
             time.sleep(0.0005)
             self.watch_workers()
-        self.note_progress()
+        self.results["batches"] = self.dealer.next.value
+        self.results["seconds"] = time.monotonic() - self.began
+        self.results["images_per_second"] = self.dealer.totals()[1] / self.results["seconds"]
+        self.results["workers"] = self.dealer.sums()
 
     # The workers ---------------------------------------------------------------------------------------------------
 
@@ -191,15 +199,8 @@ class Training:
 
     # What is kept --------------------------------------------------------------------------------------------------
 
-    def note_progress(self):
-        """Brings the results up to date; the workers must be at rest."""
-        self.results["batches"] = self.dealer.next.value
-        self.results["seconds"] = time.monotonic() - self.began
-        self.results["workers"] = self.dealer.sums()
-
     def judge(self):
         """Ends an epoch: its line of the history, with loss and accuracy on the held-out images."""
-        self.note_progress()
         images, labels = self.held_out
         log_probabilities = net.predict(self.task.model, images)
         if not log_probabilities.isfinite().all():

@@ -65,6 +65,12 @@ def test_an_epoch_is_one_pass_over_55000_images_that_both_workers_share(trained)
     assert all(worker["images"] > 5_000 for worker in results(trained)["workers"])
 
 
+def test_the_results_say_how_fast_the_training_was_and_how_long_each_worker_waited(trained):
+    seconds = results(trained)["seconds"]
+    assert results(trained)["images_per_second"] == pytest.approx(55_000 / seconds)
+    assert all(0 < worker["waited_seconds"] < seconds for worker in results(trained)["workers"])
+
+
 def test_the_history_has_a_line_for_every_epoch(trained):
     (line,) = results(trained)["history"]
     assert line["epoch"] == 1

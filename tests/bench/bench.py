@@ -179,13 +179,12 @@ def run_training(recipe, seed, program=None):
         judged = containers.run("evaluate", ["--min-accuracy", "0"], volume, reads="eval_results.json")
     results = taken.pop("file")
     del taken["output"]
-    images = sum(worker["images"] for worker in results["workers"])
     return taken | {
         "flags": flags,
         "settings": results["settings"],
         "epochs": results["settings"]["epochs"],
         "seconds": results["seconds"],
-        "images_per_second": images / results["seconds"],
+        "images_per_second": results["images_per_second"],
         "accuracy": judged["file"]["Accuracy"],
         "versions": results["versions"],
     }
