@@ -121,12 +121,12 @@ def describe(accuracies):
 
 def compare(what, ours, other, sign, target, unit, accuracy="", good=True):
     """A row of ours against the other's, with a target for the ratio, which counts only at a good accuracy."""
-    ratio = None
+    ratio = reached = None
     if ours and other and median(other):
         ratio = median(ours) / median(other)
         if sign == ">=" and unit == "s":
             ratio = 1 / ratio  # how many times faster
-    reached = ratio is not None and (ratio >= target if sign == ">=" else ratio <= target) and good
+        reached = (ratio >= target if sign == ">=" else ratio <= target) and good
     return make_row(what, ratio, f"{sign} {target}", reached, ours, other, unit, accuracy)
 
 
@@ -155,7 +155,7 @@ def as_table(rows):
     for row in rows:
         ratio = "" if row["ratio"] is None else f"{row['ratio']:.{1 if row['ratio'] >= 10 else 2}f}"
         figures = [show(row[name], row["unit"]) for name in ("ours", "other")]
-        reached = "yes" if row["reached"] else "no"
+        reached = {True: "yes", False: "no", None: "not measured"}[row["reached"]]
         lines.append([row["what"], ratio, row["target"], reached, *figures, row["seeds"], row["accuracy"]])
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     return "\n".join(
