@@ -28,7 +28,7 @@ chaos: .venv/for-tests ## try every row of the crash contract many times (FLAGS=
 	$(PYTHON) tests/chaos.py $(FLAGS)
 
 net: ## copy what the three images share from model-train to the others
-	@for stage in $(STAGES); do cp model-train/net.py model-train/requirements*.txt $$stage/; done
+	@for stage in $(STAGES); do cp model-train/net.py model-train/artifacts.py model-train/requirements*.txt $$stage/; done
 
 lint: .venv/for-tests ## mend the layout of the code, and say what else is wrong with it
 	$(PYTHON) -m ruff format .

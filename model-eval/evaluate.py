@@ -11,39 +11,44 @@ Writes  MODEL/eval_results.json: test loss, accuracy, figures per digit, confusi
 A model that reads fewer images right than --min-accuracy is a failure: exit status 1, and nothing is written.
 """
 
+import artifacts
+
+if __name__ == "__main__":
+    artifacts.prepare_process()
+
 import argparse
 import io
 import json
-import signal
 import sys
 from pathlib import Path
-
-if __name__ == "__main__":  # before the imports, which take a second: nobody else in the container handles signals
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda number, _: sys.exit(128 + number))
 
 import net
 import torch
 import torch.nn.functional as F
+from artifacts import Failure, exit_on_failure, publish, say
+
+MEMORY = 240_000_000  # bytes that a run takes, measured
 
 
 def main():
     """Runs the stage."""
     args = parse_args()
-    with net.plain_errors("evaluate"):
+    with exit_on_failure("evaluate"):
+        artifacts.check_memory(MEMORY, "evaluate")
+        artifacts.check_destinations(args.model, "eval_results.json", "confusion_matrix.png", "mistakes.png")
         model, sha256 = net.load_model(args.model / "mnist_cnn.pt")
         images, labels = net.read_split(args.data, "t10k")
         log_probabilities = net.predict(model, images)
         results = judge(log_probabilities, labels) | {"model_sha256": sha256}
-        print(summary(results), flush=True)
+        say(summary(results))
         if results["Accuracy"] < args.min_accuracy:
-            raise net.Failure(
+            raise Failure(
                 f"an accuracy of {results['Accuracy']:.2f} % is under the {args.min_accuracy:g} % of --min-accuracy: "
                 f"nothing is published. Train anew with: docker compose run --rm train --fresh"
             )
-        net.publish(args.model / "confusion_matrix.png", draw_confusion_matrix(results["confusion_matrix"]))
-        net.publish(args.model / "mistakes.png", draw_mistakes(images, labels, log_probabilities))
-        net.publish(args.model / "eval_results.json", json.dumps(results, indent=1).encode())
+        publish(args.model / "confusion_matrix.png", draw_confusion_matrix(results["confusion_matrix"]))
+        publish(args.model / "mistakes.png", draw_mistakes(images, labels, log_probabilities))
+        publish(args.model / "eval_results.json", json.dumps(results, indent=1).encode())
 
 
 def parse_args():
@@ -52,9 +57,9 @@ def parse_args():
     parser.error = lambda message: parser.exit(2, f"evaluate: {message}. See: evaluate --help\n")
     text = "least accuracy, in percent of the test images, for exit status 0 (0 to 100; default: %(default)s)"
     parser.add_argument("--min-accuracy", type=parse_percentage, default=95.0, metavar="PERCENT", help=text)
-    parser.add_argument("--data", type=Path, default=net.DATA, help="folder of the data (default: %(default)s)")
+    parser.add_argument("--data", type=Path, default=artifacts.DATA, help="folder of the data (default: %(default)s)")
     text = "folder of the volume's files (default: %(default)s)"
-    parser.add_argument("--model", type=Path, default=net.MODEL, help=text)
+    parser.add_argument("--model", type=Path, default=artifacts.MODEL, help=text)
     return parser.parse_args()
 
 

@@ -1,20 +1,15 @@
-"""What the three images must agree on: the network, its input, and how files are read and published.
+"""What the three images must agree on: the network, its input, and how its weights are loaded.
 
 This file stands in every image, byte for byte the same. The original is model-train/net.py; `make net` copies it.
 """
 
-import contextlib
-import errno
-import fcntl
 import gc
 import hashlib
 import io
-import os
-import sys
+import pickletools
 import warnings
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 # What torch's import makes stays to the end. The garbage collector need not look through it again and again, neither
 # while it grows nor at the program's end: that saves 0.3 s of a stage's time.
@@ -26,33 +21,20 @@ import torch.nn.functional as F
 gc.freeze()
 gc.enable()
 
-DATA = Path("/opt/mount/data")
-MODEL = Path("/opt/mount/model")
+from artifacts import Failure, read_limited, read_raw
 
 # Mean and standard deviation of all pixels of the 60,000 training images, on the scale from 0 to 1.
 PIXEL_MEAN, PIXEL_STD = 0.1307, 0.3081
 
-# MNIST's raw files, in the folder where torchvision keeps them: size in bytes and sha256.
-RAW_FOLDER = "MNIST/raw"
-RAW_FILES = {
-    "train-images-idx3-ubyte": (47040016, "ba891046e6505d7aadcbbe25680a0738ad16aec93bde7f9b65e87a2fc25776db"),
-    "train-labels-idx1-ubyte": (60008, "65a50cbbf4e906d70832878ad85ccda5333a97f0f4c3dd2ef09a8a9eef7101c5"),
-    "t10k-images-idx3-ubyte": (7840016, "0fa7898d509279e482958e8ce81c8e77db3f2f8254e26661ceb7762c4d494ce7"),
-    "t10k-labels-idx1-ubyte": (10008, "ff7bcfd416de33731a308c3f266cc351222c34898ecbeaf847f06e48f7ec33f2"),
+MAX_MODEL_BYTES = 1_000_000  # a checkpoint of this network takes 90 kB
+# What the pickle in a checkpoint of plain float32 tensors consists of: these globals and these opcodes.
+PICKLE_GLOBALS = ("collections OrderedDict", "torch FloatStorage", "torch._utils _rebuild_tensor_v2")
+PICKLE_OPCODES = {
+    *("PROTO", "STOP", "MARK", "GLOBAL", "REDUCE", "BUILD", "BINPERSID", "SETITEM", "SETITEMS"),
+    *("EMPTY_DICT", "EMPTY_TUPLE", "TUPLE", "TUPLE1", "TUPLE2", "TUPLE3", "NEWTRUE", "NEWFALSE", "BINUNICODE"),
+    *("BININT", "BININT1", "BININT2", "BINPUT", "LONG_BINPUT", "BINGET", "LONG_BINGET"),
 }
-
-WRITE_REMEDIES = {
-    errno.ENOSPC: "Free some disk space (docker system df shows what Docker holds), then run it again.",
-    errno.EROFS: "Mount the folder writable, then run it again.",
-    errno.EACCES: f"Make the folder writable for uid {os.getuid()}, who owns the data folder, then run it again.",
-}
-
-# A checkpoint of this network takes 90 kB. What is ten times as large is not one, and is not read at all.
-LARGEST_CHECKPOINT = 1_000_000
-
-
-class Failure(Exception):
-    """Work that cannot go on. Its text is one line for a person: what is wrong, where, and what mends it."""
+MAX_PICKLE_OPCODES = 2_000  # a checkpoint of training takes 300
 
 
 class Net(nn.Module):
@@ -85,8 +67,9 @@ def predict(model, images, batch_size=250):
 
     @torch.inference_mode()  # which holds in the thread that asks for it only
     def predict_batch(batch):
+        x = to_input(batch)
         # In oneDNN's own memory layout pooling is several times as fast; the network's to_dense() ends it.
-        return model(to_input(batch).to_mkldnn())
+        return model(x.to_mkldnn() if torch.backends.mkldnn.is_available() else x)
 
     # Each thread has batches of its own. Were every batch divided among them, what one core has computed would go to
     # another after every layer; where cores share no cache, two threads were then no faster than one.
@@ -99,51 +82,67 @@ def read_split(data, split):
 
     Raises Failure if a file is missing or is not, to the byte, the one that MNIST consists of.
     """
+    return parse_split(read_raw(data, f"{split}-images-idx3-ubyte"), read_raw(data, f"{split}-labels-idx1-ubyte"))
+
+
+def parse_split(images, labels):
+    """Images, uint8 [N, 28, 28], and labels, int64 [N], from the contents of two raw files."""
     # The files' own headers (16 and 8 bytes) need no parsing: the sha256 has vouched for them.
-    images = torch.frombuffer(read_raw(data, f"{split}-images-idx3-ubyte"), dtype=torch.uint8, offset=16)
-    labels = torch.frombuffer(read_raw(data, f"{split}-labels-idx1-ubyte"), dtype=torch.uint8, offset=8)
+    images = torch.frombuffer(images, dtype=torch.uint8, offset=16)
+    labels = torch.frombuffer(labels, dtype=torch.uint8, offset=8)
     return images.view(-1, 28, 28), labels.long()
 
 
-def read_raw(data, name):
-    """The verified contents of one of RAW_FILES, as a bytearray."""
-    path = data / RAW_FOLDER / name
-    size, sha256 = RAW_FILES[name]
-    content = bytearray(read_limited(path, size, "Put the data set there with: make data"))
-    if len(content) < size:
-        raise Failure(f"{path} has {len(content):,} bytes instead of {size:,}. Replace it with: make data")
-    if hashlib.sha256(content).hexdigest() != sha256:
-        raise Failure(f"{path} is altered (its sha256 is wrong). Replace it with: make data")
-    return content
-
-
-def read_limited(path, limit, remedy):
-    """The contents of a file, as bytes. Raises Failure with the remedy if that fails or is more than the limit."""
-    try:
-        if path.exists() and not path.is_file():
-            raise Failure(f"{path} is not a file. {remedy}")  # a pipe, to name one, would never end
-        with open(path, "rb") as file:
-            content = file.read(limit + 1)
-    except FileNotFoundError:
-        raise Failure(f"there is no {path}. {remedy}") from None
-    except OSError as error:
-        raise Failure(f"{path} cannot be read ({error.strerror}). {remedy}") from None
-    if len(content) > limit:
-        raise Failure(f"{path} is larger than the {limit:,} bytes that it may have. {remedy}")
-    return content
-
-
 def load_tensors(content, path, remedy):
-    """What torch.save wrote, from its bytes, with no code run: tensors, numbers, text, lists and dicts only."""
+    """What torch.save wrote, from its bytes: float32 tensors, numbers and text, in dicts. Raises Failure otherwise.
+
+    Nothing that the bytes say is run, and they take no more memory than a few times their own size.
+    """
     try:
-        entries = zipfile.ZipFile(io.BytesIO(content)).infolist()
+        with warnings.catch_warnings(action="ignore"):  # of what is odd in a file; what matters is checked
+            return torch.load(repack(content), map_location="cpu", weights_only=True)
+    except Exception:  # a damaged file ends the unpickler in any of a dozen ways
+        raise Failure(f"{path} is damaged, or not a checkpoint of plain float32 tensors. {remedy}") from None
+
+
+def repack(content):
+    """A zip of what is in a zip, a file-like object, with everything checked. Raises ValueError or others if it is not.
+
+    torch reads this one, since its own reader may find other entries than Python's in a forged zip.
+    """
+    checked = io.BytesIO()
+    with zipfile.ZipFile(io.BytesIO(content)) as old, zipfile.ZipFile(checked, "w") as new:
+        entries = old.infolist()
         # torch.save compresses nothing. What is compressed, or named twice, could take any amount of memory.
         if any(entry.compress_type for entry in entries) or sum(entry.file_size for entry in entries) > len(content):
-            raise ValueError
-        with warnings.catch_warnings(action="ignore"):  # of what is odd in a file; what matters is checked
-            return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
-    except Exception:  # a damaged file ends the unpickler in any of a dozen ways
-        raise Failure(f"{path} is damaged, or not a checkpoint of plain tensors. {remedy}") from None
+            raise ValueError("compressed")
+        for name in dict.fromkeys(entry.filename for entry in entries):
+            record = old.read(name)
+            if name.lower().endswith(".pkl"):
+                check_pickle(record)
+            new.writestr(name, record)
+    checked.seek(0)
+    return checked
+
+
+def check_pickle(content):
+    """Raises ValueError unless a pickle is what torch.save makes of dicts of tensors, before anything is built from it.
+
+    weights_only alone lets bytearray(5_000_000_000) through, and values that contain each other take the unpickler
+    for ever or overflow its stack.
+    """
+    memo, previous = {}, None
+    for number, (opcode, argument, _) in enumerate(pickletools.genops(content)):
+        name = opcode.name
+        if name not in PICKLE_OPCODES or number > MAX_PICKLE_OPCODES:
+            raise ValueError(name)
+        if name == "GLOBAL" and argument not in PICKLE_GLOBALS:
+            raise ValueError(argument)
+        if name in ("BINPUT", "LONG_BINPUT"):
+            memo[argument] = previous
+        elif name in ("BINGET", "LONG_BINGET") and memo.get(argument) not in ("BINUNICODE", "GLOBAL"):
+            raise ValueError("a container that is used twice")
+        previous = name
 
 
 def load_model(path):
@@ -152,7 +151,7 @@ def load_model(path):
     Raises Failure if it is missing, damaged, of another network, not finite, or would run code on loading.
     """
     remedy = "Train a new one with: docker compose run --rm train --fresh"
-    content = read_limited(path, LARGEST_CHECKPOINT, remedy)
+    content = read_limited(path, MAX_MODEL_BYTES, remedy)
     model = Net()
     fill_model(model, load_tensors(content, path, remedy), path, remedy)
     return model, hashlib.sha256(content).hexdigest()
@@ -177,50 +176,3 @@ def check_tensor(tensor, name, shape, path, remedy):
         raise Failure(f"{path} is of another network ({name} is not float32 {[*shape]}). {remedy}")
     if not torch.isfinite(tensor).all():
         raise Failure(f"{path} holds numbers that are not finite (in {name}). {remedy}")
-
-
-def publish(path, content):
-    """Writes bytes to a file whole or not at all: beside its name, flushed to disk, mode 0644, then renamed over it."""
-    # One name for all who write this file: a crash leaves one behind at most, and the next writer takes it over.
-    part = path.with_name(f".{path.name}.part")
-    try:
-        with opened_alone(part) as file:
-            try:
-                file.truncate(0)
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-                os.fchmod(file.fileno(), 0o644)
-                part.rename(path)
-            except OSError:
-                part.unlink(missing_ok=True)
-                raise
-    except OSError as error:
-        remedy = WRITE_REMEDIES.get(error.errno, "Run it again when that is mended.")
-        raise Failure(f"cannot write {path} ({error.strerror}); what was there is unchanged. {remedy}") from None
-
-
-@contextlib.contextmanager
-def opened_alone(part):
-    """Opens a file to write to, once nobody else has it open this way: two runs of a stage may publish at once."""
-    while True:
-        with open(part, "ab", opener=open_strictly) as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
-            # While this one waited, the other may have renamed it: then it is the published file now.
-            if part.exists() and os.path.samestat(part.stat(), os.fstat(file.fileno())):
-                yield file
-                return
-
-
-def open_strictly(path, flags):
-    """Opens a file itself, neither what a link points to nor, without end, a pipe that nobody reads."""
-    return os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK, 0o644)
-
-
-@contextlib.contextmanager
-def plain_errors(stage):
-    """Turns what goes wrong into one line on standard error and exit status 1."""
-    try:
-        yield
-    except Failure as failure:
-        sys.exit(f"{stage}: {failure}")

@@ -9,36 +9,41 @@ Writes  MODEL/results/{predicted}_{index}.png: a picture of each sample; those o
     python model-infer/infer.py --data data --model model --samples 8 --seed 1
 """
 
+import artifacts
+
+if __name__ == "__main__":
+    artifacts.prepare_process()
+
 import argparse
 import io
 import json
 import math
-import shutil
-import signal
 import sys
 from pathlib import Path
 
-if __name__ == "__main__":  # before the imports, which take a second: nobody else in the container handles signals
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda number, _: sys.exit(128 + number))
-
 import net
 import torch
+from artifacts import Failure, exit_on_failure, publish, removal_hint, remove, say
 
 MOST_SAMPLES = 100  # as many as a sheet shows and a person looks at
+MAX_RESULTS_BYTES = 1_000_000  # eval_results.json takes 4 kB
+MEMORY, SAMPLE_MEMORY = 205_000_000, 700_000  # bytes that a run takes, and with each sample; measured
 
 
 def main():
     """Runs the stage."""
     args = parse_args()
-    with net.plain_errors("infer"):
+    with exit_on_failure("infer"):
+        artifacts.check_memory(MEMORY + args.samples * SAMPLE_MEMORY, f"infer with {args.samples} samples")
+        check_destinations(args.model)
         model, sha256 = net.load_model(args.model / "mnist_cnn.pt")
         images, labels = net.read_split(args.data, "t10k")
         indices = choose(len(images), args.samples, args.seed)
         probabilities = net.predict(model, images[indices]).exp()
         samples = describe(indices, probabilities, labels[indices])
-        publish(args.model, samples, images[indices], sha256)
-        print(summary(samples, args.model))
+        accuracy = read_accuracy(args.model / "eval_results.json", sha256)
+        publish_all(args.model, samples, images[indices], sha256, accuracy)
+        say(summary(samples, accuracy, args.model))
 
 
 def parse_args():
@@ -49,9 +54,9 @@ def parse_args():
     parser.add_argument("--samples", type=within(1, MOST_SAMPLES), default=5, metavar="N", help=text)
     text = "choose the images that this number stands for (default: others every time)"
     parser.add_argument("--seed", type=within(0, 2**32 - 1), metavar="N", help=text)
-    parser.add_argument("--data", type=Path, default=net.DATA, help="folder of the data (default: %(default)s)")
+    parser.add_argument("--data", type=Path, default=artifacts.DATA, help="folder of the data (default: %(default)s)")
     text = "folder of the volume's files (default: %(default)s)"
-    parser.add_argument("--model", type=Path, default=net.MODEL, help=text)
+    parser.add_argument("--model", type=Path, default=artifacts.MODEL, help=text)
     return parser.parse_args()
 
 
@@ -84,7 +89,26 @@ def describe(indices, probabilities, labels):
     ]
 
 
-def publish(folder, samples, images, sha256):
+def check_destinations(folder):
+    """Raises Failure if something that a run does not replace is in the way of its files."""
+    artifacts.check_destinations(folder, "predictions.json", "predictions.png")
+    results = folder / "results"
+    if results.is_symlink() or (results.exists() and not results.is_dir()):
+        raise Failure(f"{results} is not a folder, and the pictures must go there. {removal_hint(results)}")
+
+
+def read_accuracy(path, sha256):
+    """The accuracy, in percent, that evaluate found for the model with the sha256; None if it has not evaluated it."""
+    try:
+        results = json.loads(artifacts.read_limited(path, MAX_RESULTS_BYTES, ""))
+        if results["model_sha256"] == sha256 and 0 <= results["Accuracy"] <= 100:
+            return float(results["Accuracy"])
+    except (Failure, ValueError, KeyError, TypeError, RecursionError):
+        pass
+    return None
+
+
+def publish_all(folder, samples, images, sha256, accuracy):
     """Writes all files of this stage, and removes the pictures of earlier runs."""
     pictures = {
         f"{sample['prediction']}_{sample['index']}.png": draw([sample], [image])
@@ -94,10 +118,11 @@ def publish(folder, samples, images, sha256):
     try:
         replace_folder(folder / "results", pictures)
     except OSError as error:
-        raise net.Failure(f"cannot write in {folder} ({error.strerror}). Mend that, then run it again.") from None
-    net.publish(folder / "predictions.png", sheet)
-    content = json.dumps({"model_sha256": sha256, "predictions": samples}, indent=1)
-    net.publish(folder / "predictions.json", content.encode())
+        hint = artifacts.WRITE_HINTS.get(error.errno, "Fix that, then run it again.")
+        raise Failure(f"cannot write {error.filename or folder} ({error.strerror}). {hint}") from None
+    publish(folder / "predictions.png", sheet)
+    content = {"model_sha256": sha256, "evaluated_accuracy": accuracy, "predictions": samples}
+    publish(folder / "predictions.json", json.dumps(content, indent=1).encode())
 
 
 def replace_folder(folder, files):
@@ -108,7 +133,7 @@ def replace_folder(folder, files):
         new.mkdir()
         new.chmod(0o777)  # as the volume's own folder: whoever owns ./data next can replace it
         for name, content in files.items():
-            net.publish(new / name, content)
+            publish(new / name, content)
         if folder.exists():
             folder.rename(old)
         new.rename(folder)
@@ -118,10 +143,10 @@ def replace_folder(folder, files):
 
 def clean_up(folder, new, old):
     """Puts the old folder back if the new one did not get to its place, and removes what is left over."""
-    if old.exists() and not folder.exists():
+    if old.is_dir() and not old.is_symlink() and not folder.exists():
         old.rename(folder)
-    shutil.rmtree(new, ignore_errors=True)
-    shutil.rmtree(old, ignore_errors=True)
+    remove(new)
+    remove(old)
 
 
 def draw(samples, images):
@@ -147,14 +172,16 @@ def draw(samples, images):
     return buffer.getvalue()
 
 
-def summary(samples, folder):
+def summary(samples, accuracy, folder):
     """What was read, for a person, and how to get at all the files of the volume."""
     lines = []
     for sample in samples:
         read, truth, sure = sample["prediction"], sample["truth"], 100 * max(sample["probabilities"])
         verdict = "right" if read == truth else f"wrong, it is a {truth}"
         lines.append(f"infer: test image {sample['index']:4} read as a {read}, {sure:.1f} % sure: {verdict}")
-    if folder == net.MODEL:
+    evaluated = "has not been evaluated" if accuracy is None else f"has {accuracy:.2f} % accuracy on the test images"
+    lines.append(f"infer: the model {evaluated}")
+    if folder == artifacts.MODEL:
         lines.append("infer: copy all files out of the volume with: docker compose cp train:/opt/mount/model/. out")
     return "\n".join(lines)
 

@@ -9,17 +9,17 @@ import contextlib
 import ctypes
 import fcntl
 import math
+import mmap
 import os
 import signal
 import time
-from multiprocessing.sharedctypes import RawArray, RawValue
 from pathlib import Path
 
 import layers
 import net
 import torch
 import torch.nn.functional as F
-from torch.nn.utils import parameters_to_vector
+from artifacts import STOP_SIGNALS
 
 # One thread a process. And a parent that has run OpenMP's threads may not fork: its children would hang in them.
 torch.set_num_threads(1)
@@ -43,62 +43,118 @@ WEIGHT_DECAY = 7e-4
 # A longer gradient is cut to this. Without, one in ten trainings of an epoch came to nothing, and most with 4 workers.
 LARGEST_GRADIENT = 2.0
 ROTATION, SCALING, SHIFT = 0.2, 0.1, 0.1  # at most: radians, part of the size, half widths of the image
+PR_SET_PDEATHSIG = 1  # linux/prctl.h
 LOCK_SECONDS = 30  # the lock is held for microseconds, so whoever waits that long waits for a process that hangs
 WARM_UP = 0.2  # the part of a training in which the learning rate rises from 0; in the rest it falls to 0
 
 
-class Row(ctypes.Structure):
-    """What one worker tells the others, in shared memory: the batch that it holds (-1: none), and its sums."""
+class RunningClock:
+    """Measures time in which this process could run.
+
+    A paused container, a stopped process group or a sleeping laptop shows as one long gap between two looks at the
+    clock, and counts as no more than LONGEST_GAP.
+    """
+
+    LONGEST_GAP = 1.0  # seconds
+
+    def __init__(self):
+        self.elapsed, self.last_look = 0.0, time.monotonic()
+
+    def seconds(self):
+        """The seconds since the clock was made or reset; it is to be looked at many times a second."""
+        now = time.monotonic()
+        self.elapsed, self.last_look = self.elapsed + min(now - self.last_look, self.LONGEST_GAP), now
+        return self.elapsed
+
+    def reset(self):
+        """Starts again from 0."""
+        self.elapsed, self.last_look = 0.0, time.monotonic()
+
+
+class Totals(ctypes.Structure):
+    """What a worker has done: steps, images, the sum of their losses."""
+
+    _fields_ = [("steps", ctypes.c_int64), ("images", ctypes.c_int64), ("loss_sum", ctypes.c_double)]
+
+
+class WorkerState(ctypes.Structure):
+    """What one worker tells the others, in shared memory.
+
+    It has a batch in hand, `current_batch`, while it has taken more batches than it has finished. To finish one, it
+    writes its new totals beside the old ones and then counts `finished` up: that one store makes the new totals the
+    valid ones and says that the batch is done. So a batch whose worker is killed is counted exactly once, by whoever
+    does it in the end. What remains possible: a worker killed between the update of the parameters and that store has
+    its batch applied a second time, in whole or in part.
+    """
 
     _fields_ = [
-        ("held", ctypes.c_int64),
+        ("current_batch", ctypes.c_int64),
+        ("taken", ctypes.c_int64),
+        ("finished", ctypes.c_int64),
         ("dead", ctypes.c_int64),
-        ("steps", ctypes.c_int64),
-        ("images", ctypes.c_int64),
-        ("loss", ctypes.c_double),
-        ("waited", ctypes.c_double),
+        ("waited_seconds", ctypes.c_double),
+        ("totals", Totals * 2),
     ]
 
+    def is_busy(self):
+        """Whether it has a batch in hand."""
+        return self.taken > self.finished
 
-class Dealer:
-    """Deals out batch numbers, each to one worker, from memory that the parent and its workers share.
+    def finish(self, images, loss_sum):
+        """Counts the batch in hand as done."""
+        old, new = self.totals[self.finished % 2], self.totals[(self.finished + 1) % 2]
+        new.steps, new.images, new.loss_sum = old.steps + 1, old.images + images, old.loss_sum + loss_sum
+        self.finished += 1
+
+    def read_totals(self):
+        """Steps, images and loss sum of one moment, even while the worker finishes batches."""
+        while True:
+            finished = self.finished
+            totals = self.totals[finished % 2]
+            copy = totals.steps, totals.images, totals.loss_sum
+            if self.finished == finished:
+                return copy
+
+
+class BatchQueue:
+    """Hands out batch numbers, each to one worker, from memory that the parent and its workers share.
 
     Batches are counted through the whole training. Numbers from `next` up to `limit` may be taken; the parent moves
-    the limit, and lets the workers run dry by putting it where `next` is.
+    the limit, and drains the queue by putting it where `next` is.
     """
 
     def __init__(self, workers):
-        self.next, self.limit, self.closed = (RawValue(ctypes.c_int64, 0) for _ in range(3))
-        self.rows = RawArray(Row, workers)
+        self.next, self.limit, self.closed = (ctypes.c_int64.from_buffer(mmap.mmap(-1, 8)) for _ in range(3))
+        self.workers = (WorkerState * workers).from_buffer(mmap.mmap(-1, ctypes.sizeof(WorkerState) * workers))
         # A record lock of the kernel's: it ends with the process that holds it, however that process ends.
-        self.file = os.memfd_create("dealer")
+        self.file = os.memfd_create("queue")
 
-    def resume(self, number, sums):
-        """Makes a number the next to be dealt, and the sums those of the workers so far."""
+    def resume(self, number, workers):
+        """Makes a number the next to be handed out, and the totals those of the workers so far."""
         self.next.value = self.limit.value = number
-        for row, known in zip(self.rows, sums, strict=True):
-            row.held, row.dead = -1, 0
-            row.steps, row.images = known["steps"], known["images"]
-            row.loss, row.waited = known["loss_sum"], known["waited_seconds"]
+        for state, known in zip(self.workers, workers, strict=True):
+            state.totals[0] = known["steps"], known["images"], known["loss_sum"]
+            state.waited_seconds = known["waited_seconds"]
 
     def totals(self):
         """Of all workers together: steps, images, and the sum of the losses of those images."""
-        rows = list(self.rows)
-        return sum(row.steps for row in rows), sum(row.images for row in rows), sum(row.loss for row in rows)
+        return tuple(map(sum, zip(*[state.read_totals() for state in self.workers], strict=True)))
 
-    def sums(self):
+    def per_worker(self):
         """What each worker has done so far, for train_results.json."""
-        return [
-            {"rank": rank, "images": row.images, "steps": row.steps, "loss_sum": row.loss, "waited_seconds": row.waited}
-            for rank, row in enumerate(self.rows)
-        ]
+        rows = []
+        for rank, state in enumerate(self.workers):
+            steps, images, loss_sum = state.read_totals()
+            rows.append({"rank": rank, "images": images, "steps": steps, "loss_sum": loss_sum})
+            rows[-1]["waited_seconds"] = state.waited_seconds
+        return rows
 
     @contextlib.contextmanager
     def locked(self):
         """Keeps the others from taking a batch, for the microseconds that the block takes."""
-        deadline = time.monotonic() + LOCK_SECONDS
+        clock = RunningClock()
         while not self.try_lock():
-            if time.monotonic() > deadline:
+            if clock.seconds() > LOCK_SECONDS:
                 raise TimeoutError(f"a process has kept the others from taking a batch for {LOCK_SECONDS} s")
         try:
             yield
@@ -114,36 +170,48 @@ class Dealer:
         return True
 
     def take(self, rank):
-        """Hands the worker the number of a batch, or None if there is none at present."""
-        with self.locked():
-            for row in self.rows:
-                if row.dead and row.held >= 0:  # the batch that a worker died over goes to a living one
-                    self.rows[rank].held, row.held = row.held, -1
-                    return self.rows[rank].held
-            if self.next.value == self.limit.value:
-                return None
-            self.rows[rank].held = self.next.value
-            self.next.value += 1
-            return self.rows[rank].held
+        """Hands the worker the number of a batch, or None if there is none at present.
 
-    def deal_up_to(self, limit):
+        The worker has it in hand before anybody gives it up, so that a kill in between loses no batch.
+        """
+        with self.locked():
+            number = self.first_available()
+            if number is None:
+                return None
+            state = self.workers[rank]
+            state.current_batch = number
+            state.taken = state.finished + 1
+            self.next.value = max(self.next.value, number + 1)
+            for other in self.workers:
+                if other.dead and other.is_busy() and other.current_batch == number:
+                    other.taken = other.finished
+            return number
+
+    def first_available(self):
+        """The number of a batch that a dead worker had in hand, else the next one up to the limit, else None."""
+        for state in self.workers:
+            if state.dead and state.is_busy():
+                return state.current_batch
+        return self.next.value if self.next.value < self.limit.value else None
+
+    def set_limit(self, limit):
         """Lets the workers take batches up to a number."""
         with self.locked():
             self.limit.value = limit
 
     def pause(self):
-        """Lets the workers finish what they hold and take no more."""
+        """Lets the workers finish what they have in hand and take no more."""
         with self.locked():
             self.limit.value = self.next.value
 
-    def is_dry(self):
-        """Whether all that was dealt is done."""
+    def is_drained(self):
+        """Whether all that was handed out is done."""
         with self.locked():
-            return self.next.value == self.limit.value and all(row.held < 0 for row in self.rows)
+            return self.next.value >= self.limit.value and not any(state.is_busy() for state in self.workers)
 
 
 class Task:
-    """What parent and workers share: the images and labels to train on, the model, the dealer.
+    """What parent and workers share: the images and labels to train on, the model, the queue.
 
     The batches from number `start` to the last epoch's end have one schedule of the learning rate.
     """
@@ -155,12 +223,12 @@ class Task:
         torch.manual_seed(settings["seed"])
         self.model = net.Net()
         # The parameters become views of one vector in shared memory: a step is then three operations, not 24.
-        self.parameters = parameters_to_vector(self.model.parameters()).detach().share_memory_()
+        self.parameters = shared_zeros(sum(parameter.numel() for parameter in self.model.parameters()))
         for parameter, view in zip(self.model.parameters(), views(self.parameters, self.model), strict=True):
             parameter.data = view.copy_(parameter.data)
         # Each worker has a velocity of its own, in shared memory only so that the parent can keep it in checkpoints.
-        self.velocities = torch.zeros(settings["num_processes"], len(self.parameters)).share_memory_()
-        self.dealer = Dealer(settings["num_processes"])
+        self.velocities = shared_zeros(settings["num_processes"], len(self.parameters))
+        self.queue = BatchQueue(settings["num_processes"])
         self.order = None, None
 
     def batch(self, number):
@@ -181,6 +249,11 @@ class Task:
         """The learning rate of a batch: linearly up to its peak, then linearly down to 0."""
         progress = (number + 0.5 - self.start) / (self.end - self.start)
         return self.settings["lr"] * min(progress / WARM_UP, (1 - progress) / (1 - WARM_UP))
+
+
+def shared_zeros(*shape):
+    """A float32 tensor in memory that forked processes share; unlike share_memory_(), it needs no file in /dev/shm."""
+    return torch.frombuffer(mmap.mmap(-1, 4 * math.prod(shape)), dtype=torch.float32).view(shape)
 
 
 def views(vector, model):
@@ -209,13 +282,15 @@ class Worker:
 
     def __init__(self, rank, task, errors):
         self.rank, self.task, self.errors = rank, task, errors
-        self.row = task.dealer.rows[rank]
+        self.state = task.queue.workers[rank]
         self.parent = os.getpid()
 
     def run(self):
         """Trains on one batch after another until there are no more: the whole life of the process."""
-        for number in (signal.SIGTERM, signal.SIGINT):
+        for number in STOP_SIGNALS:
             signal.signal(number, signal.SIG_IGN)  # the parent gets it too, and ends its workers in order
+        # A worker must not outlive its parent: it would go on to hold the volume's lock.
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
         try:
             self.own_gradient()
             while (number := self.next_batch()) is not None:
@@ -234,11 +309,11 @@ class Worker:
     def next_batch(self):
         """Waits for the number of a batch; None when the training is over or the parent is gone."""
         began = time.monotonic()
-        while (number := self.task.dealer.take(self.rank)) is None:
-            if self.task.dealer.closed.value or os.getppid() != self.parent:
+        while (number := self.task.queue.take(self.rank)) is None:
+            if self.task.queue.closed.value or os.getppid() != self.parent:
                 return None
             time.sleep(0.001)
-        self.row.waited += time.monotonic() - began
+        self.state.waited_seconds += time.monotonic() - began
         return number
 
     def train_batch(self, number):
@@ -257,7 +332,4 @@ class Worker:
         self.gradient.add_(task.parameters, alpha=WEIGHT_DECAY)
         velocity = task.velocities[self.rank].mul_(task.settings["momentum"]).add_(self.gradient)
         task.parameters.sub_(velocity, alpha=task.learning_rate(number))
-        self.row.steps += 1
-        self.row.images += len(images)
-        self.row.loss += loss.item() * len(images)
-        self.row.held = -1
+        self.state.finish(len(images), loss.item() * len(images))

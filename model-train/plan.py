@@ -1,16 +1,18 @@
 """Decides what a run of train has to do, from its flags and from what is in the volume, before torch is imported."""
 
 import contextlib
-import fcntl
 import hashlib
 import json
 import math
-import os
 from dataclasses import dataclass
 
+from artifacts import DATA_SHA256, Failure, check_destinations, locked_folder, read_limited
+
+VERSION = "2.0"  # of the pipeline; train_results.json names the one that wrote it
+TRAINING_IMAGES = 55_000  # the first of the 60,000; the others watch the training
 # Of each setting: its type, its default, the smallest and the largest value that make sense.
 SETTINGS = {
-    "batch_size": (int, 96, 1, 55_000),
+    "batch_size": (int, 96, 1, TRAINING_IMAGES),
     "lr": (float, 0.1, 1e-9, 1e3),
     "momentum": (float, 0.8, 0.0, 0.9999),
     "seed": (int, 1, 0, 2**32 - 1),
@@ -23,14 +25,6 @@ RECIPE = ("batch_size", "lr", "momentum", "seed", "num_processes")
 LARGEST_MODEL = 1_000_000  # mnist_cnn.pt takes 90 kB
 LARGEST_RESULTS = 10_000_000  # train_results.json takes a few kB, and some 200 bytes more with every epoch
 WAY_OUT = "To start over, with the old model in place until the new one is finished: train --fresh"
-
-
-class Refusal(Exception):
-    """A request that does not fit what is in the volume, or a volume that says nothing usable: one line, a status."""
-
-    def __init__(self, message, status):
-        super().__init__(message)
-        self.status = status
 
 
 @dataclass
@@ -51,9 +45,17 @@ def checked(name, value):
 
 
 def parse_results(text):
-    """The contents of train_results.json as a dict. Raises ValueError unless what a training goes on from is valid."""
+    """The contents of train_results.json as a dict. Raises ValueError unless what a training goes on from is valid.
+
+    A setting that is not in it is of a newer version than the one that wrote it, and has its default.
+    """
     try:
         results = json.loads(text)
+        unknown = [repr(name) for name in results["settings"] if name not in SETTINGS]
+        if unknown:
+            version = results.get("version", "an unknown version")
+            raise ValueError(f"this version does not know the settings {', '.join(unknown)} of {version!r}")
+        results["settings"] = default_settings() | results["settings"]
         for name in SETTINGS:
             checked(name, results["settings"][name])
         if type(results["finished"]) is not bool or (results["finished"] and not results["model_sha256"]):
@@ -73,6 +75,8 @@ def parse_results(text):
             check_numbers(line, ("epoch",), ("train_loss", "held_out_loss", "held_out_accuracy", "seconds"))
         if len(results["history"]) > results["settings"]["epochs"]:
             raise ValueError("history")
+        if not isinstance(results.setdefault("data_sha256", DATA_SHA256), dict):
+            raise ValueError("data_sha256")
         return results
     except (KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(str(error)) from None
@@ -94,28 +98,23 @@ def read_results(folder):
     if not path.exists():
         return None
     try:
-        return parse_results(read_start(path, LARGEST_RESULTS))
-    except ValueError:
-        raise Refusal(f"{path} is damaged. {WAY_OUT}", 1) from None
+        return parse_results(read_limited(path, LARGEST_RESULTS, WAY_OUT))
+    except ValueError as error:
+        raise Failure(f"{path} is damaged, or of another version ({error}). {WAY_OUT}") from None
 
 
-def read_start(path, limit):
-    """The contents of a file, up to a limit of bytes. Raises Refusal if it cannot be read."""
-    try:
-        if not path.is_file():
-            raise Refusal(f"{path} is not a file. {WAY_OUT}", 1)
-        with open(path, "rb") as file:
-            return file.read(limit)
-    except OSError as error:
-        raise Refusal(f"{path} cannot be read ({error.strerror}). {WAY_OUT}", 1) from None
+def default_settings():
+    """Every setting's default."""
+    return {name: default for name, (_, default, _, _) in SETTINGS.items()}
 
 
 def decide(asked, fresh, folder):
     """The plan for the settings asked for (those not given are absent), as the README's table has it.
 
-    Raises Refusal with status 2 if they contradict what is in the volume, with 1 if that cannot be read.
+    Raises Failure, with status 2 if they contradict what is in the volume, with 1 if that cannot be read.
     """
-    settings = {name: default for name, (_, default, _, _) in SETTINGS.items()} | asked
+    check_destinations(folder, "mnist_cnn.pt", "checkpoint.pt", "train_results.json", "training.png")
+    settings = default_settings() | asked
     model, checkpoint = folder / "mnist_cnn.pt", folder / "checkpoint.pt"
     if fresh:
         return Plan("start", "starts over", settings)
@@ -123,33 +122,53 @@ def decide(asked, fresh, folder):
     if results is not None:
         return decide_on(results, asked, model)
     if checkpoint.exists():
-        raise Refusal(f"{checkpoint} is there without its train_results.json. {WAY_OUT}", 1)
+        raise Failure(f"{checkpoint} is there without its train_results.json. {WAY_OUT}")
     if not model.exists():
         return Plan("start", "starts", settings)
     if asked:
-        raise Refusal(f"{model} was not trained here, so there is no recipe to go on with. {WAY_OUT}", 2)
+        raise Failure(f"{model} was not trained here, so there is no recipe to go on with. {WAY_OUT}", 2)
     return Plan("nothing", f"{model} was not trained here and is left as it is. {WAY_OUT}", settings)
 
 
 def decide_on(results, asked, model):
     """The plan where train_results.json tells of a training, finished or not."""
     settings, epochs_done = results["settings"], len(results["history"])
+    check_data(results, model.parent)
     differing = [name for name in RECIPE if name in asked and asked[name] != settings[name]]
     if differing:
         has = ", ".join(f"{flag(name)} {settings[name]}" for name in differing)
         wants = ", ".join(f"{flag(name)} {asked[name]}" for name in differing)
-        raise Refusal(f"the training in {model.parent} has {has}, not {wants}. {WAY_OUT}", 2)
+        raise Failure(f"the training in {model.parent} has {has}, not {wants}. {WAY_OUT}", 2)
     epochs = asked.get("epochs", settings["epochs"])
     if not (results["finished"] and model.exists()):
-        if epochs < epochs_done:
-            raise Refusal(f"the training in {model.parent} is past {epochs} epochs already. {WAY_OUT}", 2)
+        done = results["batches"] / math.ceil(TRAINING_IMAGES / settings["batch_size"])
+        check_epochs(epochs, settings["epochs"], done, model.parent)
         return Plan("resume", f"goes on after {epochs_done} of {epochs} epochs", settings | {"epochs": epochs})
-    if hashlib.sha256(read_start(model, LARGEST_MODEL)).hexdigest() != results["model_sha256"]:
+    if hashlib.sha256(read_limited(model, LARGEST_MODEL, WAY_OUT)).hexdigest() != results["model_sha256"]:
         line = f"{model} is not the model that train_results.json describes, and is left as it is. {WAY_OUT}"
         return Plan("nothing", line, settings)
     if epochs > epochs_done:
         return Plan("resume", f"trains on from {epochs_done} to {epochs} epochs", settings | {"epochs": epochs})
     return Plan("nothing", f"{model} is finished ({epochs_done} epochs): nothing to do. {WAY_OUT}", settings)
+
+
+def check_epochs(requested, wanted, done, folder):
+    """Raises Failure if an unfinished training, of which `wanted` epochs were asked for, is past those asked for now.
+
+    Its weights are then not those of a training of that many epochs, whose learning rate has fallen to 0 by the end.
+    """
+    if requested != wanted and requested <= done:
+        raise Failure(
+            f"the training in {folder} has done {done:.1f} of its {wanted} epochs, so --epochs {requested} does not "
+            f"fit. Leave it out, or give more. {WAY_OUT}",
+            status=2,
+        )
+
+
+def check_data(results, folder):
+    """Raises Failure if a training was on other data than this version's."""
+    if results["data_sha256"] != DATA_SHA256:
+        raise Failure(f"the training in {folder} was on other data (its sha256 sums differ). {WAY_OUT}", status=2)
 
 
 def as_flags(settings):
@@ -166,18 +185,14 @@ def flag(name):
 def hold(folder):
     """Holds the volume for one training at a time, by a lock on the folder that ends with this process.
 
-    Raises Refusal with status 2, and with what is known of the holder, if another training has it.
+    Raises Failure with status 2, and with what is known of the holder, if another training has it.
     """
-    handle = os.open(folder, os.O_RDONLY)
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        with locked_folder(folder, wait=False):
+            yield
     except BlockingIOError:
         holder = "another train container"
-        with contextlib.suppress(Refusal, KeyError, TypeError):
+        with contextlib.suppress(Failure, KeyError, TypeError):
             results = read_results(folder)
             holder = f"the training that {results['host']} began at {results['began']}"
-        raise Refusal(f"{folder} is held by {holder}. Wait for its end, or stop it.", 2) from None
-    try:
-        yield
-    finally:
-        os.close(handle)
+        raise Failure(f"{folder} is held by {holder}. Wait for its end, or stop it.", status=2) from None

@@ -13,28 +13,37 @@ Writes  MODEL/mnist_cnn.pt: the state_dict of the finished model
 What is in MODEL decides what a run does: see plan.py. The training itself is in hogwild.py.
 """
 
+import artifacts
+
+if __name__ == "__main__":
+    artifacts.prepare_process()
+
 import argparse
 import contextlib
 import hashlib
 import io
 import os
-import signal
+import socket
 import sys
 import time
 from functools import partial
 from pathlib import Path
 
 import plan
+from artifacts import Failure, exit_on_failure, publish, report, say
+
+# What a training takes, in bytes: torch and the images, then each worker with torch's buffers, and with what a step
+# keeps of each image of its batch (float32; measured with 1 to 4 workers and batches of 96 to 10,000).
+PARENT_MEMORY, WORKER_MEMORY, IMAGE_MEMORY = 215_000_000, 30_000_000, 120_000
+DOWNLOAD_TIMEOUT = 60  # seconds without an answer from a mirror
 
 
 def main():
     """Runs the stage and returns its exit status."""
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda number, frame: sys.exit(128 + number))
     args = parse_args()
     asked = {name: getattr(args, name) for name in plan.SETTINGS if getattr(args, name) is not None}
     decide = partial(plan.decide, asked, args.fresh or args.dry_run, args.model)
-    try:
+    with exit_on_failure("train"):
         args.model.mkdir(parents=True, exist_ok=True)
         todo = decide()
         if args.dry_run:
@@ -44,14 +53,12 @@ def main():
                 todo = decide()  # anew: another training may have ended between the first look and the lock
                 if todo.action != "nothing":
                     return train(todo, args)
-        print(f"train: {todo.line}")
+        try:
+            read_data(args.data)  # the next stages need it, and may not write to its folder
+        except Failure as failure:
+            report(f"train: warning: {failure}")
+        say(f"train: {todo.line}")
         return 0
-    except plan.Refusal as refusal:
-        print(f"train: {refusal}", file=sys.stderr)
-        return refusal.status
-    except OSError as error:
-        print(f"train: {error}. When that is mended, run it again.", file=sys.stderr)
-        return 1
 
 
 def parse_args():
@@ -84,11 +91,9 @@ def parse_args():
     parser.add_argument(
         "--fresh", action="store_true", help="start over; the old model stays until the new one is done"
     )
+    parser.add_argument("--data", type=Path, default=artifacts.DATA, help="folder of the data (default: %(default)s)")
     parser.add_argument(
-        "--data", type=Path, default="/opt/mount/data", help="folder of the data (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--model", type=Path, default="/opt/mount/model", help="folder of the volume's files (default: %(default)s)"
+        "--model", type=Path, default=artifacts.MODEL, help="folder of the volume's files (default: %(default)s)"
     )
     return parser.parse_args()
 
@@ -106,56 +111,97 @@ def parse_setting(name, text):
 
 def train(todo, args):
     """Does what the plan says, and returns the exit status."""
+    workers, batch_size = todo.settings["num_processes"], todo.settings["batch_size"]
+    needed = PARENT_MEMORY + workers * (WORKER_MEMORY + batch_size * IMAGE_MEMORY)
+    artifacts.check_memory(needed, f"a training with {workers} workers and batches of {batch_size:,}")
+    raw = read_data(args.data)
+
     import net  # only now, since it imports torch, which takes longer than all that came before
     import training
 
-    with net.plain_errors("train"):
-        fetch_data(args.data)
-        images, labels = net.read_split(args.data, "train")
-        if args.dry_run:
-            todo.settings["epochs"], todo.line = 1, "tries out a batch for each worker, and publishes nothing"
-            few = training.HELD_OUT + todo.settings["num_processes"] * todo.settings["batch_size"]
-            images, labels = images[-few:], labels[-few:]
-        print(f"train: {todo.line}: {plan.as_flags(todo.settings)}", flush=True)
-        warn_of_cores(todo.settings["num_processes"])
-        run = training.begin(todo, images, labels, None if args.dry_run else args.model)
-        try:
-            run.run(Progress(args.log_interval))
-        except training.Stopped as stopped:
-            print(f"train: {stopped}. {training.GO_ON}", file=sys.stderr)
-            return 128 + stopped.number
-        if not args.dry_run:
-            publish_model(run, args.model)
-        return 128 + run.asked_to_stop if run.asked_to_stop else 0
+    images, labels = net.parse_split(raw["train-images-idx3-ubyte"], raw["train-labels-idx1-ubyte"])
+    if args.dry_run:
+        todo.settings["epochs"], todo.line = 1, "tries out a batch for each worker, and publishes nothing"
+        few = training.HELD_OUT + workers * batch_size
+        images, labels = images[-few:], labels[-few:]
+    say(f"train: {todo.line}: {plan.as_flags(todo.settings)}")
+    warn_of_cores(workers)
+    run = training.begin(todo, images, labels, None if args.dry_run else args.model)
+    try:
+        run.run(Progress(args.log_interval))
+    except training.Stopped as stopped:
+        report(f"train: {stopped}")
+        return 128 + stopped.number
+    if not args.dry_run:
+        publish_model(run, args.model)
+    return 128 + run.asked_to_stop if run.asked_to_stop else 0
 
 
-def fetch_data(data):
-    """Has torchvision fetch the data set, unless its files are there."""
-    import net
+def read_data(data):
+    """The verified contents of the data set's raw files by name; downloads them first if they are not in order."""
+    try:
+        return {name: artifacts.read_raw(data, name) for name in artifacts.RAW_FILES}
+    except Failure as problem:
+        download_data(data, problem)
+    return {name: artifacts.read_raw(data, name) for name in artifacts.RAW_FILES}
 
-    raw = data / net.RAW_FOLDER
-    if all((raw / name).exists() for name in net.RAW_FILES):
-        return
-    print(f"train: fetching MNIST into {raw} (12 MB)", flush=True)
+
+def download_data(data, problem):
+    """Has torchvision download the data set, and publishes the files that are missing or wrong.
+
+    Raises Failure, with the problem that made it necessary, if that does not succeed.
+    """
+    part = data / ".download"
+    try:
+        data.mkdir(parents=True, exist_ok=True)
+        with artifacts.locked_folder(data, wait=True):  # two first trainings may share the folder
+            wrong = [name for name in artifacts.RAW_FILES if not is_sound(data, name)]
+            if not wrong:
+                return
+            say(f"train: downloading MNIST into {data / artifacts.RAW_FOLDER} (12 MB)")
+            artifacts.remove(part)  # what a killed download left
+            try:
+                fetch_with_torchvision(part)
+                for name in wrong:
+                    place_raw(data, name, artifacts.read_raw(part, name))
+            finally:
+                artifacts.remove(part)
+    except (OSError, RuntimeError, Failure) as error:
+        reason = str(error).splitlines()[0].rstrip(":.")
+        raise Failure(f"{problem} (It could not be downloaded: {reason}.)") from None
+
+
+def is_sound(data, name):
+    """Whether a raw file is there and is, to the byte, the data set's."""
+    try:
+        return bool(artifacts.read_raw(data, name))
+    except Failure:
+        return False
+
+
+def fetch_with_torchvision(folder):
+    """Downloads MNIST into a folder, from the mirrors that torchvision names."""
     from torchvision.datasets import MNIST  # not earlier: nothing else needs torchvision
 
-    try:
-        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-            MNIST(data, download=True)
-    except (OSError, RuntimeError) as error:
-        reason = str(error).splitlines()[0].rstrip(":")
-        raise net.Failure(
-            f"no data in {raw}, and none to be fetched ({reason}). Put it there with: make data"
-        ) from None
+    socket.setdefaulttimeout(DOWNLOAD_TIMEOUT)
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        MNIST(folder, download=True)
+
+
+def place_raw(data, name, content):
+    """Publishes a raw file. What had its size, and so may be somebody's own data, is kept beside it."""
+    path = data / artifacts.RAW_FOLDER / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.is_file() and path.stat().st_size == len(content):
+        path.rename(path.with_name(f"{name}.replaced"))
+    publish(path, bytes(content))
 
 
 def warn_of_cores(workers):
     """Says so if there are more workers than cores to run them."""
     cores = count_cores()
     if workers > cores:
-        print(
-            f"train: warning: {workers} workers on {cores} core{'s' * (cores > 1)} get in each other's way", flush=True
-        )
+        say(f"train: warning: {workers} workers on {cores} core{'s' * (cores > 1)} get in each other's way")
 
 
 def count_cores():
@@ -184,7 +230,7 @@ class Progress:
 
     def __call__(self, run):
         """Called many times a second with the training; speaks when it is time."""
-        now, steps, images, loss_sum = time.monotonic(), *run.dealer.totals()
+        now, steps, images, loss_sum = time.monotonic(), *run.queue.totals()
         if self.first is None:
             self.first = self.last = now, steps, images, loss_sum
         seconds, new_steps = now - self.last[0], steps - self.last[1]
@@ -204,23 +250,22 @@ class Progress:
         text += f", {max(0, total - images) / speed:.0f} s left"
         if self.bar:
             filled = round(20 * images / total)
-            print(f"\r[{'#' * filled}{'.' * (20 - filled)}] {text} ", end="", flush=True)
+            say(f"\r[{'#' * filled}{'.' * (20 - filled)}] {text} ", end="")
         else:
-            print(f"train: {text}", flush=True)
+            say(f"train: {text}")
 
 
 def publish_model(run, folder):
     """Publishes what a finished training is for: the curves, the model, and the results that vouch for it."""
-    import net
     import torch
 
-    net.publish(folder / "training.png", draw_curves(run.results["history"]))
+    publish(folder / "training.png", draw_curves(run.results["history"]))
     buffer = io.BytesIO()
     torch.save(run.state_dict(), buffer)
-    net.publish(folder / "mnist_cnn.pt", buffer.getvalue())
+    publish(folder / "mnist_cnn.pt", buffer.getvalue())
     run.publish_finished(hashlib.sha256(buffer.getvalue()).hexdigest())
     accuracy, seconds = run.results["history"][-1]["held_out_accuracy"], run.results["seconds"]
-    print(f"train: finished in {seconds:.1f} s: {accuracy:.2f} % of the held-out images right")
+    say(f"train: finished in {seconds:.1f} s: {accuracy:.2f} % of the held-out images right")
 
 
 def draw_curves(history):

@@ -16,8 +16,9 @@ from importlib.metadata import version
 import net
 import torch
 import torch.nn.functional as F
-from hogwild import PRECISION, Task, Worker
-from plan import RECIPE, WAY_OUT, as_flags, parse_results, read_results
+from artifacts import DATA_SHA256, Failure, handle_stop_signals, publish, read_limited, say
+from hogwild import PRECISION, RunningClock, Task, Worker
+from plan import RECIPE, VERSION, WAY_OUT, as_flags, check_epochs, parse_results, read_results
 
 HELD_OUT = 5_000  # the last of the 60,000 training images watch the training; no worker ever sees them
 CHECKPOINT_SECONDS = 3
@@ -28,14 +29,15 @@ KEPT_ON_RESUMING = ("run", "batches", "start", "seconds", "history", "workers", 
 LARGEST_CHECKPOINT = 16_000_000  # the parameters, a velocity for each of 64 workers, and the history
 
 
-GO_ON = "The last checkpoint is kept; go on with: docker compose run --rm train"
+RESUME_HINT = "Resume with: docker compose run --rm train"
 
 
 class Stopped(Exception):
-    """The training was asked to stop, by the signal `number`."""
+    """The training was asked to stop, by the signal `number`; what it had done is saved, or could not be in time."""
 
-    def __init__(self, number):
-        super().__init__(f"stopped by {signal.Signals(number).name}")
+    def __init__(self, number, saved):
+        fate = "its progress is in checkpoint.pt" if saved else "a batch took too long, so the last checkpoint is kept"
+        super().__init__(f"stopped by {signal.Signals(number).name}: {fate}. {RESUME_HINT}")
         self.number = number
 
 
@@ -46,6 +48,7 @@ def new_results(settings):
         for rank in range(settings["num_processes"])
     ]
     return {
+        "version": VERSION,
         "finished": False,
         "run": uuid.uuid4().hex,
         "host": platform.node(),
@@ -59,6 +62,7 @@ def new_results(settings):
         "workers": workers,
         "lost_workers": [],
         "precision": str(PRECISION).removeprefix("torch."),
+        "data_sha256": DATA_SHA256,
         "versions": {"python": platform.python_version()} | {name: version(name) for name in ("torch", "torchvision")},
     }
 
@@ -71,16 +75,15 @@ class Training:
         self.results, self.folder = results, folder
         self.held_out = images[-HELD_OUT:], labels[-HELD_OUT:]
         self.task = Task(results["settings"], images[:-HELD_OUT], labels[:-HELD_OUT], results["start"])
-        self.dealer = self.task.dealer
-        self.asked_to_stop, self.stop_by = None, math.inf
+        self.queue = self.task.queue
+        self.asked_to_stop = None
 
     def run(self, show):
         """Trains to the end; show(training) is called many times a second.
 
         Raises Stopped on SIGTERM and SIGINT, and Failure if the training cannot go on; the last checkpoint is kept.
         """
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self.ask_to_stop)
+        handle_stop_signals(self.ask_to_stop)
         self.fork_workers()
         try:
             for epoch in range(len(self.results["history"]), self.results["settings"]["epochs"]):
@@ -94,23 +97,24 @@ class Training:
 
     def ask_to_stop(self, number, frame):
         """Handles a signal: the training stops after the batches that are under way."""
-        self.asked_to_stop, self.stop_by = number, time.monotonic() + STOP_SECONDS
+        if self.asked_to_stop is None:  # a second signal does not give the batches under way more time
+            self.asked_to_stop, self.since_asked = number, RunningClock()
 
     def train_epoch(self, limit, show):
         """Has all batches up to a number trained on, then a pause; before, one every few seconds, for a checkpoint."""
-        self.dealer.deal_up_to(limit)
-        while self.dealer.next.value < limit:
+        self.queue.set_limit(limit)
+        while self.queue.next.value < limit:
             time.sleep(0.01)
             self.watch_workers()
             show(self)
             if self.asked_to_stop:
                 self.pause()
                 self.keep(self.checkpoint())
-                raise Stopped(self.asked_to_stop)
+                raise Stopped(self.asked_to_stop, saved=True)
             if time.monotonic() > self.last_checkpoint + CHECKPOINT_SECONDS:
                 self.pause()
                 content = self.checkpoint()
-                self.dealer.deal_up_to(limit)  # the workers train on while the disk takes its time
+                self.queue.set_limit(limit)  # the workers train on while the disk takes its time
                 self.keep(content)
         self.pause()
 
@@ -119,16 +123,16 @@ class Training:
 
         Raises Stopped if that takes too long for a stop.
         """
-        self.dealer.pause()
-        while not self.dealer.is_dry():
-            if time.monotonic() > self.stop_by:
-                raise Stopped(self.asked_to_stop)
+        self.queue.pause()
+        while not self.queue.is_drained():
+            if self.asked_to_stop and self.since_asked.seconds() > STOP_SECONDS:
+                raise Stopped(self.asked_to_stop, saved=False)
             time.sleep(0.0005)
             self.watch_workers()
-        self.results["batches"] = self.dealer.next.value
+        self.results["batches"] = self.queue.next.value
         self.results["seconds"] = time.monotonic() - self.began
-        self.results["images_per_second"] = self.dealer.totals()[1] / self.results["seconds"]
-        self.results["workers"] = self.dealer.sums()
+        self.results["images_per_second"] = self.queue.totals()[1] / self.results["seconds"]
+        self.results["workers"] = self.queue.per_worker()
 
     # The workers ---------------------------------------------------------------------------------------------------
 
@@ -137,7 +141,7 @@ class Training:
 
         It is safe here since the parent has run nothing on more than one thread so far, and runs no backward pass.
         """
-        self.dealer.resume(self.results["batches"], self.results["workers"])
+        self.queue.resume(self.results["batches"], self.results["workers"])
         self.errors, write_end = os.pipe()
         os.set_blocking(self.errors, False)
         context = multiprocessing.get_context("fork")
@@ -149,12 +153,12 @@ class Training:
         # The workers are forked, and at rest when the parent judges: now it may use as many threads as they are.
         torch.set_num_threads(len(self.processes))
         self.began = time.monotonic() - self.results["seconds"]
-        self.last_checkpoint = self.last_step = time.monotonic()
-        self.steps = 0
+        self.last_checkpoint = time.monotonic()
+        self.steps, self.since_step = 0, RunningClock()
 
     def end_workers(self):
         """Lets the workers end, and kills those that do not within a second."""
-        self.dealer.closed.value = 1
+        self.queue.closed.value = 1
         deadline = time.monotonic() + 1
         for process in self.processes:
             process.join(max(0.0, deadline - time.monotonic()))
@@ -165,25 +169,30 @@ class Training:
     def watch_workers(self):
         """Hands on the batch of a worker that was killed; raises Failure if one failed or all are dead."""
         for rank, process in enumerate(self.processes):
-            row = self.dealer.rows[rank]
-            if process.exitcode is None or row.dead:
+            state = self.queue.workers[rank]
+            if process.exitcode is None or state.dead:
                 continue
             if process.exitcode >= 0:
-                raise net.Failure(f"worker {rank} failed: {self.read_error()}; trained with {self.recipe()}. {WAY_OUT}")
+                raise Failure(f"worker {rank} failed: {self.read_error()}; trained with {self.recipe()}. {WAY_OUT}")
             number = -process.exitcode
-            cause = f"signal {number} ({signal.strsignal(number)})"
-            print(f"train: worker {rank} was ended by {cause}; the others take over its work", flush=True)
-            self.results["lost_workers"].append({"rank": rank, "signal": number, "batch": row.held})
-            row.dead = 1
-        if all(row.dead for row in self.dealer.rows):
-            raise net.Failure(f"all workers are dead; is there enough memory? {GO_ON}")
-        steps = sum(row.steps for row in self.dealer.rows)
+            cause = signal.Signals(number).name
+            say(f"train: worker {rank} was killed by {cause}; the others take over its work")
+            batch = state.current_batch if state.is_busy() else None
+            self.results["lost_workers"].append({"rank": rank, "signal": number, "batch": batch})
+            state.dead = 1
+        if all(state.dead for state in self.queue.workers):
+            raise Failure(
+                "all workers are dead; is there enough memory (MNIST_MEMORY)? "
+                f"The last checkpoint is kept. {RESUME_HINT}"
+            )
+        steps, _, _ = self.queue.totals()
         if steps != self.steps:
-            self.steps, self.last_step = steps, time.monotonic()
-        elif time.monotonic() > self.last_step + STALL_SECONDS:
-            self.last_step = time.monotonic()
-            for row, process in zip(self.dealer.rows, self.processes, strict=True):
-                if row.held >= 0:
+            self.steps = steps
+            self.since_step.reset()
+        elif self.since_step.seconds() > STALL_SECONDS:
+            self.since_step.reset()
+            for state, process in zip(self.queue.workers, self.processes, strict=True):
+                if state.is_busy():
                     process.kill()  # to be found dead in the next round, and its batch handed on
 
     def read_error(self):
@@ -204,7 +213,7 @@ class Training:
         images, labels = self.held_out
         log_probabilities = net.predict(self.task.model, images)
         if not log_probabilities.isfinite().all():
-            raise net.Failure(f"the model's outputs are not finite; trained with {self.recipe()}. {WAY_OUT}")
+            raise Failure(f"the model's outputs are not finite; trained with {self.recipe()}. {WAY_OUT}")
         history, trained_on = self.results["history"], len(self.task.images)
         loss_sum = sum(worker["loss_sum"] for worker in self.results["workers"])
         history.append(
@@ -217,13 +226,13 @@ class Training:
             }
         )
         over_the_bar = "\r\033[K" if sys.stdout.isatty() else ""
-        print(over_the_bar + describe(history[-1], self.results["settings"]["epochs"]), flush=True)
+        say(over_the_bar + describe(history[-1], self.results["settings"]["epochs"]))
 
     def check_accuracy(self):
         """Raises Failure if the training has come to nothing."""
         accuracy = self.results["history"][-1]["held_out_accuracy"]
         if accuracy < LEAST_ACCURACY:
-            raise net.Failure(
+            raise Failure(
                 f"after the last epoch only {accuracy:.1f} % of the held-out images are read right, so nothing is "
                 f"published; trained with {self.recipe()}. {WAY_OUT}"
             )
@@ -231,7 +240,7 @@ class Training:
     def checkpoint(self):
         """All that resuming needs, as the bytes of a checkpoint; the workers must be at rest."""
         if not self.task.parameters.isfinite().all():
-            raise net.Failure(f"the parameters are no longer finite; trained with {self.recipe()}. {WAY_OUT}")
+            raise Failure(f"the parameters are no longer finite; trained with {self.recipe()}. {WAY_OUT}")
         buffer = io.BytesIO()
         parts = {"model": self.state_dict(), "velocities": self.task.velocities}
         torch.save(parts | {"results": json.dumps(self.results)}, buffer)
@@ -245,13 +254,12 @@ class Training:
     def publish_finished(self, model_sha256):
         """Writes the results of a finished training whose model is published."""
         self.results |= {"finished": True, "model_sha256": model_sha256}
-        self.results["data_sha256"] = {name: sha256 for name, (_, sha256) in net.RAW_FILES.items()}
         publish_results(self.folder, self.results)
 
     def keep(self, checkpoint):
         """Publishes a checkpoint, and then the results, which may be behind it but never ahead."""
         if self.folder:
-            net.publish(self.folder / "checkpoint.pt", checkpoint)
+            publish(self.folder / "checkpoint.pt", checkpoint)
             publish_results(self.folder, self.results)
         self.last_checkpoint = time.monotonic()
 
@@ -266,7 +274,7 @@ def describe(line, epochs):
 
 def publish_results(folder, results):
     """Writes train_results.json."""
-    net.publish(folder / "train_results.json", json.dumps(results, indent=1).encode())
+    publish(folder / "train_results.json", json.dumps(results, indent=1).encode())
 
 
 def begin(plan, images, labels, folder):
@@ -280,7 +288,7 @@ def begin(plan, images, labels, folder):
         if checkpoint and checkpoint["results"]["run"] == known["run"]:
             return resumed(checkpoint, plan.settings, images, labels, folder)
         if known["batches"]:
-            raise net.Failure(f"{path} is not of the training that train_results.json describes. {WAY_OUT}")
+            raise Failure(f"{path} is not of the training that train_results.json describes. {WAY_OUT}")
         # Killed before its first checkpoint: what checkpoint there is, is left from an earlier training.
     results = new_results(plan.settings)
     if folder:
@@ -292,15 +300,17 @@ def resumed(checkpoint, settings, images, labels, folder):
     """The training of a checkpoint, to go on to the number of epochs in the settings."""
     results, path = checkpoint["results"], folder / "checkpoint.pt"
     if any(results["settings"][name] != settings[name] for name in RECIPE):
-        raise net.Failure(f"{path} has other settings than train_results.json. {WAY_OUT}")
+        raise Failure(f"{path} has other settings than train_results.json. {WAY_OUT}")
+    per_epoch = math.ceil(len(images[:-HELD_OUT]) / settings["batch_size"])
+    check_epochs(settings["epochs"], results["settings"]["epochs"], results["batches"] / per_epoch, folder)
     longer = settings["epochs"] > results["settings"]["epochs"]
     if longer and len(results["history"]) == results["settings"]["epochs"]:
         results["start"] = results["batches"]  # the learning rate had fallen to 0: it has another rise and fall
     results |= new_results(settings) | {key: results[key] for key in KEPT_ON_RESUMING}
     training = Training(results, images, labels, folder)
-    epochs_done, per_epoch = len(results["history"]), training.task.per_epoch
+    epochs_done = len(results["history"])
     if not 0 <= results["batches"] - epochs_done * per_epoch <= per_epoch or results["start"] > results["batches"]:
-        raise net.Failure(f"{path} is damaged (its progress and its history contradict each other). {WAY_OUT}")
+        raise Failure(f"{path} is damaged (its progress and its history contradict each other). {WAY_OUT}")
     net.fill_model(training.task.model, checkpoint["model"], path, WAY_OUT)
     net.check_tensor(checkpoint["velocities"], "velocities", training.task.velocities.shape, path, WAY_OUT)
     training.task.velocities.copy_(checkpoint["velocities"])
@@ -309,10 +319,10 @@ def resumed(checkpoint, settings, images, labels, folder):
 
 def load_checkpoint(path):
     """What is in checkpoint.pt: model, velocities, results. Raises Failure if it is missing or damaged."""
-    checkpoint = net.load_tensors(net.read_limited(path, LARGEST_CHECKPOINT, WAY_OUT), path, WAY_OUT)
+    checkpoint = net.load_tensors(read_limited(path, LARGEST_CHECKPOINT, WAY_OUT), path, WAY_OUT)
     try:
         parts = dict.items(checkpoint)  # a TypeError if it is no dict
         model, velocities, results = (dict(parts)[name] for name in ("model", "velocities", "results"))
         return {"model": model, "velocities": velocities, "results": parse_results(results)}
     except (KeyError, TypeError, ValueError):
-        raise net.Failure(f"{path} is damaged. {WAY_OUT}") from None
+        raise Failure(f"{path} is damaged. {WAY_OUT}") from None

@@ -11,6 +11,7 @@ import shutil
 import tarfile
 import threading
 
+import artifacts
 import example
 import net
 import pytest
@@ -93,7 +94,7 @@ def test_there_are_60000_training_images(data):
 @pytest.mark.parametrize("name", ["t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte"])
 def test_a_file_that_is_not_the_data_sets_own_is_refused_by_name(copied, name, how):
     damage(copied / RAW / name, how)
-    with pytest.raises(net.Failure, match=f"{name}.* make data"):
+    with pytest.raises(artifacts.Failure, match=f"{name}.* make data"):
         net.read_split(copied, "t10k")
 
 
@@ -175,7 +176,7 @@ def npm(tmp_path, monkeypatch):
 
 
 def test_the_data_script_and_net_py_agree_on_the_files(fetch):
-    assert {name: sha256 for name, (_, sha256) in net.RAW_FILES.items()} == fetch.module.FILES
+    assert {name: sha256 for name, (_, sha256) in artifacts.RAW_FILES.items()} == fetch.module.FILES
     assert [*fetch.module.FILES] == stages.RAW_FILES
 
 

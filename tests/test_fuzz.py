@@ -12,6 +12,7 @@ import warnings
 import zipfile
 from types import SimpleNamespace
 
+import artifacts
 import net
 import plan
 import pytest
@@ -110,7 +111,7 @@ def says_no_more():
         warnings.simplefilter("always")
         try:
             yield
-        except (net.Failure, plan.Refusal) as failure:
+        except artifacts.Failure as failure:
             fails_in_one_line(failure)
     assert [str(warning.message) for warning in warned] == []
 
@@ -128,7 +129,7 @@ def resume(folder, content, results=RESULTS):
     (folder / "train_results.json").write_text(json.dumps(results))
     with says_no_more():
         run = training.begin(SimpleNamespace(action="resume", settings=SETTINGS), IMAGES, LABELS, folder)
-        run.dealer.resume(run.results["batches"], run.results["workers"])
+        run.queue.resume(run.results["batches"], run.results["workers"])
         assert run.task.parameters.isfinite().all()
         assert isinstance(run.results["history"], list)
 
@@ -172,7 +173,7 @@ def test_a_torch_file_of_any_value_is_refused_in_one_line(reader, tmp_path, valu
 @FUZZ
 @given(key=st.sampled_from(sorted(net.Net().state_dict())), value=values)
 def test_a_model_with_any_value_for_a_tensor_is_refused_in_one_line(tmp_path, key, value):
-    with pytest.raises(net.Failure) as refused:
+    with pytest.raises(artifacts.Failure) as refused:
         net.load_model(write(tmp_path / "mnist_cnn.pt", saved(net.Net().state_dict() | {key: value})))
     fails_in_one_line(refused.value)
 
@@ -222,13 +223,13 @@ def test_results_with_any_value_in_a_place_are_taken_or_refused_in_one_line(tmp_
 @FUZZ
 @given(edits=edits)
 def test_a_file_of_the_data_set_with_bytes_changed_is_refused_in_one_line(tmp_path, data, edits):
-    good = (data / net.RAW_FOLDER / LABELS_FILE).read_bytes()
+    good = (data / artifacts.RAW_FOLDER / LABELS_FILE).read_bytes()
     changed = mutate(good, edits)
-    (tmp_path / net.RAW_FOLDER).mkdir(parents=True, exist_ok=True)
-    write(tmp_path / net.RAW_FOLDER / LABELS_FILE, changed)
+    (tmp_path / artifacts.RAW_FOLDER).mkdir(parents=True, exist_ok=True)
+    write(tmp_path / artifacts.RAW_FOLDER / LABELS_FILE, changed)
     try:
-        assert net.read_raw(tmp_path, LABELS_FILE) == good
-    except net.Failure as failure:
+        assert artifacts.read_raw(tmp_path, LABELS_FILE) == good
+    except artifacts.Failure as failure:
         assert changed != good
         fails_in_one_line(failure)
 

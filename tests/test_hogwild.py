@@ -10,12 +10,12 @@ DEFAULTS = {name: default for name, (_, default, _, _) in SETTINGS.items()}
 
 
 @pytest.fixture
-def dealer():
+def queue():
     """One that has ten batches for two workers."""
-    dealer = hogwild.Dealer(2)
-    dealer.resume(0, dealer.sums())
-    dealer.deal_up_to(10)
-    return dealer
+    queue = hogwild.BatchQueue(2)
+    queue.resume(0, queue.per_worker())
+    queue.set_limit(10)
+    return queue
 
 
 @pytest.fixture
@@ -24,25 +24,25 @@ def x():
     return net.to_input(torch.randint(256, (5, 28, 28), dtype=torch.uint8))
 
 
-def test_a_batch_is_dealt_once(dealer):
-    assert [dealer.take(rank) for rank in (0, 1, 0, 0, 1)] == [0, 1, 2, 3, 4]
+def test_a_batch_is_dealt_once(queue):
+    assert [queue.take(rank) for rank in (0, 1, 0, 0, 1)] == [0, 1, 2, 3, 4]
 
 
-def test_the_batch_of_a_dead_worker_goes_to_a_living_one_before_any_other(dealer):
-    assert [dealer.take(0), dealer.take(1)] == [0, 1]
-    dealer.rows[0].dead = 1
-    assert [dealer.take(1), dealer.take(1)] == [0, 2]
+def test_the_batch_of_a_dead_worker_goes_to_a_living_one_before_any_other(queue):
+    assert [queue.take(0), queue.take(1)] == [0, 1]
+    queue.workers[0].dead = 1
+    assert [queue.take(1), queue.take(1)] == [0, 2]
 
 
-def test_after_a_pause_nothing_is_dealt_before_the_limit_is_moved(dealer):
-    assert dealer.take(0) == 0
-    dealer.pause()
-    assert dealer.take(1) is None
-    assert not dealer.is_dry()
-    dealer.rows[0].held = -1
-    assert dealer.is_dry()
-    dealer.deal_up_to(2)
-    assert dealer.take(1) == 1
+def test_after_a_pause_nothing_is_dealt_before_the_limit_is_moved(queue):
+    assert queue.take(0) == 0
+    queue.pause()
+    assert queue.take(1) is None
+    assert not queue.is_drained()
+    queue.workers[0].finish(96, 1.0)
+    assert queue.is_drained()
+    queue.set_limit(2)
+    assert queue.take(1) == 1
 
 
 def test_the_learning_rate_rises_to_its_peak_and_falls_to_zero():

@@ -8,6 +8,7 @@ import stat
 import threading
 from pathlib import Path
 
+import artifacts
 import example
 import net
 import pytest
@@ -112,7 +113,7 @@ NO_CHECKPOINTS = {
 def test_what_is_no_checkpoint_of_this_network_is_refused(tmp_path, content):
     path = tmp_path / "mnist_cnn.pt"
     path.write_bytes(content)
-    with pytest.raises(net.Failure, match=r"mnist_cnn\.pt .*--fresh"):
+    with pytest.raises(artifacts.Failure, match=r"mnist_cnn\.pt .*--fresh"):
         net.load_model(path)
 
 
@@ -120,7 +121,7 @@ def test_what_is_no_checkpoint_of_this_network_is_refused(tmp_path, content):
 def test_a_checkpoint_that_would_run_code_does_not_run_it(tmp_path, save):
     path = tmp_path / "mnist_cnn.pt"
     path.write_bytes(save({"conv1.weight": RunsCode(tmp_path / "ran")}))
-    with pytest.raises(net.Failure):
+    with pytest.raises(artifacts.Failure):
         net.load_model(path)
     assert not (tmp_path / "ran").exists()
 
@@ -128,7 +129,7 @@ def test_a_checkpoint_that_would_run_code_does_not_run_it(tmp_path, save):
 @pytest.mark.parametrize("make", [lambda path: None, Path.mkdir], ids=["missing", "a folder"])
 def test_a_checkpoint_that_cannot_be_read_is_a_failure_that_names_it(tmp_path, make):
     make(tmp_path / "mnist_cnn.pt")
-    with pytest.raises(net.Failure, match=r"mnist_cnn\.pt"):
+    with pytest.raises(artifacts.Failure, match=r"mnist_cnn\.pt"):
         net.load_model(tmp_path / "mnist_cnn.pt")
 
 
@@ -138,7 +139,7 @@ def test_a_checkpoint_that_cannot_be_read_is_a_failure_that_names_it(tmp_path, m
 def test_a_published_file_is_readable_by_all_and_nothing_is_left_beside_it(tmp_path):
     before = os.umask(0o077)
     try:
-        net.publish(tmp_path / "file", b"new")
+        artifacts.publish(tmp_path / "file", b"new")
     finally:
         os.umask(before)
     assert (tmp_path / "file").read_bytes() == b"new"
@@ -147,9 +148,9 @@ def test_a_published_file_is_readable_by_all_and_nothing_is_left_beside_it(tmp_p
 
 
 def test_publishing_replaces_a_file_and_leaves_those_who_read_the_old_one_in_peace(tmp_path):
-    net.publish(tmp_path / "file", b"old and long")
+    artifacts.publish(tmp_path / "file", b"old and long")
     with open(tmp_path / "file", "rb") as reader:
-        net.publish(tmp_path / "file", b"new")
+        artifacts.publish(tmp_path / "file", b"new")
         assert reader.read() == b"old and long"
     assert (tmp_path / "file").read_bytes() == b"new"
 
@@ -159,24 +160,24 @@ def test_a_write_that_fails_keeps_the_old_file_and_leaves_nothing_behind(tmp_pat
     def fail(*args):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    net.publish(tmp_path / "file", b"old")
+    artifacts.publish(tmp_path / "file", b"old")
     monkeypatch.setattr(os, call, fail)
-    with pytest.raises(net.Failure, match="disk space"):
-        net.publish(tmp_path / "file", b"new")
+    with pytest.raises(artifacts.Failure, match="disk space"):
+        artifacts.publish(tmp_path / "file", b"new")
     assert (tmp_path / "file").read_bytes() == b"old"
     assert os.listdir(tmp_path) == ["file"]
 
 
 def test_what_a_crash_left_half_written_does_not_reach_the_next_file(tmp_path):
     (tmp_path / ".file.part").write_bytes(b"half of a much longer file")
-    net.publish(tmp_path / "file", b"new")
+    artifacts.publish(tmp_path / "file", b"new")
     assert (tmp_path / "file").read_bytes() == b"new"
     assert os.listdir(tmp_path) == ["file"]
 
 
 def test_two_who_publish_the_same_file_at_once_leave_one_of_both_whole(tmp_path):
     contents = [bytes([number]) * 100_000 for number in range(8)]
-    threads = [threading.Thread(target=net.publish, args=(tmp_path / "file", content)) for content in contents]
+    threads = [threading.Thread(target=artifacts.publish, args=(tmp_path / "file", content)) for content in contents]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -186,5 +187,5 @@ def test_two_who_publish_the_same_file_at_once_leave_one_of_both_whole(tmp_path)
 
 
 def test_publishing_into_a_folder_that_is_not_there_is_a_failure_that_names_the_file(tmp_path):
-    with pytest.raises(net.Failure, match="missing/file"):
-        net.publish(tmp_path / "missing" / "file", b"new")
+    with pytest.raises(artifacts.Failure, match="missing/file"):
+        artifacts.publish(tmp_path / "missing" / "file", b"new")

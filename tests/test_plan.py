@@ -2,6 +2,7 @@
 
 import json
 
+import artifacts
 import plan
 import pytest
 import stages
@@ -99,7 +100,7 @@ def test_a_finished_model_trains_on_to_more_epochs(volume):
 def test_another_recipe_is_refused_and_the_difference_named(volume, state, name):
     edit(volume, finished=state == "finished")
     before = stages.contents(volume)
-    with pytest.raises(plan.Refusal, match=f"{plan.flag(name)} .*--fresh") as refusal:
+    with pytest.raises(artifacts.Failure, match=f"{plan.flag(name)} .*--fresh") as refusal:
         plan.decide({name: another(name, volume)}, False, volume)
     assert refusal.value.status == 2
     assert stages.contents(volume) == before
@@ -132,7 +133,7 @@ def test_a_model_from_elsewhere_is_left_as_it_is(foreign):
 
 
 def test_a_recipe_for_a_model_from_elsewhere_is_refused(foreign):
-    with pytest.raises(plan.Refusal) as refusal:
+    with pytest.raises(artifacts.Failure) as refusal:
         plan.decide({"epochs": 5}, False, foreign)
     assert refusal.value.status == 2
 
@@ -148,7 +149,7 @@ def test_a_model_that_replaced_the_trained_one_is_left_as_it_is(volume):
 )
 def test_garbage_in_place_of_the_results_is_a_failure_that_names_the_way_out(volume, garbage):
     (volume / "train_results.json").write_bytes(garbage)
-    with pytest.raises(plan.Refusal, match=r"train_results\.json .*--fresh") as refusal:
+    with pytest.raises(artifacts.Failure, match=r"train_results\.json .*--fresh") as refusal:
         plan.decide({}, False, volume)
     assert refusal.value.status == 1
 
@@ -157,7 +158,7 @@ def test_garbage_in_place_of_the_results_is_a_failure_that_names_the_way_out(vol
 @pytest.mark.parametrize("value", [None, "2", -1, float("nan"), True, []])
 def test_results_with_a_setting_that_makes_no_sense_are_garbage(volume, name, value):
     edit(volume, settings={name: value})
-    with pytest.raises(plan.Refusal) as refusal:
+    with pytest.raises(artifacts.Failure) as refusal:
         plan.decide({}, False, volume)
     assert refusal.value.status == 1
 
@@ -165,6 +166,6 @@ def test_results_with_a_setting_that_makes_no_sense_are_garbage(volume, name, va
 def test_a_checkpoint_without_its_results_is_a_failure(volume):
     (volume / "train_results.json").unlink()
     (volume / "mnist_cnn.pt").unlink()
-    with pytest.raises(plan.Refusal) as refusal:
+    with pytest.raises(artifacts.Failure) as refusal:
         plan.decide({}, False, volume)
     assert refusal.value.status == 1
