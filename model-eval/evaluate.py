@@ -20,6 +20,7 @@ import argparse
 import io
 import json
 import sys
+from functools import partial
 from pathlib import Path
 
 import net
@@ -54,7 +55,7 @@ def main():
 def parse_args():
     """The command line."""
     parser = argparse.ArgumentParser(prog="evaluate", description="Judges the trained model on the 10,000 test images.")
-    parser.error = lambda message: parser.exit(2, f"evaluate: {message}. See: evaluate --help\n")
+    parser.error = partial(artifacts.refuse_flags, "evaluate")  # type: ignore[method-assign]
     text = "least accuracy, in percent of the test images, for exit status 0 (0 to 100; default: %(default)s)"
     parser.add_argument("--min-accuracy", type=parse_percentage, default=95.0, metavar="PERCENT", help=text)
     parser.add_argument("--data", type=Path, default=artifacts.DATA, help="folder of the data (default: %(default)s)")

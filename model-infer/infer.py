@@ -19,6 +19,7 @@ import io
 import json
 import math
 import sys
+from functools import partial
 from pathlib import Path
 
 import net
@@ -49,7 +50,7 @@ def main():
 def parse_args():
     """The command line."""
     parser = argparse.ArgumentParser(prog="infer", description="Reads random test images with the trained model.")
-    parser.error = lambda message: parser.exit(2, f"infer: {message}. See: infer --help\n")
+    parser.error = partial(artifacts.refuse_flags, "infer")  # type: ignore[method-assign]
     text = f"number of test images (1 to {MOST_SAMPLES}; default: %(default)s)"
     parser.add_argument("--samples", type=within(1, MOST_SAMPLES), default=5, metavar="N", help=text)
     text = "choose the images that this number stands for (default: others every time)"
@@ -115,14 +116,19 @@ def publish_all(folder, samples, images, sha256, accuracy):
         for sample, image in zip(samples, images, strict=True)
     }
     sheet = draw(samples, images)
-    try:
-        replace_folder(folder / "results", pictures)
-    except OSError as error:
-        hint = artifacts.WRITE_HINTS.get(error.errno, "Fix that, then run it again.")
-        raise Failure(f"cannot write {error.filename or folder} ({error.strerror}). {hint}") from None
-    publish(folder / "predictions.png", sheet)
     content = {"model_sha256": sha256, "evaluated_accuracy": accuracy, "predictions": samples}
-    publish(folder / "predictions.json", json.dumps(content, indent=1).encode())
+    lock = folder / ".results.part"
+    try:
+        with artifacts.open_locked(lock):  # two runs at once take turns
+            try:
+                replace_folder(folder / "results", pictures)
+                publish(folder / "predictions.png", sheet)
+                publish(folder / "predictions.json", json.dumps(content, indent=1).encode())
+            finally:
+                lock.unlink(missing_ok=True)
+    except OSError as error:
+        hint = artifacts.WRITE_HINTS.get(error.errno or 0, "Fix that, then run it again.")
+        raise Failure(f"cannot write {error.filename or folder} ({error.strerror}). {hint}") from None
 
 
 def replace_folder(folder, files):

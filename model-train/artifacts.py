@@ -1,18 +1,20 @@
 """How the stages hand files to each other: data that is verified, files that are published whole, errors in one line.
 
-This file stands in every image, byte for byte the same. The original is model-train/artifacts.py; `make net` copies it.
-It imports only the standard library, so that a stage can look at its files before it spends a second on torch.
+This file stands in every image, byte for byte the same. The original is model-train/artifacts.py, copied by
+`make net`. It imports only the standard library: a stage looks at its files before it spends a second on torch.
 """
 
 import contextlib
 import errno
 import fcntl
 import hashlib
+import io
 import os
 import shutil
 import signal
 import sys
 from pathlib import Path
+from typing import NoReturn
 
 DATA = Path("/opt/mount/data")
 MODEL = Path("/opt/mount/model")
@@ -61,13 +63,26 @@ def prepare_process() -> None:
     signals come in the middle of imports too.
     """
     handle_stop_signals(lambda number, frame: os._exit(128 + number))
-    for stream in (0, 1, 2):
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # inherited as ignored, it would hide that a worker has ended
+    for descriptor in (0, 1, 2):
         try:
-            os.fstat(stream)
+            os.fstat(descriptor)
         except OSError:
             os.open(os.devnull, os.O_RDWR)  # takes the number of the closed stream, which no other file must have
     sys.stdout = sys.stdout or os.fdopen(1, "w")
     sys.stderr = sys.stderr or os.fdopen(2, "w")
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a path may have characters that the locale has not
+    os.environ["MPLBACKEND"] = "agg"  # figures are written, never shown, whatever the user's environment asks for
+
+
+def signal_name(number: int) -> str:
+    """The name of a signal, such as SIGKILL; real-time signals have none."""
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return f"signal {number}"
 
 
 def handle_stop_signals(handler) -> None:
@@ -106,9 +121,9 @@ def say(text: str, end: str = "\n") -> None:
 
 
 def report(text: str) -> None:
-    """Prints a failure or a warning to standard error."""
+    """Prints a failure or a warning to standard error, on one line whatever a path or a flag has in it."""
     with contextlib.suppress(OSError):
-        print(text, file=sys.stderr)
+        print(text.replace("\n", "\\n"), file=sys.stderr)
     flush(sys.stderr)
 
 
@@ -118,6 +133,12 @@ def flush(stream) -> None:
         stream.flush()
     except OSError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+def refuse_flags(stage: str, message: str) -> NoReturn:
+    """Ends a stage whose command line is wrong; a parser's error() is to be this."""
+    report(f"{stage}: {message}. See: {stage} --help")
+    sys.exit(2)
 
 
 def check_memory(needed: int, stage: str) -> None:
@@ -202,7 +223,7 @@ def publish(path: Path, content: bytes) -> None:
                 part.unlink(missing_ok=True)
                 raise
     except OSError as error:
-        hint = WRITE_HINTS.get(error.errno, "Fix that, then run it again.")
+        hint = WRITE_HINTS.get(error.errno or 0, "Fix that, then run it again.")
         raise Failure(f"cannot write {path} ({error.strerror}); what was there is unchanged. {hint}") from None
 
 

@@ -175,17 +175,23 @@ class BatchQueue:
         The worker has it in hand before anybody gives it up, so that a kill in between loses no batch.
         """
         with self.locked():
+            self.skip_taken()  # a kill may have come before the worker did it
             number = self.first_available()
             if number is None:
                 return None
             state = self.workers[rank]
             state.current_batch = number
             state.taken = state.finished + 1
-            self.next.value = max(self.next.value, number + 1)
+            self.skip_taken()
             for other in self.workers:
                 if other.dead and other.is_busy() and other.current_batch == number:
                     other.taken = other.finished
             return number
+
+    def skip_taken(self):
+        """Moves `next` behind every batch that a worker is busy with."""
+        taken = [state.current_batch + 1 for state in self.workers if state.is_busy()]
+        self.next.value = max(self.next.value, *taken) if taken else self.next.value
 
     def first_available(self):
         """The number of a batch that a dead worker had in hand, else the next one up to the limit, else None."""

@@ -120,7 +120,7 @@ def repack(content):
             record = old.read(name)
             if name.lower().endswith(".pkl"):
                 check_pickle(record)
-            new.writestr(name, record)
+            new.writestr(zipfile.ZipInfo(name), record)  # its date is fixed: a clock may be before 1980
     checked.seek(0)
     return checked
 

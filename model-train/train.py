@@ -68,7 +68,7 @@ def parse_args():
         description="Trains the digit classifier. What is not given is as the model in the volume was trained, or if "
         "there is none, as said below.",
     )
-    parser.error = lambda message: parser.exit(2, f"train: {message}. See: train --help\n")
+    parser.error = partial(artifacts.refuse_flags, "train")  # type: ignore[method-assign]
     helps = {
         "batch_size": "images per step",
         "epochs": "passes over the 55,000 training images, in all",
@@ -153,12 +153,13 @@ def download_data(data, problem):
     """
     part = data / ".download"
     try:
-        data.mkdir(parents=True, exist_ok=True)
-        with artifacts.locked_folder(data, wait=True):  # two first trainings may share the folder
+        raw = data / artifacts.RAW_FOLDER
+        raw.mkdir(parents=True, exist_ok=True)
+        with artifacts.locked_folder(raw, wait=True):  # two first trainings may share the folder
             wrong = [name for name in artifacts.RAW_FILES if not is_sound(data, name)]
             if not wrong:
                 return
-            say(f"train: downloading MNIST into {data / artifacts.RAW_FOLDER} (12 MB)")
+            say(f"train: downloading MNIST into {raw} (12 MB)")
             artifacts.remove(part)  # what a killed download left
             try:
                 fetch_with_torchvision(part)
@@ -191,7 +192,6 @@ def fetch_with_torchvision(folder):
 def place_raw(data, name, content):
     """Publishes a raw file. What had its size, and so may be somebody's own data, is kept beside it."""
     path = data / artifacts.RAW_FOLDER / name
-    path.parent.mkdir(parents=True, exist_ok=True)
     if path.is_file() and path.stat().st_size == len(content):
         path.rename(path.with_name(f"{name}.replaced"))
     publish(path, bytes(content))

@@ -16,7 +16,7 @@ from importlib.metadata import version
 import net
 import torch
 import torch.nn.functional as F
-from artifacts import DATA_SHA256, Failure, handle_stop_signals, publish, read_limited, say
+from artifacts import DATA_SHA256, Failure, handle_stop_signals, publish, read_limited, say, signal_name
 from hogwild import PRECISION, RunningClock, Task, Worker
 from plan import RECIPE, VERSION, WAY_OUT, as_flags, check_epochs, parse_results, read_results
 
@@ -175,7 +175,7 @@ class Training:
             if process.exitcode >= 0:
                 raise Failure(f"worker {rank} failed: {self.read_error()}; trained with {self.recipe()}. {WAY_OUT}")
             number = -process.exitcode
-            cause = signal.Signals(number).name
+            cause = signal_name(number)
             say(f"train: worker {rank} was killed by {cause}; the others take over its work")
             batch = state.current_batch if state.is_busy() else None
             self.results["lost_workers"].append({"rank": rank, "signal": number, "batch": batch})
