@@ -36,7 +36,9 @@ def main():
     args = parse_args()
     with exit_on_failure("evaluate"):
         artifacts.check_memory(MEMORY, "evaluate")
+        artifacts.check_threads(2 * artifacts.count_cores() + 2)
         artifacts.check_destinations(args.model, "eval_results.json", "confusion_matrix.png", "mistakes.png")
+        torch.set_num_threads(artifacts.count_cores())
         model, sha256 = net.load_model(args.model / "mnist_cnn.pt")
         images, labels = net.read_split(args.data, "t10k")
         log_probabilities = net.predict(model, images)

@@ -13,6 +13,7 @@ import os
 import shutil
 import signal
 import sys
+import threading
 from pathlib import Path
 from typing import NoReturn
 
@@ -30,6 +31,7 @@ RAW_FILES = {
 DATA_SHA256 = {name: sha256 for name, (_, sha256) in RAW_FILES.items()}
 DATA_HINT = "Put the data set there with: make data"
 
+THREADS_HINT = "too few processes and threads can be started. Raise MNIST_PIDS, then run it again."
 STOP_SIGNALS = (signal.SIGHUP, signal.SIGINT, signal.SIGQUIT, signal.SIGTERM)
 
 WRITE_HINTS = {
@@ -74,6 +76,7 @@ def prepare_process() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # a path may have characters that the locale has not
+    os.environ["OPENBLAS_NUM_THREADS"] = "1"  # numpy's, which does nothing here, would start one for each core
     os.environ["MPLBACKEND"] = "agg"  # figures are written, never shown, whatever the user's environment asks for
 
 
@@ -103,7 +106,7 @@ def exit_on_failure(stage: str):
     except (OSError, RuntimeError) as error:
         # A fork that fails is EAGAIN, a thread that cannot be had a RuntimeError with this text.
         if getattr(error, "errno", None) == errno.EAGAIN or "can't start new thread" in str(error):
-            report(f"{stage}: no more processes or threads can be started. Raise MNIST_PIDS, then run it again.")
+            report(f"{stage}: {THREADS_HINT}")
         elif isinstance(error, OSError):
             report(f"{stage}: {error}. Fix that, then run it again.")
         else:
@@ -152,6 +155,37 @@ def check_memory(needed: int, stage: str) -> None:
                     f"Raise MNIST_MEMORY, then run it again.",
                     status=2,
                 )
+
+
+def count_cores() -> int:
+    """The cores that this process may use: by its affinity, and by its cgroup's CPU quota, rounded down."""
+    cores = len(os.sched_getaffinity(0))
+    v2, v1 = Path("/sys/fs/cgroup/cpu.max"), Path("/sys/fs/cgroup/cpu")
+    with contextlib.suppress(OSError, ValueError):
+        if v2.exists():
+            quota, period = v2.read_text().split()  # "max 100000" where there is no quota: a ValueError
+        else:
+            quota, period = ((v1 / f"cpu.cfs_{name}_us").read_text() for name in ("quota", "period"))
+        if int(quota) > 0:
+            cores = min(cores, int(quota) // int(period))
+    return max(1, cores)
+
+
+def check_threads(count: int) -> None:
+    """Raises Failure if so many threads cannot be started. Libraries that lack one end the process, or hang."""
+    release = threading.Event()
+    threads: list[threading.Thread] = []
+    try:
+        for _ in range(count):
+            thread = threading.Thread(target=release.wait, daemon=True)
+            thread.start()
+            threads.append(thread)
+    except RuntimeError:
+        raise Failure(THREADS_HINT) from None
+    finally:
+        release.set()
+        for thread in threads:  # a fork while one runs is not safe
+            thread.join()
 
 
 # Reading --------------------------------------------------------------------------------------------------------------

@@ -36,7 +36,9 @@ def main():
     args = parse_args()
     with exit_on_failure("infer"):
         artifacts.check_memory(MEMORY + args.samples * SAMPLE_MEMORY, f"infer with {args.samples} samples")
+        artifacts.check_threads(2 * artifacts.count_cores() + 2)
         check_destinations(args.model)
+        torch.set_num_threads(artifacts.count_cores())
         model, sha256 = net.load_model(args.model / "mnist_cnn.pt")
         images, labels = net.read_split(args.data, "t10k")
         indices = choose(len(images), args.samples, args.seed)

@@ -187,12 +187,13 @@ def hold(folder):
 
     Raises Failure with status 2, and with what is known of the holder, if another training has it.
     """
-    try:
-        with locked_folder(folder, wait=False):
-            yield
-    except BlockingIOError:
-        holder = "another train container"
-        with contextlib.suppress(Failure, KeyError, TypeError):
-            results = read_results(folder)
-            holder = f"the training that {results['host']} began at {results['began']}"
-        raise Failure(f"{folder} is held by {holder}. Wait for its end, or stop it.", status=2) from None
+    with contextlib.ExitStack() as stack:
+        try:
+            stack.enter_context(locked_folder(folder, wait=False))
+        except BlockingIOError:
+            holder = "another train container"
+            with contextlib.suppress(Failure, KeyError, TypeError):
+                results = read_results(folder)
+                holder = f"the training that {results['host']} began at {results['began']}"
+            raise Failure(f"{folder} is held by {holder}. Wait for its end, or stop it.", status=2) from None
+        yield

@@ -22,7 +22,6 @@ import argparse
 import contextlib
 import hashlib
 import io
-import os
 import socket
 import sys
 import time
@@ -114,6 +113,7 @@ def train(todo, args):
     workers, batch_size = todo.settings["num_processes"], todo.settings["batch_size"]
     needed = PARENT_MEMORY + workers * (WORKER_MEMORY + batch_size * IMAGE_MEMORY)
     artifacts.check_memory(needed, f"a training with {workers} workers and batches of {batch_size:,}")
+    artifacts.check_threads(2 * workers + 2)
     raw = read_data(args.data)
 
     import net  # only now, since it imports torch, which takes longer than all that came before
@@ -199,23 +199,9 @@ def place_raw(data, name, content):
 
 def warn_of_cores(workers):
     """Says so if there are more workers than cores to run them."""
-    cores = count_cores()
+    cores = artifacts.count_cores()
     if workers > cores:
         say(f"train: warning: {workers} workers on {cores} core{'s' * (cores > 1)} get in each other's way")
-
-
-def count_cores():
-    """The cores that this process may use: by its affinity, and by its cgroup's CPU quota, rounded down."""
-    cores = len(os.sched_getaffinity(0))
-    v2, v1 = Path("/sys/fs/cgroup/cpu.max"), Path("/sys/fs/cgroup/cpu")
-    with contextlib.suppress(OSError, ValueError):
-        if v2.exists():
-            quota, period = v2.read_text().split()  # "max 100000" where there is no quota: a ValueError
-        else:
-            quota, period = ((v1 / f"cpu.cfs_{name}_us").read_text() for name in ("quota", "period"))
-        if int(quota) > 0:
-            cores = min(cores, int(quota) // int(period))
-    return max(1, cores)
 
 
 class Progress:

@@ -76,7 +76,7 @@ class Training:
         self.held_out = images[-HELD_OUT:], labels[-HELD_OUT:]
         self.task = Task(results["settings"], images[:-HELD_OUT], labels[:-HELD_OUT], results["start"])
         self.queue = self.task.queue
-        self.asked_to_stop = None
+        self.asked_to_stop, self.processes = None, []
 
     def run(self, show):
         """Trains to the end; show(training) is called many times a second.
@@ -84,8 +84,8 @@ class Training:
         Raises Stopped on SIGTERM and SIGINT, and Failure if the training cannot go on; the last checkpoint is kept.
         """
         handle_stop_signals(self.ask_to_stop)
-        self.fork_workers()
         try:
+            self.fork_workers()
             for epoch in range(len(self.results["history"]), self.results["settings"]["epochs"]):
                 self.train_epoch((epoch + 1) * self.task.per_epoch, show)
                 self.judge()
@@ -145,11 +145,11 @@ class Training:
         self.errors, write_end = os.pipe()
         os.set_blocking(self.errors, False)
         context = multiprocessing.get_context("fork")
-        self.processes = []
         for rank in range(self.results["settings"]["num_processes"]):
             worker = Worker(rank, self.task, write_end)
-            self.processes.append(context.Process(target=worker.run, daemon=True))
-            self.processes[-1].start()
+            process = context.Process(target=worker.run, daemon=True)
+            process.start()
+            self.processes.append(process)
         # The workers are forked, and at rest when the parent judges: now it may use as many threads as they are.
         torch.set_num_threads(len(self.processes))
         self.began = time.monotonic() - self.results["seconds"]
