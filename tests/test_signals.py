@@ -83,7 +83,7 @@ def test_a_signal_at_any_moment_of_the_start_stops_a_stage_and_harms_no_file(tra
         folder = tmp_path / str(delay)
         with stages.running(command(stage, trained, folder)) as process:
             time.sleep(delay)
-            over = process.poll() is not None or stages.MADE_BY[stage] <= {*stages.contents(folder / "volume")}
+            over = process.poll() is not None or stages.MADE_BY[stage] <= {*os.listdir(folder / "volume")}
             handled = over or any(is_in(name, process, signal.SIGTERM) for name in ("SigCgt", "SigBlk"))
             process.send_signal(number)
             _, stderr = process.communicate(timeout=10)
