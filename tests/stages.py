@@ -4,6 +4,7 @@ import contextlib
 import hashlib
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -43,15 +44,25 @@ def run(stage, *flags, model, data=DATA, **env):
 
 
 @contextlib.contextmanager
-def running(command):
-    """Starts a process; the block has it with its standard output to read from, and it is gone afterwards."""
+def running(command, **env):
+    """Starts a process with variables added to its environment, as the leader of a group of processes.
+
+    The block has it with its output to read from, and all of the group is gone afterwards.
+    """
     with subprocess.Popen(
-        command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        command,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | {name: str(value) for name, value in env.items()},
+        start_new_session=True,
     ) as process:
         try:
             yield process
         finally:
-            process.kill()
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
 
 
 def await_progress(process):

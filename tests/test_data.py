@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import gzip
+import hashlib
 import http.server
 import importlib.util
 import io
@@ -13,6 +14,7 @@ import threading
 
 import artifacts
 import example
+import faults
 import net
 import pytest
 import stages
@@ -47,9 +49,9 @@ def identities(folder):
 
 
 @contextlib.contextmanager
-def mirror(folder):
+def mirror(folder, handler=None):
     """Serves a folder; the block has the address."""
-    handler = functools.partial(Quiet, directory=folder)
+    handler = functools.partial(handler or Quiet, directory=folder)
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
         threading.Thread(target=server.serve_forever, args=(0.01,)).start()
         try:
@@ -61,6 +63,18 @@ def mirror(folder):
 class Quiet(http.server.SimpleHTTPRequestHandler):
     def log_message(self, *args):
         pass
+
+
+class Hanging(Quiet):
+    """Gives half of a file's bytes, and waits then until the reader is gone."""
+
+    halfway = threading.Event()
+
+    def copyfile(self, source, outputfile):
+        content = source.read()
+        outputfile.write(content[: len(content) // 2])
+        self.halfway.set()
+        self.rfile.read()
 
 
 @pytest.fixture(scope="session")
@@ -102,15 +116,17 @@ def test_a_file_that_is_not_the_data_sets_own_is_refused_by_name(copied, name, h
 
 
 @pytest.fixture
-def mirrors_at(tmp_path):
+def mirrors_at(compressed, tmp_path):
     """A function that has torchvision ask other mirrors; it returns the variables that train needs for that."""
 
     def at(*addresses):
+        md5 = {path.name: hashlib.md5(path.read_bytes()).hexdigest() for path in compressed.iterdir()}
         (tmp_path / "site").mkdir()
         (tmp_path / "site" / "sitecustomize.py").write_text(
             "from torchvision.datasets import MNIST\n"
             f"MNIST.mirrors = {list(addresses)}\n"
-            "MNIST.resources = [(name, None) for name, _ in MNIST.resources]\n"  # ours are compressed anew
+            f"md5 = {md5}\n"  # ours are compressed anew
+            "MNIST.resources = [(name, md5[name]) for name, _ in MNIST.resources]\n"
         )
         return {"PYTHONPATH": tmp_path / "site"}
 
@@ -135,6 +151,120 @@ def test_train_without_data_and_without_mirrors_fails_and_names_the_remedy(mirro
 def test_train_needs_no_mirrors_for_data_that_is_there(mirrors_at, tmp_path, data):
     result = stages.run("train", "--dry-run", model=tmp_path / "volume", **mirrors_at(NOWHERE))
     assert result.returncode == 0, result.stderr
+
+
+@pytest.fixture
+def fetching(tmp_path):
+    """A function that starts a train which has data to fetch, with the variables of mirrors_at."""
+
+    def start(variables, volume="volume"):
+        command = stages.command("train", "--dry-run", data=tmp_path / "data", model=tmp_path / volume)
+        return stages.running(command, **variables)
+
+    return start
+
+
+def wrong_files(folder, data):
+    """The raw files in a folder that are there, but are not as they should be."""
+    paths = [folder / RAW / name for name in stages.RAW_FILES]
+    return [
+        path.name for path in paths if path.exists() and stages.sha256(path) != stages.sha256(data / RAW / path.name)
+    ]
+
+
+def names(folder):
+    """The names of all files in a folder and below."""
+    return {path.name for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("moment", ["downloading", "unpacking"])
+def test_a_killed_fetch_leaves_no_truncated_file_and_the_next_one_puts_all_in_order(
+    fetching, mirrors_at, compressed, data, tmp_path, moment
+):
+    Hanging.halfway.clear()
+    moments = {
+        "downloading": Hanging.halfway.is_set,
+        "unpacking": lambda: names(tmp_path / "data") & {*stages.RAW_FILES},
+    }
+    with mirror(compressed, Hanging if moment == "downloading" else Quiet) as hanging, mirror(compressed) as good:
+        variables = mirrors_at(hanging)
+        with fetching(variables) as process:
+            faults.wait_until(lambda: moments[moment]() or process.poll() is not None, what=moment)
+            process.kill()
+        assert wrong_files(tmp_path / "data", data) == []
+        left = names(tmp_path / "data") - {*stages.RAW_FILES}
+        site = tmp_path / "site" / "sitecustomize.py"
+        site.write_text(site.read_text().replace(hanging, good))
+        with fetching(variables) as process:
+            _, stderr = process.communicate(timeout=stages.SECONDS)
+    assert process.returncode == 0, stderr
+    assert wrong_files(tmp_path / "data", data) == []
+    assert names(tmp_path / "data") >= {*stages.RAW_FILES}
+    assert not left & names(tmp_path / "data") - {f"{name}.gz" for name in stages.RAW_FILES}
+
+
+def test_two_first_fetches_at_once_put_only_whole_files_in_place(fetching, mirrors_at, compressed, data, tmp_path):
+    sizes = {name: (data / RAW / name).stat().st_size for name in stages.RAW_FILES}
+    truncated = set()
+
+    def both_ended():
+        for name, size in sizes.items():
+            with contextlib.suppress(FileNotFoundError):
+                if (tmp_path / "data" / RAW / name).stat().st_size != size:
+                    truncated.add(name)
+        return one.poll() is not None and two.poll() is not None
+
+    with mirror(compressed) as address:
+        variables = mirrors_at(address)
+        with fetching(variables, "one") as one, fetching(variables, "two") as two:
+            faults.wait_until(both_ended)
+            assert (one.returncode, two.returncode) == (0, 0), one.stderr.read() + two.stderr.read()
+    assert truncated == set()
+    assert wrong_files(tmp_path / "data", data) == []
+    assert names(tmp_path / "data") >= {*stages.RAW_FILES}
+
+
+# The data of a model that is finished ---------------------------------------------------------------------------------
+
+# What is wrong with the data: the file, or None for all of them, and how.
+DAMAGES = [(None, "missing"), ("t10k-images-idx3-ubyte", "truncated"), ("train-labels-idx1-ubyte", "altered")]
+
+
+def damage_all(folder, name, how):
+    """Damages one of the raw files in a folder, or with None all of them; returns the damaged bytes that are left."""
+    for file in [name] if name else stages.RAW_FILES:
+        damage(folder / RAW / file, how)
+    return (folder / RAW / name).read_bytes() if name else None
+
+
+@pytest.mark.parametrize(("name", "how"), DAMAGES)
+def test_train_puts_the_data_in_order_before_it_has_nothing_to_do(
+    copied, volume, compressed, mirrors_at, data, name, how
+):
+    before, damaged = stages.contents(volume), damage_all(copied, name, how)
+    with mirror(compressed) as address:
+        result = stages.run("train", data=copied, model=volume, **mirrors_at(address))
+    assert result.returncode == 0, result.stderr
+    assert names(copied) >= {*stages.RAW_FILES}
+    assert wrong_files(copied, data) == []
+    assert stages.contents(volume) == before
+    if how == "altered":
+        assert (copied / RAW / f"{name}.replaced").read_bytes() == damaged
+
+
+@pytest.mark.parametrize(("name", "how"), DAMAGES[:2])
+def test_train_with_nothing_to_do_only_warns_of_data_that_it_cannot_fetch(copied, volume, mirrors_at, name, how):
+    damage_all(copied, name, how)
+    before = stages.contents(copied)
+    result = stages.run("train", data=copied, model=volume, **mirrors_at(NOWHERE))
+    stages.assert_fails(result, 0, name or str(copied), "make data")
+    assert stages.contents(copied).items() >= before.items()
+
+
+def test_train_that_has_to_train_fails_on_data_that_it_cannot_fetch(copied, volume, mirrors_at):
+    damage_all(copied, None, "missing")
+    result = stages.run("train", "--epochs", "2", data=copied, model=volume, **mirrors_at(NOWHERE))
+    stages.assert_fails(result, 1, "make data")
 
 
 # `make data` ----------------------------------------------------------------------------------------------------------

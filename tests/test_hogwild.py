@@ -1,5 +1,9 @@
 """hogwild.py, the technique: how batches are dealt out, what the learning rate does, how images are augmented."""
 
+import itertools
+import multiprocessing
+import sys
+
 import hogwild
 import net
 import pytest
@@ -91,3 +95,103 @@ def test_every_image_is_augmented_by_itself_and_a_seed_repeats_it(x):
     assert not torch.allclose(one[0], one[1], atol=0.1)
     torch.manual_seed(1)
     assert torch.equal(hogwild.augment(same), one)
+
+
+# Sums that are right at any moment ------------------------------------------------------------------------------------
+
+
+class Killed(BaseException):
+    """Ends a worker as a signal does, here: nothing of it runs any more."""
+
+
+def two_batches():
+    """A task of two batches of 96 images for two workers, ready to be trained on."""
+    images, labels = torch.randint(256, (192, 28, 28), dtype=torch.uint8), torch.randint(10, (192,))
+    task = hogwild.Task(DEFAULTS | {"epochs": 1}, images, labels, 0)
+    task.dealer.resume(0, task.dealer.sums())
+    task.dealer.deal_up_to(2)
+    return task
+
+
+def work(task, rank, at_line=None):
+    """Trains on all the batches that there are, as a worker; calls a function before each line that it executes."""
+
+    def trace(frame, event, argument):
+        if frame.f_code.co_filename == hogwild.__file__:
+            if event == "line":
+                at_line()
+            return trace
+
+    worker = hogwild.Worker(rank, task, errors=None)
+    worker.own_gradient()
+    before = sys.gettrace()
+    sys.settrace(trace if at_line else before)
+    try:
+        while (number := task.dealer.take(rank)) is not None:
+            worker.train_batch(number)
+    finally:
+        sys.settrace(before)
+
+
+def test_a_reader_never_sees_steps_images_and_loss_of_different_moments():
+    task, seen = two_batches(), set()
+    ours, theirs = multiprocessing.Pipe()
+
+    def read():
+        while theirs.recv():
+            theirs.send(task.dealer.totals())
+
+    def ask():
+        """Has the reader read; it may wait as long as the worker holds a lock, and answers later then."""
+        if not waiting:
+            ours.send(True)
+            waiting.append(True)
+        if ours.poll(0.05):
+            seen.add(ours.recv())
+            waiting.clear()
+
+    waiting = []
+    reader = multiprocessing.get_context("fork").Process(target=read, daemon=True)
+    reader.start()
+    try:
+        work(task, 0, ask)
+    finally:
+        reader.kill()
+        reader.join()
+    assert {(steps, images) for steps, images, _ in seen} <= {(steps, 96 * steps) for steps in range(3)}
+    assert len({steps for steps, _, _ in seen}) == len(seen)  # of so many steps there is only one sum of losses
+
+
+def test_each_batch_counts_once_wherever_in_its_step_a_worker_is_killed():
+    def kill():
+        lines.append(None)
+        if len(lines) == last:
+            raise Killed
+
+    wrong = {}
+    for last in itertools.count(1):
+        task, lines = two_batches(), []
+        try:
+            work(task, 0, kill)
+        except Killed:
+            task.dealer.rows[0].dead = 1
+        else:
+            break
+        work(task, 1)
+        if (counted := task.dealer.totals()[:2]) != (2, 192):
+            wrong[last] = counted
+    assert last > 10
+    assert wrong == {}
+
+
+# Pauses ---------------------------------------------------------------------------------------------------------------
+
+
+def test_a_clock_of_running_time_counts_a_pause_for_little(monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr(hogwild.time, "monotonic", lambda: now[0])
+    clock = hogwild.RunningClock()
+    for seconds in (0.5, 65, 0.25):
+        now[0] += seconds
+        clock.seconds()
+    assert clock.seconds() == pytest.approx(0.5 + hogwild.RunningClock.LONGEST_GAP + 0.25)

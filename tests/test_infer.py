@@ -2,6 +2,7 @@
 
 import collections
 import io
+import json
 import shutil
 
 import example
@@ -122,3 +123,32 @@ def test_without_a_good_model_the_earlier_pictures_stay(inferred, tmp_path, cont
     before = stages.contents(volume)
     stages.assert_fails(stages.run("infer", model=volume), 1, "mnist_cnn.pt", "--fresh")
     assert stages.contents(volume) == before
+
+
+def test_the_accuracy_of_the_evaluated_model_is_in_the_predictions_and_printed(volume):
+    sha256 = stages.sha256(volume / "mnist_cnn.pt")
+    (volume / "eval_results.json").write_text(json.dumps({"Accuracy": 87.65, "model_sha256": sha256}))
+    result = stages.run("infer", model=volume)
+    assert result.returncode == 0, result.stderr
+    assert stages.read_json(volume / "predictions.json")["evaluated_accuracy"] == 87.65
+    assert "87.65" in result.stdout
+
+
+def test_a_model_that_was_not_evaluated_has_no_accuracy_in_the_predictions(inferred):
+    assert stages.read_json(inferred / "predictions.json")["evaluated_accuracy"] is None
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"\xff{garbage",
+        b'{"Accuracy": 87.65, "model_sha256": "another"}',
+        b'{"Accuracy": "good", "model_sha256": "%s"}',
+    ],
+    ids=["garbage", "another model's", "an accuracy that is a text"],
+)
+def test_evaluation_results_that_do_not_fit_are_no_accuracy_and_no_failure(volume, content):
+    sha256 = stages.sha256(volume / "mnist_cnn.pt").encode()
+    (volume / "eval_results.json").write_bytes(content.replace(b"%s", sha256))
+    run(volume)
+    assert stages.read_json(volume / "predictions.json")["evaluated_accuracy"] is None

@@ -84,6 +84,18 @@ def test_a_network_in_training_mode_still_predicts_without_dropout(data):
     torch.testing.assert_close(net.predict(model, images[:10]), net.predict(model, images[:10]))
 
 
+def test_where_torch_lacks_onednn_the_predictions_are_the_same(data, monkeypatch):
+    def fail(tensor):
+        raise RuntimeError("PyTorch is built without MKL-DNN")
+
+    images, _ = net.read_split(data, "t10k")
+    model = net.Net()
+    expected = net.predict(model, images[:100])
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+    monkeypatch.setattr(torch.Tensor, "to_mkldnn", fail)
+    torch.testing.assert_close(net.predict(model, images[:100]), expected, atol=1e-4, rtol=1e-4)
+
+
 # Checkpoints that are not good ----------------------------------------------------------------------------------------
 
 

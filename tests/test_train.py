@@ -92,7 +92,7 @@ def test_a_finished_model_is_left_alone_before_torch_is_even_imported(volume, tm
     for name in ("torch", "torchvision", "numpy"):
         (tmp_path / f"{name}.py").write_text(POISON)
     before = {path: (path.stat().st_mtime_ns, stages.sha256(path)) for path in volume.iterdir()}
-    result = stages.run("train", *flags, model=volume, data=tmp_path / "none", PYTHONPATH=tmp_path)
+    result = stages.run("train", *flags, model=volume, PYTHONPATH=tmp_path)
     assert result.returncode == 0, result.stderr
     assert len(result.stdout.splitlines()) == 1
     assert {path: (path.stat().st_mtime_ns, stages.sha256(path)) for path in volume.iterdir()} == before
