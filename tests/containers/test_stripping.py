@@ -41,11 +41,12 @@ def build(pipeline):
     return run
 
 
-@pytest.mark.parametrize(("package", "is_stripped"), [("torch", True), ("torchvision", False), ("numpy", False)])
-def test_the_build_strips_the_libraries_of_torch_alone(build, package, is_stripped):
-    planted = f"{package}/planted.so"
-    compare = f"{'!' if is_stripped else ''} sha256sum --check /planted.sum"
-    built = build(f"cp torch/lib/libshm.so {planted} && sha256sum {planted} >/planted.sum", compare)
+def test_the_build_strips_the_libraries_of_torch_alone(build):
+    others = "torchvision/planted.so numpy/planted.so"
+    plant = (
+        f"for to in torch/planted.so {others}; do cp torch/lib/libshm.so $to; done && sha256sum {others} >/planted.sum"
+    )
+    built = build(plant, "sha256sum --check /planted.sum && ! cmp torch/planted.so numpy/planted.so")
     assert built.returncode == 0, built.stderr
 
 
@@ -57,7 +58,7 @@ def test_every_library_but_those_of_torch_is_what_its_package_brought_along(pipe
     assert {*same.values()} == {True}
 
 
-@pytest.mark.parametrize("package", ["torch", "torchvision", "matplotlib"])
+@pytest.mark.parametrize("package", ["torch", "torchvision"])
 def test_the_build_fails_if_an_import_warns(build, package):
     built = build(f"echo 'import warnings; warnings.warn(\"planted\")' >>{package}/__init__.py")
     assert built.returncode != 0
