@@ -219,7 +219,8 @@ class Container:
 
         def heeds():
             """By the program's own handlers: Python itself has one for SIGINT."""
-            masks = [int(mask, 16) for mask in self.inside(caught).stdout.split()]
+            read = self.inside(caught)
+            masks = [int(mask, 16) for mask in read.stdout.split()] if read.returncode == 0 else []
             return any(mask >> number - 1 & mask >> signal.SIGTERM - 1 & 1 for mask in masks)
 
         self.wait_until_or_end(heeds, "listening")
