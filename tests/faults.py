@@ -17,6 +17,7 @@ import io
 import json
 import os
 import shutil
+import signal
 import subprocess
 import time
 import uuid
@@ -212,10 +213,17 @@ class Container:
         """Waits for the first line of progress, which comes soon with the flags OFTEN."""
         self.wait_until_or_end(lambda: "images/s" in self.logs()[0], "a line of progress")
 
-    def wait_until_it_listens(self):
-        """Waits until the program heeds SIGTERM. (Before, the first process of a container does not even notice it.)"""
-        caught = "sed -n 's/^SigCgt://p' /proc/1/status"
-        self.wait_until_or_end(lambda: int(self.inside(caught).stdout or "0", 16) >> 14 & 1, "listening")
+    def wait_until_it_listens(self, number=signal.SIGTERM):
+        """Waits until the program heeds a signal. (Before, a container's first process does not even notice it.)"""
+        caught = "for P in 1 $(cat /proc/1/task/1/children); do sed -n 's/^SigCgt://p' /proc/$P/status; done"
+
+        def heeds():
+            """By the program's own handlers: Python itself has one for SIGINT."""
+            read = self.inside(caught)
+            masks = [int(mask, 16) for mask in read.stdout.split()] if read.returncode == 0 else []
+            return any(mask >> number - 1 & mask >> signal.SIGTERM - 1 & 1 for mask in masks)
+
+        self.wait_until_or_end(heeds, "listening")
 
     def wait_until_or_end(self, condition, what):
         """Waits for a condition; RuntimeError if the container ends before."""
@@ -231,6 +239,21 @@ class Container:
     def inside(self, script):
         """Runs a shell script in the container, with all rights."""
         return docker("exec", "--privileged", "--user", "0", self.id, "sh", "-c", script)
+
+
+@contextlib.contextmanager
+def without_compose(stage, folder, *flags, options=()):
+    """A container of a stage's image by `docker run`, with the two folders and nothing else of the compose file."""
+    folder.chmod(0o777)
+    mounts = ("--volume", f"{TREE / 'data'}:/opt/mount/data:ro", "--volume", f"{folder}:{MODEL}")
+    started = docker("run", "--detach", *options, *mounts, f"{IMAGES}-{stage}", *flags)
+    if started.returncode:
+        raise RuntimeError(started.stderr)
+    container = Container(started.stdout.strip())
+    try:
+        yield container
+    finally:
+        docker("rm", "--force", container.id)
 
 
 def clock(text):
