@@ -2,12 +2,13 @@
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 PYTHON = .venv/bin/python
 STAGES = model-eval model-infer
+COPIES = net.py artifacts.py process.py
 
-.PHONY: help test data local net lint audit bench chaos
+.PHONY: help test data local copies lint audit bench chaos
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /make \1 - /p' $(MAKEFILE_LIST)
 
-test: .venv/for-tests ## set up what the tests need, and run them: a fast tier, and one in real containers
+test: .venv/for-tests ## set up what the tests need and run them: a fast tier, and one in real containers
 	$(PYTHON) -m pytest tests
 
 data: ## put the MNIST data set into ./data ahead of time, and verify it
@@ -23,20 +24,23 @@ bench: .venv/for-stages ## measure speed, memory and sizes against PyTorch's exa
 	@python3 data/fetch.py
 	$(PYTHON) tests/bench/bench.py $(FLAGS)
 
-chaos: .venv/for-tests ## try every row of the crash contract many times (FLAGS="--only kills --kills 10": less)
+chaos: .venv/for-tests ## try every kind of failure many times (FLAGS="--only kills --kills 10": fewer)
 	@python3 data/fetch.py
 	$(PYTHON) tests/chaos.py $(FLAGS)
 
-net: ## copy what the three images share from model-train to the others
-	@for stage in $(STAGES); do cp model-train/net.py model-train/artifacts.py model-train/requirements*.txt $$stage/; done
+copies: ## copy what the three images share from model-train to the others
+	@for stage in $(STAGES); do cp $(addprefix model-train/,$(COPIES)) model-train/requirements*.txt $$stage/; done
 
-lint: .venv/for-tests ## mend the layout of the code, and say what else is wrong with it
+lint: .venv/for-tests ## fix the layout of the code, and report what else is wrong with it
 	$(PYTHON) -m ruff format .
 	$(PYTHON) -m ruff check --fix .
+	@for folder in data model-train model-eval model-infer; do \
+		(cd $$folder && ../$(PYTHON) -m mypy --config-file ../pyproject.toml *.py) || exit 1; done
 
-audit: .venv/for-tests ## ask whether a weakness is known of the pinned packages; fails where that cannot be asked
+audit: .venv/for-tests ## look up known vulnerabilities of the pinned packages; fails where that cannot be looked up
 	$(PYTHON) -m pip install --quiet pip-audit==2.10.1
 	$(PYTHON) -m pip_audit --strict --disable-pip --require-hashes --requirement model-train/requirements.txt
+	$(PYTHON) -m pip_audit --strict --disable-pip --no-deps --requirement model-train/requirements-torch.txt
 
 .venv/for-stages: model-train/requirements-torch.txt model-train/requirements.txt
 	python3 -m venv .venv

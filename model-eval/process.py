@@ -1,0 +1,189 @@
+"""The process of a stage: signals, output, limits, and errors in one line.
+
+All three images contain identical copies of this file. Edit the one in model-train, then run `make copies`.
+It imports little, since signals are handled only once it has been imported.
+"""
+
+import atexit
+import contextlib
+import errno
+import io
+import os
+import select
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import FrameType, TracebackType
+from typing import IO, Any, NoReturn
+
+STOP_SIGNALS = (signal.SIGHUP, signal.SIGINT, signal.SIGQUIT, signal.SIGTERM)
+THREADS_HINT = "cannot start enough processes and threads. Raise MNIST_PIDS, then run it again."
+
+
+class Failure(Exception):
+    """Ends a stage. The message is one line for the user: what is wrong, where, and the command that fixes it.
+
+    The exit status is 1 for work that failed, 2 for a wrong request.
+    """
+
+    def __init__(self, message: str, status: int = 1) -> None:
+        super().__init__(message)
+        self.status = status
+
+
+def prepare_process(stage: str, needed_memory: int = 0) -> None:
+    """Set up signals, standard streams and the environment, and check the memory: the first thing that a program does.
+
+    Until there is work to save, a signal ends the process at once. Raising an exception instead could be swallowed
+    during an import.
+    """
+    handle_stop_signals(lambda number, frame: os._exit(128 + number))
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)  # blocked by the image's entrypoint until they are handled
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # if ignored by the parent process, dead workers would go unnoticed
+    for descriptor in (0, 1, 2):
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the closed stream's number, so that no other file gets it
+    sys.stdout = sys.stdout or os.fdopen(1, "w")
+    sys.stderr = sys.stderr or os.fdopen(2, "w")
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a path may have characters that the locale cannot encode
+    atexit.register(lambda: flush(sys.stdout))  # Python's own flush at exit fails if the output is closed or full
+    sys.excepthook = report_crash
+    os.environ["OPENBLAS_NUM_THREADS"] = "1"  # numpy's BLAS is not used here; by default it starts a thread per core
+    os.environ["MPLBACKEND"] = "agg"  # figures are written to files, never shown
+    with exit_on_failure(stage):
+        check_memory(needed_memory, stage)
+
+
+def handle_stop_signals(handler: Callable[[int, FrameType | None], Any]) -> None:
+    """Install a handler for the signals that ask a program to stop, except those that are ignored, as under nohup."""
+    for number in STOP_SIGNALS:
+        if signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, handler)
+
+
+def signal_name(number: int) -> str:
+    """Return the name of a signal, such as SIGKILL; real-time signals have none."""
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return f"signal {number}"
+
+
+@contextlib.contextmanager
+def exit_on_failure(stage: str) -> Iterator[None]:
+    """Turn a failure in the block into one line on standard error and an exit status."""
+    try:
+        yield
+    except Failure as failure:
+        print_error(f"{stage}: {failure}")
+        sys.exit(failure.status)
+    except (OSError, RuntimeError) as error:
+        # A failed fork raises EAGAIN, a thread that cannot be started a RuntimeError with this text.
+        if getattr(error, "errno", None) == errno.EAGAIN or "can't start new thread" in str(error):
+            print_error(f"{stage}: {THREADS_HINT}")
+        elif isinstance(error, OSError):
+            print_error(f"{stage}: {error}. Fix this, then run it again.")
+        else:
+            raise
+        sys.exit(1)
+
+
+def refuse_flags(stage: str, message: str) -> NoReturn:
+    """End a stage whose command line is wrong: used as ArgumentParser.error."""
+    print_error(f"{stage}: {message}. See: {stage} --help")
+    sys.exit(2)
+
+
+def report_crash(kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:
+    """Report an uncaught exception: a lack of memory in one line, anything else, which is a bug, as a traceback."""
+    if issubclass(kind, MemoryError) or "failed to map segment" in str(error):
+        print_error(f"{Path(sys.argv[0]).stem}: out of memory ({error}). Raise the memory limit, then run it again.")
+    else:
+        sys.__excepthook__(kind, error, traceback)
+
+
+# Output ---------------------------------------------------------------------------------------------------------------
+
+
+def say(text: str, end: str = "\n") -> None:
+    """Print to standard output, or drop the text if it cannot be written: output must not stop the work."""
+    if can_write(sys.stdout):
+        with contextlib.suppress(OSError):
+            print(text, end=end)
+        flush(sys.stdout)
+
+
+def print_error(text: str) -> None:
+    """Print a failure or a warning to standard error, on one line even if a path or a flag contains a line break."""
+    with contextlib.suppress(OSError):
+        print(text.replace("\n", "\\n"), file=sys.stderr)
+    flush(sys.stderr)
+
+
+def can_write(stream: IO[str]) -> bool:
+    """Whether a standard stream accepts text within a second; a pipe that nobody reads does not."""
+    try:
+        return bool(select.select([], [stream.fileno()], [], 1)[1])
+    except ValueError:  # not backed by a file descriptor
+        return True
+
+
+def flush(stream: IO[str]) -> None:
+    """Flush a standard stream; if that fails, as when a pipe's reader is gone, drop all further output."""
+    try:
+        stream.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+# Limits ---------------------------------------------------------------------------------------------------------------
+
+
+def count_cores() -> int:
+    """Return the number of cores that this process may use: CPU affinity and cgroup quota, rounded down."""
+    cores = len(os.sched_getaffinity(0))
+    v2, v1 = Path("/sys/fs/cgroup/cpu.max"), Path("/sys/fs/cgroup/cpu")
+    with contextlib.suppress(OSError, ValueError):
+        if v2.exists():
+            quota, period = v2.read_text().split()  # "max 100000" where there is no quota: a ValueError
+        else:
+            quota, period = ((v1 / f"cpu.cfs_{name}_us").read_text() for name in ("quota", "period"))
+        if int(quota) > 0:
+            cores = min(cores, int(quota) // int(period))
+    return max(1, cores)
+
+
+def check_memory(needed: int, what: str) -> None:
+    """Raise Failure if the container's memory limit is below the bytes that something needs."""
+    for path in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+        with contextlib.suppress(OSError, ValueError):  # no such file, or "max" in it
+            limit = int(Path(path).read_text())
+            if limit < needed:
+                raise Failure(
+                    f"{what} needs about {needed // 10**6} MB of memory, but the limit is {limit // 10**6} MB. "
+                    f"Raise MNIST_MEMORY, then run it again.",
+                    status=2,
+                )
+
+
+def check_threads(count: int) -> None:
+    """Raise Failure if that many threads cannot be started: libraries abort or hang when they lack one."""
+    release = threading.Event()
+    threads: list[threading.Thread] = []
+    try:
+        for _ in range(count):
+            thread = threading.Thread(target=release.wait, daemon=True)
+            thread.start()
+            threads.append(thread)
+    except RuntimeError:
+        raise Failure(THREADS_HINT) from None
+    finally:
+        release.set()
+        for thread in threads:  # forking while they run would not be safe
+            thread.join()

@@ -1,0 +1,135 @@
+"""checkpoint.pt: everything needed to resume a training, saved during it and loaded to resume it."""
+
+import io
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import net
+import torch
+from artifacts import CHECKPOINT, FRESH_HINT, TRAIN_RESULTS, publish, read_limited
+from hogwild import PRECISION, SharedState
+from plan import Plan, check_epochs, check_same_training
+from process import Failure
+from record import Record, package_versions, parse_record, read_record
+
+CHECKPOINT_SECONDS = 3  # between two checkpoints; saving one costs 1 to 2 % of that
+MAX_CHECKPOINT_BYTES = 16_000_000  # the parameters, a velocity for each of 64 workers, and the record
+
+
+class Checkpoints:
+    """Saves the checkpoints of a training; without a folder, nothing is saved."""
+
+    def __init__(self, folder: Path | None, shared: SharedState, record: Record) -> None:
+        self.folder, self.shared, self.record = folder, shared, record
+        self.last_saved = time.monotonic()
+
+    def is_due(self) -> bool:
+        """Whether it is time for the next checkpoint."""
+        return time.monotonic() > self.last_saved + CHECKPOINT_SECONDS
+
+    def serialize(self) -> bytes:
+        """Return the contents of a checkpoint. The workers must be idle. Raise Failure if a parameter is not finite."""
+        if not self.shared.parameters.isfinite().all():
+            flags = self.record.settings.as_flags()
+            raise Failure(f"the parameters are not finite. Settings: {flags}. {FRESH_HINT}")
+        parts = {"model": self.shared.state_dict(), "velocities": self.shared.velocities}
+        buffer = io.BytesIO()
+        torch.save(parts | {"results": self.record.to_json()}, buffer)
+        return buffer.getvalue()
+
+    def write(self, content: bytes) -> None:
+        """Publish a checkpoint, then the record: after a kill in between, the record is older, never newer."""
+        if self.folder:
+            publish(self.folder / CHECKPOINT, content)
+            self.record.publish(self.folder)
+        self.last_saved = time.monotonic()
+
+    def save(self) -> None:
+        """Publish a checkpoint now. The workers must be idle."""
+        self.write(self.serialize())
+
+
+def load_checkpoint(path: Path) -> tuple[Any, Any, Record]:
+    """Return the state dict, velocities and record of a checkpoint. Raise Failure if it is missing or damaged."""
+    content = net.load_tensors(read_limited(path, MAX_CHECKPOINT_BYTES, FRESH_HINT), path, FRESH_HINT)
+    try:
+        parts = dict(dict.items(content))  # a TypeError if it is no dict
+        return parts["model"], parts["velocities"], parse_record(parts["results"])
+    except (KeyError, TypeError, ValueError):
+        raise Failure(f"{path} is damaged. {FRESH_HINT}") from None
+
+
+def start_or_resume(
+    plan: Plan, images: torch.Tensor, labels: torch.Tensor, folder: Path | None
+) -> tuple[Record, SharedState]:
+    """Return the record and the shared state of the planned training, new or from its checkpoint."""
+    resumed = resume(plan, images, labels, folder) if folder and plan.action == "resume" else None
+    if resumed:
+        record, shared = resumed
+    else:
+        record = Record.new(plan.settings)
+        record.precision = precision_of(plan)
+        shared = SharedState(record, images, labels)
+    if folder:
+        record.publish(folder)  # after a kill before the first checkpoint, the next run knows what was requested
+    return record, shared
+
+
+def resume(plan: Plan, images: torch.Tensor, labels: torch.Tensor, folder: Path) -> tuple[Record, SharedState] | None:
+    """Return record and shared state from the checkpoint, or None if the training was killed before its first one.
+
+    Raise Failure if the checkpoint is missing, damaged, or of another training.
+    """
+    published, path = read_record(folder), folder / CHECKPOINT
+    if published is None:
+        return None
+    try:
+        state_dict, velocities, record = load_checkpoint(path)
+        if record.run != published.run:
+            raise Failure(f"{path} belongs to another training than {TRAIN_RESULTS}. {FRESH_HINT}")
+    except Failure:
+        if published.batches:
+            raise
+        return None  # there is no checkpoint yet; an existing file belongs to an earlier training
+    check_progress(record, plan, path)
+    record = record_for_resuming(record, plan)
+    shared = SharedState(record, images, labels)
+    net.load_weights(shared.model, state_dict, path, FRESH_HINT)
+    net.check_tensor(velocities, "velocities", shared.velocities.shape, path, FRESH_HINT)
+    shared.velocities.copy_(velocities.detach())
+    return record, shared
+
+
+def check_progress(record: Record, plan: Plan, path: Path) -> None:
+    """Raise Failure if a checkpoint is inconsistent, or has other settings than the published record."""
+    if replace(record.settings, epochs=plan.settings.epochs) != plan.settings:
+        raise Failure(f"{path} has other settings than {TRAIN_RESULTS}. {FRESH_HINT}")
+    if not 0 <= record.epochs_done() - len(record.history) <= 1 or record.start > record.batches:
+        raise Failure(f"{path} is damaged (progress and history are inconsistent). {FRESH_HINT}")
+    check_same_training(record, {}, path.parent)
+    check_epochs(record, plan.settings.epochs, path.parent)
+
+
+def record_for_resuming(record: Record, plan: Plan) -> Record:
+    """Return the record of a checkpoint, updated for the planned number of epochs and for this machine."""
+    is_longer = plan.settings.epochs > record.settings.epochs
+    if is_longer and len(record.history) == record.settings.epochs:
+        record.start = record.batches  # the learning rate has decayed to 0: restart its schedule
+    now = Record.new(plan.settings)
+    return replace(
+        record,
+        settings=plan.settings,
+        version=now.version,
+        host=now.host,
+        began=now.began,
+        finished=False,
+        precision=precision_of(plan),
+        versions=package_versions(),
+    )
+
+
+def precision_of(plan: Plan) -> str:
+    """Return the dtype of the convolutions in training; the network's own layers, used with dropout, are float32."""
+    return "float32" if plan.settings.dropout else str(PRECISION).removeprefix("torch.")

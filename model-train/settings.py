@@ -1,0 +1,100 @@
+"""The settings of a training: type, default, range and help of each, in one place."""
+
+import argparse
+import contextlib
+from dataclasses import Field, asdict, dataclass, field, fields
+from functools import partial
+from typing import Any
+
+from artifacts import DATA_SET
+
+VALIDATION_IMAGES = 5_000  # the last of the training images; no worker ever sees them
+TRAINING_IMAGES = DATA_SET.training_images - VALIDATION_IMAGES
+
+
+def number_field(default: float, text: str, smallest: float, largest: float) -> Any:
+    """Return a field of Settings: a number of its default's type, int or float, in a range."""
+    return field(default=default, metadata={"help": text, "range": (smallest, largest)})
+
+
+def choice_field(default: str, text: str, *others: str) -> Any:
+    """Return a field of Settings: one of several words."""
+    return field(default=default, metadata={"help": text, "choices": (default, *others)})
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The settings of a training. The names, with dashes, are the flags of train."""
+
+    epochs: int = number_field(
+        15, f"passes over the {TRAINING_IMAGES:,} training images in total, earlier runs included", 1, 10_000
+    )
+    batch_size: int = number_field(96, "images per step", 1, TRAINING_IMAGES)
+    lr: float = number_field(0.1, "peak of the learning rate", 1e-9, 1e3)
+    momentum: float = number_field(0.8, "SGD momentum of each worker", 0, 0.9999)
+    seed: int = number_field(1, "seed of initial weights, shuffles and augmentation", 0, 2**32 - 1)
+    num_processes: int = number_field(2, "Hogwild workers, one thread each", 1, 64)
+    schedule: str = choice_field("linear", "learning rate schedule: linear warm-up and decay, or constant", "constant")
+    weight_decay: float = number_field(7e-4, "L2 penalty, as a factor of the parameters", 0, 1)
+    max_grad_norm: float = number_field(2.0, "norm to which longer gradients are clipped", 1e-6, 1e9)
+    augmentation: float = number_field(1.0, "strength of random rotation, scaling and shift; 0 is none", 0, 4)
+    dropout: float = number_field(0.0, "probability in the network's two dropout layers", 0, 0.99)
+
+    def as_flags(self) -> str:
+        """Return the settings that are not defaults, as command-line flags."""
+        given = [f"{flag(item.name)} {getattr(self, item.name)}" for item in fields(self) if not self.is_default(item)]
+        return " ".join(given) or "default settings"
+
+    def is_default(self, item: Field[Any]) -> bool:
+        """Whether a setting has its default."""
+        return bool(getattr(self, item.name) == item.default)
+
+    def differences(self, requested: dict[str, Any]) -> list[str]:
+        """Return the names of requested settings that differ, except epochs: more epochs train the same model."""
+        settings = asdict(self)
+        return [name for name, value in requested.items() if name != "epochs" and value != settings[name]]
+
+
+SETTINGS = {item.name: item for item in fields(Settings)}
+
+
+def flag(name: str) -> str:
+    """Return the command-line flag of a setting."""
+    return "--" + name.replace("_", "-")
+
+
+def check(name: str, value: Any) -> Any:
+    """Return the value of a setting. Raise ValueError if it has the wrong type or is out of range."""
+    item = SETTINGS[name]
+    if "choices" in item.metadata:
+        if value not in item.metadata["choices"]:
+            raise ValueError(f"must be one of {', '.join(item.metadata['choices'])}")
+        return value
+    smallest, largest = item.metadata["range"]
+    kind = type(item.default)
+    if type(value) is not kind or not smallest <= value <= largest:
+        raise ValueError(f"must be {'an integer' if kind is int else 'a number'} from {smallest:,} to {largest:,}")
+    return value
+
+
+def parse(name: str, text: str) -> Any:
+    """Return the value of a setting from its text on the command line."""
+    kind: Any = type(SETTINGS[name].default)
+    value: Any = text
+    with contextlib.suppress(ValueError):
+        value = kind(text)
+    try:
+        return check(name, value)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text} {error}") from None
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """Add a flag for each setting. A flag that is not given is None: the volume decides."""
+    for name, item in SETTINGS.items():
+        if "choices" in item.metadata:
+            values, metavar = " or ".join(item.metadata["choices"]), "NAME"
+        else:
+            values, metavar = "{:,} to {:,}".format(*item.metadata["range"]), "N" if item.type is int else "X"
+        text = f"{item.metadata['help']} ({values}; default: {item.default})"
+        parser.add_argument(flag(name), type=partial(parse, name), metavar=metavar, help=text)
