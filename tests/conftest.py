@@ -14,7 +14,7 @@ import pytest
 import stages
 
 TESTS = Path(__file__).parent
-TIERS = {"fast": 120, "container": 900}  # and the most seconds for one test, with the fixtures that it is first to use
+TIERS = {"fast": 240, "container": 900}  # and the most seconds for one test, with the fixtures that it is first to use
 
 # The programs' modules. All three folders have a net.py; the original comes first.
 sys.path[:0] = [str(stages.TREE / folder) for folder in stages.FOLDERS.values()]
@@ -84,8 +84,17 @@ def data():
 def trained(data, tmp_path_factory):
     """The volume after a training of one epoch. Tests only look at it; those that change it take `volume`."""
     folder = tmp_path_factory.mktemp("trained")
-    result = stages.run("train", "--epochs", "1", model=folder)
-    assert result.returncode == 0, result.stderr
+    stages.assert_succeeds(stages.run("train", "--epochs", "1", model=folder))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def finished(trained, tmp_path_factory):
+    """The volume after all three stages, to look at. The last two had nothing but the model."""
+    folder = tmp_path_factory.mktemp("finished")
+    shutil.copy(trained / "mnist_cnn.pt", folder)
+    stages.assert_succeeds(stages.run("evaluate", model=folder))
+    stages.assert_succeeds(stages.run("infer", model=folder))
     return folder
 
 
@@ -93,3 +102,25 @@ def trained(data, tmp_path_factory):
 def volume(trained, tmp_path):
     """A copy of the volume after a training of one epoch."""
     return shutil.copytree(trained, tmp_path / "volume")
+
+
+@pytest.fixture
+def unfinished(volume):
+    """A volume whose training was killed after 1 of 3 epochs."""
+    (volume / "mnist_cnn.pt").unlink()
+    stages.edit_training(volume, lambda record: (record.update(finished=False), record["settings"].update(epochs=3)))
+    return volume
+
+
+@pytest.fixture
+def start(trained, tmp_path):
+    """A function that makes the volume that a stage starts with: empty for train, else with a model."""
+
+    def make(stage, name="volume"):
+        folder = tmp_path / name
+        folder.mkdir()
+        if stage != "train":
+            shutil.copy(trained / "mnist_cnn.pt", folder)
+        return folder
+
+    return make

@@ -1,7 +1,7 @@
 """Broken and forged files: what the pipeline may find in place of each file that it reads.
 
-A case says which file it breaks and how, which stage is to meet it, and the exit statuses that are right. The faults
-are functions of a path, so that they can be done to any folder.
+A case says which file it breaks and how, which stage reads it, and the exit statuses that are right. The faults are
+functions of a path, so that they can be done to any folder.
 """
 
 import io
@@ -16,8 +16,9 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-import faults
 import torch
+from pipeline import Pipeline
+from stages import DATA, sha256
 
 MARKER = "code-was-run"  # the file that forged pickles make in the volume, if they are obeyed
 HUGE = 100 * 2**30
@@ -25,7 +26,7 @@ HUGE = 100 * 2**30
 
 @dataclass(frozen=True)
 class Case:
-    """A broken file; `stage` with `flags` is to meet it and end with one of the statuses."""
+    """A broken file; `stage` with `flags` reads it, and is to end with one of the statuses."""
 
     file: str
     fault: str
@@ -100,6 +101,7 @@ def forbid(path):
 
 
 FAULTS = {
+    "missing": Path.unlink,
     "empty": partial(write, content=b""),
     "one byte": partial(write, content=b"\x80"),
     "cut in half": partial(cut, at=0.5),
@@ -235,7 +237,7 @@ HARMLESS_MODELS = {  # evaluate may take these as they are, or say what is wrong
 
 
 def in_results(path, edit):
-    """Changes the results that a training's checkpoint holds as text."""
+    """Changes the results that a training's checkpoint has as text."""
 
     def change_text(checkpoint):
         results = json.loads(checkpoint["results"])
@@ -342,9 +344,10 @@ HARMLESS_RESULTS = {  # train may take these as they are, or say what is wrong
 
 
 TRAIN_ON = ("--epochs", "9999")  # has train go on where it would say that it is finished: it reads data and checkpoint
-SOME = ("empty", "cut in half", "a FIFO")
+SOME = ("missing", "empty", "cut in half", "a FIFO")
 TWICE_THE_MEMORY = "600m"  # each stage takes 285 to 340 MB as it is
-SECONDS = 10
+SECONDS = 30
+FIXES = ("--fresh", "make data", "rm ")  # a failure is to name one of these commands
 
 
 def cases():
@@ -384,23 +387,25 @@ def some(faults, *names):
     return {name: faults[name] for name in names}
 
 
-def meet(case, good, folder):
-    """Breaks a file in a copy of a good volume (or of the data), and has the stage meet it: what is wrong then."""
-    volume, data = shutil.copytree(good, folder / "volume"), faults.TREE / "data"
+def run_case(case, good, folder):
+    """Breaks a file in a copy of a good volume (or of the data), and runs the stage: what is wrong then."""
+    volume, data = shutil.copytree(good, folder / "volume"), DATA
     if case.is_data:
         data = shutil.copytree(data, folder / "data")
     case.breaks((data if case.is_data else volume) / case.file)
-    before = faults.artefacts(volume, but=[case.file])
-    with faults.Pipeline(
-        volume, data, train={"network_mode": "none"}, **faults.memory_limit(TWICE_THE_MEMORY)
-    ) as pipeline:
-        ended = pipeline.run(case.stage, *case.flags, seconds=60)
-    after = faults.artefacts(volume, but=[case.file])
+    before = contents_but(volume, case.file)
+    with Pipeline(
+        volume, data, environment={"MNIST_MEMORY": TWICE_THE_MEMORY}, train={"network_mode": "none"}
+    ) as project:
+        ended = project.run(case.stage, *case.flags, seconds=60)
+    after = contents_but(volume, case.file)
     wrong = []
     if ended.status not in case.statuses:
         wrong.append(f"exit status {ended.status}")
     if ended.status and not ended.is_one_line:
         wrong.append(f"more or less than one line: {ended.stderr!r}")
+    if ended.status and not (Path(case.file).name in ended.stderr and any(fix in ended.stderr for fix in FIXES)):
+        wrong.append(f"no word of the file, or of what fixes it: {ended.stderr!r}")
     if ended.status and after != before:
         wrong.append(f"other files changed: {sorted(set(before.items()) ^ set(after.items()))}")
     if MARKER in after:
@@ -408,3 +413,9 @@ def meet(case, good, folder):
     if ended.seconds > SECONDS:
         wrong.append(f"it took {ended.seconds:.0f} s")
     return wrong
+
+
+def contents_but(volume, file):
+    """The sha256 of every file in a volume by its path, but for one; a symlink, folder or FIFO has none."""
+    others = [path for path in volume.rglob("*") if path.is_file() and path != volume / file]
+    return {str(path.relative_to(volume)): sha256(path) for path in others}

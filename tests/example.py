@@ -1,6 +1,6 @@
 """MNIST without this project: a network as PyTorch's mnist_hogwild example has it, and a reader of the raw files.
 
-It shares no code with the programs, so that what they say of a model can be held against it.
+It shares no code with the programs, so that what they say of a model can be compared with it.
 """
 
 import numpy
@@ -48,7 +48,7 @@ def read_test_images(data):
     return torch.from_numpy(pixels.reshape(-1, 28, 28)), torch.from_numpy(labels.astype("int64"))
 
 
-def read_digits(model, images):
+def predict(model, images):
     """The model's log-probabilities, float32 [N, 10], of images that are normalised as in the example."""
     normalised = (images.unsqueeze(1) / 255 - 0.1307) / 0.3081
     with torch.no_grad():

@@ -1,39 +1,48 @@
-"""What the tests share: running the three programs as processes of their own, and looking at what they leave."""
+"""What the tests share: running the three programs, looking at what they leave, and editing it."""
 
 import contextlib
 import hashlib
+import importlib
+import io
 import json
 import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
+from unittest import mock
+
+import torch
+from PIL import Image
 
 TREE = Path(__file__).parents[1]
 DATA = TREE / "data"
 FOLDERS = {"train": "model-train", "evaluate": "model-eval", "infer": "model-infer"}
 STAGES = [*FOLDERS]
-RAW_FILES = [f"{part}-ubyte" for part in ("train-images-idx3", "train-labels-idx1", "t10k-images-idx3")] + [
-    "t10k-labels-idx1-ubyte"
-]
+RAW = "MNIST/raw"
+RAW_FILES = [f"{split}-{kind}-ubyte" for split in ("train", "t10k") for kind in ("images-idx3", "labels-idx1")]
 MADE_BY = {
     "train": {"mnist_cnn.pt", "checkpoint.pt", "train_results.json", "training.png"},
     "evaluate": {"eval_results.json", "confusion_matrix.png", "mistakes.png"},
     "infer": {"predictions.json", "predictions.png"},  # and the pictures in results
 }
-SECONDS = 60
+QUICK = ("--epochs", "1", "--batch-size", "500")  # a training that takes little time
+SECONDS = 120  # for one process; a machine may be busy
+
+# Running --------------------------------------------------------------------------------------------------------------
 
 
 def command(stage, *flags, model, data=DATA):
     """The command line of a stage, run from the tree on the folders given."""
     program = TREE / FOLDERS[stage] / f"{stage}.py"
-    return [sys.executable, program, "--data", data, "--model", model, *flags]
+    return [sys.executable, str(program), "--data", str(data), "--model", str(model), *flags]
 
 
-def run(stage, *flags, model, data=DATA, **env):
-    """Runs a stage to its end, with variables added to its environment."""
+def run(stage, *flags, model, data=DATA, before=(), **env):
+    """Runs a stage to its end as a process, after a command's words if given, with variables added."""
     return subprocess.run(
-        command(stage, *flags, model=model, data=data),
+        [*before, *command(stage, *flags, model=model, data=data)],
         capture_output=True,
         text=True,
         stdin=subprocess.DEVNULL,
@@ -43,14 +52,26 @@ def run(stage, *flags, model, data=DATA, **env):
     )
 
 
+def call(stage, *flags, model, data=DATA):
+    """Runs a stage to its end in this process: one that does not train. What comes of it is as that of run()."""
+    words, stdout, stderr = command(stage, *flags, model=model, data=data)[1:], io.StringIO(), io.StringIO()
+    with mock.patch("sys.argv", words), contextlib.redirect_stdout(stdout), contextlib.redirect_stderr(stderr):
+        try:
+            status = importlib.import_module(stage).main()
+        except SystemExit as end:
+            status = end.code
+    torch.set_num_threads(1)  # or a process could not be forked safely
+    return subprocess.CompletedProcess(words, status, stdout.getvalue(), stderr.getvalue())
+
+
 @contextlib.contextmanager
-def running(command, **env):
-    """Starts a process with variables added to its environment, as the leader of a group of processes.
+def running(words, **env):
+    """Starts a process, with variables added to its environment, as the leader of a process group.
 
     The block has it with its output to read from, and all of the group is gone afterwards.
     """
     with subprocess.Popen(
-        command,
+        words,
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -65,9 +86,40 @@ def running(command, **env):
                 os.killpg(process.pid, signal.SIGKILL)
 
 
-def await_progress(process):
-    """Waits until a training says how it goes; it is in the middle of an epoch then."""
-    assert any("images/s" in line for line in process.stdout), process.stderr.read()
+@contextlib.contextmanager
+def training(folder, *flags):
+    """A training that speaks often; the block has its process once it is in the middle of an epoch."""
+    with running(command("train", "--log-interval", "10", *flags, model=folder)) as process:
+        assert any("images/s" in line for line in process.stdout), process.stderr.read()
+        yield process
+
+
+def stop(process, number=signal.SIGTERM):
+    """Asks a training to stop, and checks that it ends as it should: in time, in one line, by its exit status."""
+    process.send_signal(number)
+    _, stderr = process.communicate(timeout=10)
+    assert process.returncode == 128 + number, stderr
+    assert len(stderr.splitlines()) == 1, stderr
+    return stderr
+
+
+def workers(process):
+    """The process ids of a training's workers."""
+    return [int(number) for number in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
+
+
+def wait_until(condition, what="what was waited for"):
+    """Returns what condition() returns, once that is true."""
+    deadline = time.monotonic() + SECONDS
+    while not (value := condition()):
+        assert time.monotonic() < deadline, f"{what} did not come within {SECONDS} s"
+        time.sleep(0.01)
+    return value
+
+
+def assert_succeeds(result):
+    """A success that says nothing on standard error."""
+    assert (result.returncode, result.stderr) == (0, "")
 
 
 def assert_fails(result, status, *names):
@@ -76,7 +128,10 @@ def assert_fails(result, status, *names):
     assert len(result.stderr.splitlines()) == 1, result.stderr
     assert "Traceback" not in result.stdout + result.stderr
     for name in names:
-        assert name in result.stderr, result.stderr
+        assert str(name) in result.stderr, result.stderr
+
+
+# Looking and editing --------------------------------------------------------------------------------------------------
 
 
 def sha256(path):
@@ -97,3 +152,50 @@ def pictures(folder):
 def read_json(path):
     """What a JSON file says."""
     return json.loads(path.read_text())
+
+
+def results(folder):
+    """What train_results.json says."""
+    return read_json(folder / "train_results.json")
+
+
+def images_trained_on(folder):
+    """How many images the workers together have trained on."""
+    return sum(worker["images"] for worker in results(folder)["workers"])
+
+
+def assert_whole(folder):
+    """All files in a folder can be read from their beginning to their end."""
+    for path in folder.rglob("*"):
+        if path.suffix == ".json":
+            read_json(path)
+        elif path.suffix == ".png":
+            Image.open(path).load()
+        elif path.suffix == ".pt":
+            torch.load(path, weights_only=True)
+
+
+def edit_json(path, **changes):
+    """Changes what a JSON file says; `settings` are added to those that are there."""
+    content = read_json(path)
+    changes["settings"] = content.get("settings", {}) | changes.get("settings", {})
+    path.write_text(json.dumps(content | changes))
+
+
+def edit_checkpoint(folder, **edits):
+    """Changes parts of checkpoint.pt by functions."""
+    checkpoint = torch.load(folder / "checkpoint.pt", weights_only=True)
+    torch.save(checkpoint | {name: edit(checkpoint[name]) for name, edit in edits.items()}, folder / "checkpoint.pt")
+
+
+def edit_training(folder, edit):
+    """Changes the record of a training by a function, in train_results.json and in checkpoint.pt."""
+
+    def edit_text(text):
+        content = json.loads(text)
+        edit(content)
+        return json.dumps(content)
+
+    edit_checkpoint(folder, results=edit_text)
+    path = folder / "train_results.json"
+    path.write_text(edit_text(path.read_text()))

@@ -1,25 +1,114 @@
-"""hogwild.py, the technique: how batches are dealt out, what the learning rate does, how images are augmented."""
+"""hogwild.py: the schedule of the learning rate, the augmentation, and a step of SGD."""
 
-import itertools
-import multiprocessing
-import sys
+import math
 
+import example
 import hogwild
+import layers
 import net
 import pytest
+import record
 import torch
-from plan import SETTINGS
+from settings import Settings
+from torch.nn import functional
 
-DEFAULTS = {name: default for name, (_, default, _, _) in SETTINGS.items()}
+
+def new_trainer(count=960, **changes):
+    """A worker's trainer on random images; a step is exact unless it is changed: float32, not augmented."""
+    torch.manual_seed(4)
+    images, labels = torch.randint(256, (count, 28, 28), dtype=torch.uint8), torch.randint(10, (count,))
+    wanted = Settings(**{"epochs": 1, "num_processes": 1, "augmentation": 0.0} | changes)
+    return hogwild.Trainer(0, hogwild.SharedState(record.Record.new(wanted), images, labels))
 
 
-@pytest.fixture
-def queue():
-    """One that has ten batches for two workers."""
-    queue = hogwild.BatchQueue(2)
-    queue.resume(0, queue.per_worker())
-    queue.set_limit(10)
-    return queue
+def rates(trainer):
+    """The learning rate of every batch."""
+    return [
+        trainer.learning_rate(number) for number in range(trainer.shared.schedule_start, trainer.shared.schedule_end)
+    ]
+
+
+# The learning rate ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("start", [0, 300])
+def test_the_learning_rate_rises_to_its_peak_and_falls_to_zero(start):
+    trainer = new_trainer(epochs=100)
+    trainer.shared.schedule_start = start
+    course = rates(trainer)
+    peak = course.index(max(course))
+    assert course[: peak + 1] == sorted(course[: peak + 1])
+    assert course[peak:] == sorted(course[peak:], reverse=True)
+    assert peak == pytest.approx(hogwild.WARMUP_FRACTION * len(course), abs=1)
+    assert 0 < course[0] < 0.1 / 100
+    assert 0 < course[-1] < 0.1 / 100
+    assert max(course) == pytest.approx(0.1, rel=0.01)
+
+
+def test_a_constant_learning_rate_is_the_same_for_every_batch():
+    assert {*rates(new_trainer(schedule="constant", lr=0.3))} == {0.3}
+
+
+# A step ---------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("longest", [0.5, 1e6], ids=["clipped", "not clipped"])
+def test_the_steps_are_those_of_torchs_own_sgd(monkeypatch, longest):
+    monkeypatch.setattr(hogwild, "PRECISION", torch.float32)
+    trainer = new_trainer(max_grad_norm=longest, weight_decay=0.01)
+    model = example.untrained()
+    model.load_state_dict(trainer.shared.state_dict())
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.8, weight_decay=0.01)
+    norms = []
+    for number in range(5):
+        images, labels = trainer.load_batch(number)
+        optimizer.zero_grad()
+        loss = functional.nll_loss(model(net.to_input(images)), labels)
+        loss.backward()
+        norms.append(torch.nn.utils.clip_grad_norm_(model.parameters(), longest).item())
+        optimizer.param_groups[0]["lr"] = trainer.learning_rate(number)
+        optimizer.step()
+        assert trainer.train_batch(number) == (96, pytest.approx(96 * loss.item(), rel=1e-3))
+    assert (max(norms) > longest) == (longest == 0.5)
+    for name, tensor in model.state_dict().items():
+        torch.testing.assert_close(trainer.shared.state_dict()[name], tensor, atol=1e-5, rtol=1e-3, msg=name)
+
+
+def test_a_loss_that_is_not_finite_ends_the_training():
+    trainer = new_trainer()
+    trainer.shared.parameters.fill_(math.nan)
+    with pytest.raises(ArithmeticError):
+        trainer.train_batch(0)
+
+
+def test_an_epoch_has_every_image_once_in_an_order_of_its_own():
+    trainer = new_trainer(count=100, batch_size=30, epochs=2)
+    pixels = trainer.shared.images.float().mean((1, 2))
+    epochs = [torch.cat([trainer.load_batch(number)[0] for number in range(first, first + 4)]) for first in (0, 4)]
+    one, two = ([*images.float().mean((1, 2)).tolist()] for images in epochs)
+    assert sorted(one) == sorted(two) == sorted(pixels.tolist())
+    assert one != two
+
+
+def test_without_dropout_a_batch_is_the_arithmetic_of_layers_py():
+    trainer = new_trainer()
+    x = net.to_input(trainer.load_batch(0)[0])
+    assert trainer.forward(x).equal(layers.forward(trainer.shared.model, x, hogwild.PRECISION))
+
+
+def test_with_dropout_a_batch_is_the_examples_network_in_training():
+    trainer, model = new_trainer(dropout=0.5), example.ExampleNet().train()
+    model.load_state_dict(trainer.shared.state_dict())
+    x = net.to_input(trainer.load_batch(0)[0])
+    outputs = []
+    for forward in (trainer.forward, model):
+        torch.manual_seed(6)
+        outputs.append(forward(x))
+    torch.testing.assert_close(*outputs)
+    assert not trainer.forward(x).equal(outputs[0])  # other units are dropped the next time
+
+
+# Augmentation ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -28,170 +117,53 @@ def x():
     return net.to_input(torch.randint(256, (5, 28, 28), dtype=torch.uint8))
 
 
-def test_a_batch_is_dealt_once(queue):
-    assert [queue.take(rank) for rank in (0, 1, 0, 0, 1)] == [0, 1, 2, 3, 4]
+@pytest.fixture
+def only(monkeypatch):
+    """A function that allows one kind of change alone, and has each of the five random numbers be what is given."""
+
+    def allow(name, value, numbers):
+        for other in ("MAX_ROTATION", "MAX_SCALING", "MAX_SHIFT"):
+            monkeypatch.setattr(hogwild, other, value if other == name else 0)
+        random = (torch.tensor(numbers)[:, None] + 1) / 2
+        monkeypatch.setattr(torch, "rand", lambda rows, columns: random.repeat(1, columns))
+
+    return allow
 
 
-def test_the_batch_of_a_dead_worker_goes_to_a_living_one_before_any_other(queue):
-    assert [queue.take(0), queue.take(1)] == [0, 1]
-    queue.workers[0].dead = 1
-    assert [queue.take(1), queue.take(1)] == [0, 2]
+def test_an_augmentation_of_strength_0_leaves_the_images_as_they_are(x):
+    assert hogwild.augment(x, 0.0).equal(x)
 
 
-def test_after_a_pause_nothing_is_dealt_before_the_limit_is_moved(queue):
-    assert queue.take(0) == 0
-    queue.pause()
-    assert queue.take(1) is None
-    assert not queue.is_drained()
-    queue.workers[0].finish(96, 1.0)
-    assert queue.is_drained()
-    queue.set_limit(2)
-    assert queue.take(1) == 1
+def test_an_augmentation_by_nothing_leaves_the_images_as_they_are(x, only):
+    only("", 0, [1.0] * 5)
+    assert torch.allclose(hogwild.augment(x, 1.0), x, atol=1e-4)
 
 
-def test_the_learning_rate_rises_to_its_peak_and_falls_to_zero():
-    images, labels = torch.zeros(960, 28, 28, dtype=torch.uint8), torch.zeros(960, dtype=torch.int64)
-    task = hogwild.Task(DEFAULTS | {"epochs": 100}, images, labels, 0)
-    rates = [task.learning_rate(number) for number in range(task.end)]
-    peak = rates.index(max(rates))
-    assert rates[: peak + 1] == sorted(rates[: peak + 1])
-    assert rates[peak:] == sorted(rates[peak:], reverse=True)
-    assert 0 < rates[0] < DEFAULTS["lr"] / 100
-    assert 0 < rates[-1] < DEFAULTS["lr"] / 100
-    assert max(rates) == pytest.approx(DEFAULTS["lr"], rel=0.01)
+def test_a_shift_moves_images_right_by_the_one_and_down_by_the_other_number(x, only):
+    only("MAX_SHIFT", 2 / 28, [0, 0, 0, 1.0, 0])  # a pixel is 2 / 28
+    assert torch.allclose(hogwild.augment(x, 1.0)[..., :-1], x[..., 1:], atol=1e-4)
+    only("MAX_SHIFT", 2 / 28, [0, 0, 0, 0, 1.0])
+    assert torch.allclose(hogwild.augment(x, 1.0)[..., :-1, :], x[..., 1:, :], atol=1e-4)
 
 
-@pytest.mark.parametrize(("longest", "expected"), [(0.01, 0.01), (0.02, 0.02), (1e6, None)])
-def test_a_gradient_is_cut_to_the_greatest_length_there_is(monkeypatch, longest, expected):
-    monkeypatch.setattr(hogwild, "WEIGHT_DECAY", 0)
-    monkeypatch.setattr(hogwild, "LARGEST_GRADIENT", longest)
-    images, labels = torch.randint(256, (960, 28, 28), dtype=torch.uint8), torch.randint(10, (960,))
-    task = hogwild.Task(DEFAULTS | {"momentum": 0.0}, images, labels, 0)
-    before = task.parameters.clone()
-    worker = hogwild.Worker(0, task, errors=None)
-    worker.own_gradient()
-    worker.train_batch(50)
-    length = (task.parameters - before).norm().item() / task.learning_rate(50)
-    assert length == pytest.approx(expected, rel=0.01) if expected else length > 0.1
+def test_a_quarter_turn_is_a_rotation_of_the_pixels(x, only):
+    only("MAX_ROTATION", math.pi / 2, [1.0, 0, 0, 0, 0])
+    assert torch.allclose(hogwild.augment(x, 1.0), x.rot90(1, (2, 3)), atol=1e-3)
 
 
-def test_an_augmentation_by_nothing_leaves_the_images_as_they_are(x, monkeypatch):
-    for name in ("ROTATION", "SCALING", "SHIFT"):
-        monkeypatch.setattr(hogwild, name, 0)
-    assert torch.allclose(hogwild.augment(x), x, atol=1e-4)
-
-
-def test_a_shift_moves_whole_images(x, monkeypatch):
-    for name, strength in (("ROTATION", 0), ("SCALING", 0), ("SHIFT", 2 / 28)):  # a pixel at most
-        monkeypatch.setattr(hogwild, name, strength)
-    monkeypatch.setattr(torch, "rand", lambda *shape: torch.ones(shape))  # of what is random: the most there can be
-    assert torch.allclose(hogwild.augment(x)[:, :, :-1, :-1], x[:, :, 1:, 1:], atol=1e-4)
+@pytest.mark.parametrize(("numbers", "size"), [([0, 1.0, 0, 0, 0], (28, 14)), ([0, 0, 1.0, 0, 0], (14, 28))])
+def test_a_scaling_by_two_makes_an_image_narrower_or_flatter(only, numbers, size):
+    only("MAX_SCALING", 1.0, numbers)
+    picture = torch.zeros(1, 1, 28, 28)
+    picture[..., 1:-1, 1:-1] = 1
+    rows, columns = (hogwild.augment(picture, 1.0)[0, 0] > 0.5).nonzero().unbind(1)
+    assert (len(rows.unique()), len(columns.unique())) == pytest.approx(size, abs=2)
 
 
 def test_every_image_is_augmented_by_itself_and_a_seed_repeats_it(x):
     same = x[:1].expand(2, 1, 28, 28).contiguous()
     torch.manual_seed(1)
-    one = hogwild.augment(same)
+    one = hogwild.augment(same, 1.0)
     assert not torch.allclose(one[0], one[1], atol=0.1)
     torch.manual_seed(1)
-    assert torch.equal(hogwild.augment(same), one)
-
-
-# Sums that are right at any moment ------------------------------------------------------------------------------------
-
-
-class Killed(BaseException):
-    """Ends a worker as a signal does, here: nothing of it runs any more."""
-
-
-def two_batches():
-    """A task of two batches of 96 images for two workers, ready to be trained on."""
-    images, labels = torch.randint(256, (192, 28, 28), dtype=torch.uint8), torch.randint(10, (192,))
-    task = hogwild.Task(DEFAULTS | {"epochs": 1}, images, labels, 0)
-    task.dealer.resume(0, task.dealer.sums())
-    task.dealer.deal_up_to(2)
-    return task
-
-
-def work(task, rank, at_line=None):
-    """Trains on all the batches that there are, as a worker; calls a function before each line that it executes."""
-
-    def trace(frame, event, argument):
-        if frame.f_code.co_filename == hogwild.__file__:
-            if event == "line":
-                at_line()
-            return trace
-
-    worker = hogwild.Worker(rank, task, errors=None)
-    worker.own_gradient()
-    before = sys.gettrace()
-    sys.settrace(trace if at_line else before)
-    try:
-        while (number := task.dealer.take(rank)) is not None:
-            worker.train_batch(number)
-    finally:
-        sys.settrace(before)
-
-
-def test_a_reader_never_sees_steps_images_and_loss_of_different_moments():
-    task, seen = two_batches(), set()
-    ours, theirs = multiprocessing.Pipe()
-
-    def read():
-        while theirs.recv():
-            theirs.send(task.dealer.totals())
-
-    def ask():
-        """Has the reader read; it may wait as long as the worker holds a lock, and answers later then."""
-        if not waiting:
-            ours.send(True)
-            waiting.append(True)
-        if ours.poll(0.05):
-            seen.add(ours.recv())
-            waiting.clear()
-
-    waiting = []
-    reader = multiprocessing.get_context("fork").Process(target=read, daemon=True)
-    reader.start()
-    try:
-        work(task, 0, ask)
-    finally:
-        reader.kill()
-        reader.join()
-    assert {(steps, images) for steps, images, _ in seen} <= {(steps, 96 * steps) for steps in range(3)}
-    assert len({steps for steps, _, _ in seen}) == len(seen)  # of so many steps there is only one sum of losses
-
-
-def test_each_batch_counts_once_wherever_in_its_step_a_worker_is_killed():
-    def kill():
-        lines.append(None)
-        if len(lines) == last:
-            raise Killed
-
-    wrong = {}
-    for last in itertools.count(1):
-        task, lines = two_batches(), []
-        try:
-            work(task, 0, kill)
-        except Killed:
-            task.dealer.rows[0].dead = 1
-        else:
-            break
-        work(task, 1)
-        if (counted := task.dealer.totals()[:2]) != (2, 192):
-            wrong[last] = counted
-    assert last > 10
-    assert wrong == {}
-
-
-# Pauses ---------------------------------------------------------------------------------------------------------------
-
-
-def test_a_clock_of_running_time_counts_a_pause_for_little(monkeypatch):
-    now = [100.0]
-    monkeypatch.setattr(hogwild.time, "monotonic", lambda: now[0])
-    clock = hogwild.RunningClock()
-    for seconds in (0.5, 65, 0.25):
-        now[0] += seconds
-        clock.seconds()
-    assert clock.seconds() == pytest.approx(0.5 + hogwild.RunningClock.LONGEST_GAP + 0.25)
+    assert hogwild.augment(same, 1.0).equal(one)

@@ -26,46 +26,35 @@ PUBLISHED = {"train": set(), "evaluate": stages.MADE_BY["evaluate"], "infer": st
 
 def run(script, stage, *flags, model):
     """Runs a stage by a line of bash, where it is "$@"."""
-    return subprocess.run(
-        ["bash", "-o", "pipefail", "-c", script, "bash", *stages.command(stage, *flags, model=model)],
-        capture_output=True,
-        text=True,
-        stdin=subprocess.DEVNULL,
-        env=os.environ | {"PYTHONUNBUFFERED": "1"},
-        timeout=stages.SECONDS,
-        check=False,
-    )
+    before = ("bash", "-o", "pipefail", "-c", script, "bash")
+    return stages.run(stage, *flags, model=model, before=before, PYTHONUNBUFFERED=1)
 
 
-def run_all(script, flags, models):
-    """Runs each stage by a line of bash, two at a time; returns stage, exit status, and standard error."""
+def assert_all_succeed(script, flags, models):
+    """Each stage, run by a line of bash, two at a time, ends with exit status 0 and says nothing on standard error."""
     with ThreadPoolExecutor(2) as pool:
-        runs = {stage: pool.submit(run, script, stage, *flags[stage], model=models[stage]) for stage in stages.STAGES}
-    return [(stage, run.result().returncode, run.result().stderr) for stage, run in runs.items()]
+        runs = [pool.submit(run, script, stage, *flags[stage], model=models[stage]) for stage in stages.STAGES]
+    for result in runs:
+        stages.assert_succeeds(result.result())
 
 
 @pytest.fixture
-def volumes(trained, tmp_path):
+def volumes(start):
     """A volume for each stage: empty for train, else with a model."""
-    folders = {stage: tmp_path / stage for stage in stages.STAGES}
-    for stage, folder in folders.items():
-        folder.mkdir()
-        if stage != "train":
-            (folder / "mnist_cnn.pt").write_bytes((trained / "mnist_cnn.pt").read_bytes())
-    return folders
+    return {stage: start(stage, stage) for stage in stages.STAGES}
 
 
 @pytest.mark.parametrize("output", OUTPUTS)
 def test_an_output_that_cannot_be_written_to_does_not_stop_the_work(volumes, output):
-    assert run_all(OUTPUTS[output], WORK, volumes) == [(stage, 0, "") for stage in stages.STAGES]
+    assert_all_succeed(OUTPUTS[output], WORK, volumes)
     for stage, folder in volumes.items():
         assert {*os.listdir(folder)} - {"mnist_cnn.pt"} == PUBLISHED[stage]
 
 
-def test_a_training_whose_reader_leaves_after_a_line_publishes_its_files(volumes):
-    result = run('"$@" | head -n 1', "train", "--epochs", "1", "--log-interval", "1", model=volumes["train"])
-    assert (result.returncode, result.stderr) == (0, "")
-    assert {*os.listdir(volumes["train"])} == stages.MADE_BY["train"]
+def test_a_training_whose_reader_leaves_after_a_line_publishes_its_files(start):
+    folder = start("train")
+    stages.assert_succeeds(run('"$@" | head -n 1', "train", *stages.QUICK, "--log-interval", "1", model=folder))
+    assert {*os.listdir(folder)} == stages.MADE_BY["train"]
 
 
 @pytest.mark.parametrize("output", ["stdout closed", "both full"])
@@ -77,8 +66,7 @@ def test_work_that_fails_has_its_exit_status_whatever_the_outputs_are(tmp_path, 
 
 @pytest.mark.parametrize("script", ['"$@" >/dev/full', UNREAD], ids=["full", "a pipe that nobody reads"])
 def test_help_that_cannot_be_written_is_no_failure(volumes, script):
-    flags = dict.fromkeys(stages.STAGES, ("--help",))
-    assert run_all(f"export PYTHONUNBUFFERED=; {script}", flags, volumes) == [(stage, 0, "") for stage in stages.STAGES]
+    assert_all_succeed(f"export PYTHONUNBUFFERED=; {script}", dict.fromkeys(stages.STAGES, ("--help",)), volumes)
 
 
 @pytest.mark.parametrize("stage", stages.STAGES)
@@ -86,8 +74,7 @@ def test_a_limit_to_the_size_of_files_is_a_failure_in_one_line_that_leaves_nothi
     for name in stages.MADE_BY[stage] - {*os.listdir(volume)}:
         (volume / name).write_text("old")
     before = stages.contents(volume)
-    flags = ("--fresh", "--epochs", "1") if stage == "train" else ()
-    command = stages.command(stage, *flags, model=volume)
+    command = stages.command(stage, *(("--fresh", *stages.QUICK) if stage == "train" else ()), model=volume)
     with subprocess.Popen(
         command,
         stdout=subprocess.PIPE,

@@ -1,26 +1,18 @@
-"""The table "Running a stage again", row by row: what train decides from its flags and from what is in the volume."""
+"""plan.py: what a run of train does, by what it is asked for and what is in the volume."""
 
-import json
-
-import artifacts
+import checkpoint
 import plan
 import pytest
+import settings
 import stages
+import torch
+from process import Failure
 
-
-def edit(folder, **changes):
-    """Changes what train_results.json says; `settings` are added to those that are there."""
-    results = stages.read_json(folder / "train_results.json")
-    changes["settings"] = results["settings"] | changes.get("settings", {})
-    (folder / "train_results.json").write_text(json.dumps(results | changes))
-
-
-@pytest.fixture
-def unfinished(volume):
-    """A volume whose training, with a seed of its own, has done 1 of 4 epochs."""
-    (volume / "mnist_cnn.pt").unlink()
-    edit(volume, finished=False, settings={"seed": 77, "epochs": 4})
-    return volume
+OTHERS = {  # a value of each setting that the training in a volume did not have
+    name: item.metadata["choices"][1] if "choices" in item.metadata else type(item.default)(2 * item.default + 1)
+    for name, item in settings.SETTINGS.items()
+    if name != "epochs"
+}
 
 
 @pytest.fixture
@@ -30,142 +22,144 @@ def foreign(tmp_path):
     return tmp_path
 
 
-def another(name, volume):
-    """A value of a setting that the training in a volume did not have."""
-    value = stages.read_json(volume / "train_results.json")["settings"][name]
-    return value / 2 if isinstance(value, float) else value + 1
+def decide(folder, *, fresh=False, **requested):
+    """The action and the settings that are decided; no file is touched."""
+    before = stages.contents(folder)
+    decided = plan.decide(requested, fresh, folder)
+    assert stages.contents(folder) == before
+    return decided.action, decided.settings
 
 
-def test_an_empty_volume_gets_a_training_with_the_defaults(tmp_path):
-    decided = plan.decide({}, False, tmp_path)
-    assert decided.action == "start"
-    assert decided.settings == {name: default for name, (_, default, _, _) in plan.SETTINGS.items()}
+def assert_refused(folder, status, *names, **requested):
+    """The request is refused with the exit status, in a message that has the names; no file is touched."""
+    before = stages.contents(folder)
+    with pytest.raises(Failure) as refusal:
+        plan.decide(requested, False, folder)
+    assert refusal.value.status == status
+    assert all(name in str(refusal.value) for name in names)
+    assert stages.contents(folder) == before
 
 
-def test_an_empty_volume_gets_the_training_that_is_asked_for(tmp_path):
-    decided = plan.decide({"epochs": 3, "seed": 9}, False, tmp_path)
-    assert decided.action == "start"
-    assert (decided.settings["epochs"], decided.settings["seed"]) == (3, 9)
+# An empty volume, or an unfinished training ---------------------------------------------------------------------------
 
 
-def test_an_unfinished_training_goes_on_as_it_began(unfinished):
-    decided = plan.decide({}, False, unfinished)
-    assert decided.action == "resume"
-    assert (decided.settings["seed"], decided.settings["epochs"]) == (77, 4)
+@pytest.mark.parametrize("requested", [{}, {"epochs": 3, "seed": 9}], ids=str)
+def test_an_empty_volume_gets_the_training_that_is_requested(tmp_path, requested):
+    assert decide(tmp_path, **requested) == ("start", settings.Settings(**requested))
 
 
-def test_an_unfinished_training_goes_on_when_the_same_is_asked_for(unfinished):
-    assert plan.decide({"seed": 77, "epochs": 4}, False, unfinished).action == "resume"
+@pytest.mark.parametrize("requested", [{}, {"seed": 77, "epochs": 3}, {"epochs": 2}, {"epochs": 4}], ids=str)
+def test_an_unfinished_training_resumes_with_its_settings_up_to_the_epochs_requested(unfinished, requested):
+    stages.edit_json(unfinished / "train_results.json", settings={"seed": 77})
+    expected = settings.Settings(seed=77, epochs=requested.get("epochs", 3))
+    assert decide(unfinished, **requested) == ("resume", expected)
 
 
-def test_an_unfinished_training_can_be_given_another_end(unfinished):
-    decided = plan.decide({"epochs": 2}, False, unfinished)
-    assert decided.action == "resume"
-    assert decided.settings["epochs"] == 2
-
-
-def test_a_training_that_published_its_results_but_no_model_is_unfinished(volume):
+def test_a_training_whose_model_is_missing_is_unfinished(volume):
     (volume / "mnist_cnn.pt").unlink()
-    assert plan.decide({}, False, volume).action == "resume"
+    assert decide(volume)[0] == "resume"
+
+
+@pytest.mark.parametrize("batches", [573, 800])
+def test_an_unfinished_training_does_not_become_one_of_fewer_epochs_than_it_has_done(unfinished, batches):
+    stages.edit_json(unfinished / "train_results.json", batches=batches)
+    assert_refused(unfinished, 2, "--epochs 1", epochs=1)
+
+
+def test_a_checkpoint_that_is_ahead_of_the_record_does_not_become_a_training_of_fewer_epochs(unfinished):
+    workers = [{"rank": rank} for rank in range(2)]
+    stages.edit_json(unfinished / "train_results.json", batches=100, history=[], workers=workers)
+    decided = plan.decide({"epochs": 1}, False, unfinished)
+    with pytest.raises(Failure, match="--epochs") as refusal:
+        checkpoint.start_or_resume(decided, torch.zeros(0, 28, 28), torch.zeros(0), unfinished)
+    assert refusal.value.status == 2
+
+
+def test_a_checkpoint_without_its_record_is_refused(volume):
+    (volume / "train_results.json").unlink()
+    (volume / "mnist_cnn.pt").unlink()
+    assert_refused(volume, 1, "checkpoint.pt", "--fresh")
+
+
+# A finished model -----------------------------------------------------------------------------------------------------
 
 
 def test_a_finished_model_needs_nothing(volume):
-    edit(volume, settings={"seed": 77})
-    decided = plan.decide({}, False, volume)
-    assert decided.action == "nothing"
-    assert decided.settings["seed"] == 77
+    stages.edit_json(volume / "train_results.json", settings={"seed": 77})
+    assert decide(volume) == ("nothing", settings.Settings(epochs=1, seed=77))
 
 
-@pytest.mark.parametrize("name", plan.SETTINGS)
-def test_a_finished_model_needs_nothing_when_asked_for_what_it_has(volume, name):
-    value = stages.read_json(volume / "train_results.json")["settings"][name]
-    assert plan.decide({name: value}, False, volume).action == "nothing"
+@pytest.mark.parametrize("name", settings.SETTINGS)
+def test_a_finished_model_needs_nothing_when_what_it_has_is_requested(volume, name):
+    value = stages.results(volume)["settings"][name]
+    assert decide(volume, **{name: value})[0] == "nothing"
 
 
 def test_a_finished_model_of_many_epochs_is_not_undone_by_fewer(volume):
-    history = stages.read_json(volume / "train_results.json")["history"]
-    edit(volume, settings={"epochs": 2}, history=2 * history)
-    assert plan.decide({"epochs": 1}, False, volume).action == "nothing"
+    record = stages.results(volume)
+    workers = [{key: 2 * number for key, number in worker.items()} for worker in record["workers"]]
+    changes = {"history": 2 * record["history"], "seconds": 2 * record["seconds"], "batches": 2 * record["batches"]}
+    stages.edit_json(volume / "train_results.json", settings={"epochs": 2}, workers=workers, **changes)
+    assert decide(volume, epochs=1)[0] == "nothing"
 
 
 def test_a_finished_model_trains_on_to_more_epochs(volume):
-    edit(volume, settings={"seed": 77})
-    decided = plan.decide({"epochs": 5}, False, volume)
-    assert decided.action == "resume"
-    assert (decided.settings["seed"], decided.settings["epochs"]) == (77, 5)
-
-
-@pytest.mark.parametrize("name", plan.RECIPE)
-@pytest.mark.parametrize("state", ["unfinished", "finished"])
-def test_another_recipe_is_refused_and_the_difference_named(volume, state, name):
-    edit(volume, finished=state == "finished")
-    before = stages.contents(volume)
-    with pytest.raises(artifacts.Failure, match=f"{plan.flag(name)} .*--fresh") as refusal:
-        plan.decide({name: another(name, volume)}, False, volume)
-    assert refusal.value.status == 2
-    assert stages.contents(volume) == before
-
-
-def test_every_setting_but_the_epochs_is_part_of_the_recipe():
-    assert {*plan.RECIPE, "epochs"} == {*plan.SETTINGS}
-
-
-@pytest.mark.parametrize("state", ["empty", "unfinished", "finished", "foreign", "garbage"])
-def test_fresh_starts_over_from_anything(volume, state):
-    if state == "unfinished":
-        edit(volume, finished=False)
-    elif state == "garbage":
-        (volume / "train_results.json").write_text("{")
-    elif state == "foreign":
-        (volume / "train_results.json").unlink()
-    elif state == "empty":
-        for path in volume.iterdir():
-            path.unlink()
-    before = stages.contents(volume)
-    decided = plan.decide({"lr": 0.01}, True, volume)
-    assert decided.action == "start"
-    assert decided.settings["lr"] == 0.01
-    assert stages.contents(volume) == before
-
-
-def test_a_model_from_elsewhere_is_left_as_it_is(foreign):
-    assert plan.decide({}, False, foreign).action == "nothing"
-
-
-def test_a_recipe_for_a_model_from_elsewhere_is_refused(foreign):
-    with pytest.raises(artifacts.Failure) as refusal:
-        plan.decide({"epochs": 5}, False, foreign)
-    assert refusal.value.status == 2
+    stages.edit_json(volume / "train_results.json", settings={"seed": 77})
+    assert decide(volume, epochs=5) == ("resume", settings.Settings(epochs=5, seed=77))
 
 
 def test_a_model_that_replaced_the_trained_one_is_left_as_it_is(volume):
     (volume / "mnist_cnn.pt").write_bytes(b"another model")
-    assert plan.decide({}, False, volume).action == "nothing"
+    assert decide(volume)[0] == "nothing"
+
+
+def test_a_model_from_elsewhere_is_left_as_it_is(foreign):
+    assert decide(foreign)[0] == "nothing"
+
+
+def test_settings_for_a_model_from_elsewhere_are_refused(foreign):
+    assert_refused(foreign, 2, "--fresh", epochs=5)
+
+
+# Any volume -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", OTHERS)
+@pytest.mark.parametrize("state", ["unfinished", "volume"])
+def test_settings_that_differ_are_refused_and_the_difference_named(request, state, name):
+    folder = request.getfixturevalue(state)
+    assert_refused(folder, 2, f"{settings.flag(name)} {OTHERS[name]}", "--fresh", **{name: OTHERS[name]})
+
+
+def test_settings_that_differ_are_the_exit_status_2(volume):
+    before = stages.contents(volume)
+    stages.assert_fails(stages.run("train", "--lr", "0.0123", model=volume), 2, "--lr", "0.0123", "--fresh")
+    assert stages.contents(volume) == before
 
 
 @pytest.mark.parametrize(
-    "garbage",
-    [b"", b"{", b"[]", b"null", b"{}", b"\xff\xfe", b"[" * 100_000, b'{"settings": 5}', b'{"settings": {"lr": NaN}}'],
+    "change",
+    [
+        lambda volume: None,
+        lambda volume: stages.edit_json(volume / "train_results.json", finished=False),
+        lambda volume: (volume / "train_results.json").write_text("{"),
+        lambda volume: (volume / "train_results.json").unlink(),
+        lambda volume: [path.unlink() for path in volume.iterdir()],
+    ],
+    ids=["finished", "unfinished", "garbage", "foreign", "empty"],
 )
-def test_garbage_in_place_of_the_results_is_a_failure_that_names_the_way_out(volume, garbage):
-    (volume / "train_results.json").write_bytes(garbage)
-    with pytest.raises(artifacts.Failure, match=r"train_results\.json .*--fresh") as refusal:
-        plan.decide({}, False, volume)
-    assert refusal.value.status == 1
+def test_fresh_starts_over_from_anything(volume, change):
+    change(volume)
+    assert decide(volume, fresh=True, lr=0.01) == ("start", settings.Settings(lr=0.01))
 
 
-@pytest.mark.parametrize("name", plan.SETTINGS)
-@pytest.mark.parametrize("value", [None, "2", -1, float("nan"), True, []])
-def test_results_with_a_setting_that_makes_no_sense_are_garbage(volume, name, value):
-    edit(volume, settings={name: value})
-    with pytest.raises(artifacts.Failure) as refusal:
-        plan.decide({}, False, volume)
-    assert refusal.value.status == 1
-
-
-def test_a_checkpoint_without_its_results_is_a_failure(volume):
-    (volume / "train_results.json").unlink()
-    (volume / "mnist_cnn.pt").unlink()
-    with pytest.raises(artifacts.Failure) as refusal:
-        plan.decide({}, False, volume)
-    assert refusal.value.status == 1
+def test_a_volume_is_locked_for_one_training_at_a_time(volume):
+    with (
+        plan.volume_lock(volume),
+        pytest.raises(Failure, match=stages.results(volume)["began"].replace("+", ".")) as refusal,
+        plan.volume_lock(volume),
+    ):
+        pass
+    assert refusal.value.status == 2
+    with plan.volume_lock(volume):
+        pass

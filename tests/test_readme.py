@@ -1,4 +1,4 @@
-"""README.md against the code: its flags, files, targets and services are those that there are."""
+"""The documents, README.md and docs/*.md, compared with the code: flags, variables, files, targets, links."""
 
 import re
 
@@ -6,17 +6,15 @@ import pytest
 import stages
 import yaml
 
-# Flags in the README that are not the programs' but of the tools that its commands call.
+README = stages.TREE / "README.md"
+DOCUMENTS = [README, *sorted((stages.TREE / "docs").glob("*.md")), *(stages.TREE / "tests").rglob("README.md")]
+ALL = "\n".join(path.read_text() for path in DOCUMENTS)
+# Flags that are not the programs' but of the tools that the documents' commands call.
 OF_TOOLS = {
     *("--build", "--rm", "--volumes", "--build-arg", "--no-deps", "--remove-orphans", "--detach", "--help"),
-    *("--signal", "--entrypoint", "--project-name", "--mount", "--volume", "--name", "--cpus", "--memory"),
+    *("--signal", "--entrypoint", "--project-name", "--mount", "--volume", "--name", "--cpus", "--memory", "--user"),
+    *("--cap-add", "--init", "--network", "--quiet", "--force", "--tag", "--file", "--platform", "--recursive"),
 }
-
-
-@pytest.fixture(scope="module")
-def readme():
-    """The text of README.md."""
-    return (stages.TREE / "README.md").read_text()
 
 
 def flags_in(text):
@@ -24,71 +22,58 @@ def flags_in(text):
     return {*re.findall(r"(?<![\w-])--[a-z][a-z-]*[a-z]", text)}
 
 
-@pytest.fixture(scope="module")
-def flags(tmp_path_factory):
-    """The flags of each program, from its own help."""
-    folder = tmp_path_factory.mktemp("help")
-    return {stage: flags_in(stages.run(stage, "--help", model=folder).stdout) for stage in stages.STAGES}
+def of_programs(tmp_path):
+    """The flags of the three programs, from their own help."""
+    return set().union(*(flags_in(stages.call(stage, "--help", model=tmp_path).stdout) for stage in stages.STAGES))
 
 
-def names_in_code(readme):
-    """Whatever stands in backticks, and every word of the blocks of commands."""
-    blocks = re.findall(r"^```.*?^```", readme, re.MULTILINE | re.DOTALL)
-    return {*re.findall(r"`([^`\s]+)`", readme), *" ".join(blocks).split()}
+def test_every_flag_of_a_program_is_documented(tmp_path):
+    assert of_programs(tmp_path) - {"--help"} <= flags_in(ALL)
 
 
-@pytest.mark.parametrize("stage", stages.STAGES)
-def test_every_flag_of_a_program_is_in_the_readme(readme, flags, stage):
-    assert flags[stage] - {"--help"} <= flags_in(readme)
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: str(path.relative_to(stages.TREE)))
+def test_every_flag_in_a_document_is_one_of_a_programs_or_a_tools(tmp_path, path):
+    scripts = "".join(path.read_text() for path in (stages.TREE / "tests").rglob("*.py"))
+    ours = of_programs(tmp_path) | {*re.findall(r'add_argument\(\s*"(--[a-z-]+)"', scripts)}
+    assert flags_in(path.read_text()) <= ours | OF_TOOLS
 
 
-def test_every_flag_in_the_readme_is_one_of_a_programs_or_a_tools(readme, flags):
-    scripts = [path.read_text() for path in (stages.TREE / "tests").rglob("*.py") if not path.name.startswith("test_")]
-    ours = set().union(*flags.values(), re.findall(r'add_argument\("(--[a-z-]+)"', "".join(scripts)))
-    assert flags_in(readme) <= ours | OF_TOOLS
+def test_every_variable_of_the_compose_file_is_documented_and_no_other():
+    variables = {*re.findall(r"MNIST_[A-Z_]+", (stages.TREE / "docker-compose.yml").read_text())}
+    assert {*re.findall(r"MNIST_[A-Z_]+", ALL)} == variables
 
 
-def test_every_file_of_the_tree_that_the_readme_names_is_there(readme):
-    made = {"mnist_cnn.pt"}.union(*stages.MADE_BY.values())
-    named = {
-        name
-        for name in names_in_code(readme)
-        if re.fullmatch(r"\.?[\w-][\w./-]*\.(py|yml|toml|train|eval|infer)", name)
-    }
-    assert named
-    for name in named - made:
-        assert (stages.TREE / name).exists() or [*stages.TREE.glob(f"*/{name}")], name
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: str(path.relative_to(stages.TREE)))
+def test_every_file_that_a_document_names_or_links_to_is_there(path):
+    text = path.read_text()
+    names = re.findall(r"`(\.?[\w-][\w./-]*\.(?:py|yml|toml|md|train|eval|infer))`", text)
+    for name in names:
+        found = (stages.TREE / name).exists() or [*stages.TREE.glob(f"*/{name}"), *stages.TREE.glob(f"tests/*/{name}")]
+        assert found, name
+    for link in re.findall(r"\]\((?!https?:|#)([^)#]+)[^)]*\)", text):
+        assert (path.parent / link).exists(), link
 
 
-def test_every_picture_and_page_that_the_readme_links_to_is_there(readme):
-    for link in re.findall(r"\]\((?!https?:|#)([^)]+)\)", readme):
-        assert (stages.TREE / link).exists(), link
+def test_every_program_and_every_file_of_the_volume_is_named_in_the_readme():
+    text = README.read_text()
+    programs = {path.name for folder in stages.FOLDERS.values() for path in (stages.TREE / folder).glob("*.py")}
+    for name in programs.union(*stages.MADE_BY.values()):
+        assert name in text, name
 
 
-def test_every_program_is_named_in_the_readme(readme):
-    for folder in stages.FOLDERS.values():
-        for program in (stages.TREE / folder).glob("*.py"):
-            assert program.name in readme
-
-
-def test_every_file_of_the_volume_is_named_in_the_readme(readme):
-    for name in set().union(*stages.MADE_BY.values()):
-        assert name in readme
-
-
-def test_every_target_that_the_readme_calls_is_in_the_makefile(readme):
+def test_every_target_that_a_document_calls_is_in_the_makefile():
     targets = {*re.findall(r"^([a-z][a-z-]*):", (stages.TREE / "Makefile").read_text(), re.MULTILINE)}
-    called = {*re.findall(r"(?:`|^ *(?:\$ )?)make ([a-z-]+)", readme, re.MULTILINE)}
+    called = {*re.findall(r"(?:`|^ *(?:\$ )?)make ([a-z-]+)", ALL, re.MULTILINE)}
     assert {"test", "data", "local"} <= called <= targets
 
 
-def test_every_service_that_the_readme_runs_is_in_the_compose_file(readme):
+def test_every_service_is_run_in_a_document_and_no_other():
     services = {*yaml.safe_load((stages.TREE / "docker-compose.yml").read_text())["services"]}
-    called = {*re.findall(r"docker compose run (?:-\S+ )*([a-z]+)", readme)}
-    assert called == services
+    assert {*re.findall(r"docker compose run (?:-\S+ )*([a-z]+)", ALL)} == services
 
 
-def test_the_readme_has_the_main_command_and_that_of_the_tests_on_its_first_screen(readme):
-    first_screen = readme.splitlines()[:40]
-    assert any("docker compose up --build" in line for line in first_screen)
-    assert any("make test" in line for line in first_screen)
+def test_the_readme_is_short_and_begins_with_the_main_commands():
+    lines = README.read_text().splitlines()
+    assert len(lines) <= 130
+    for command in ("docker compose up --build", "make test"):
+        assert any(command in line for line in lines[:40]), command

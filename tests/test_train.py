@@ -1,30 +1,20 @@
-"""train as a process: what it leaves, and what it does when it is run again, stopped, or asked for the impossible."""
+"""train as a process: what a training leaves, and that it resumes, trains on, starts over and repeats itself."""
 
-import json
 import os
 import pty
 import signal
 import subprocess
 
 import example
+import process
 import pytest
 import stages
 import torch
+import train
+import workers
 from PIL import Image
 
 POISON = "raise AssertionError('torch must not be imported')"
-QUICK = ("--epochs", "1", "--batch-size", "250", "--num-processes", "1")
-
-
-def results(folder):
-    """What train_results.json says."""
-    return stages.read_json(folder / "train_results.json")
-
-
-def images_trained_on(folder):
-    """How many images the workers together have trained on."""
-    return sum(worker["images"] for worker in results(folder)["workers"])
-
 
 # A finished training --------------------------------------------------------------------------------------------------
 
@@ -33,194 +23,160 @@ def test_a_training_leaves_its_four_files_and_nothing_else(trained):
     assert {*stages.contents(trained)} == stages.MADE_BY["train"]
 
 
-def test_the_model_loads_strictly_in_the_examples_network_and_reads_digits(trained, data):
+def test_the_model_loads_strictly_in_the_examples_network_and_predicts_digits(trained, data):
     images, labels = example.read_test_images(data)
-    reads = example.read_digits(example.load(trained / "mnist_cnn.pt"), images).argmax(1)
-    assert (reads == labels).float().mean() > 0.95
+    predictions = example.predict(example.load(trained / "mnist_cnn.pt"), images).argmax(1)
+    assert (predictions == labels).float().mean() > 0.95
 
 
-def test_the_model_is_the_one_that_the_last_checkpoint_has(trained):
+def test_the_model_is_plain_numbers_and_the_same_as_in_the_last_checkpoint(trained):
     model = torch.load(trained / "mnist_cnn.pt", weights_only=True)
     last = torch.load(trained / "checkpoint.pt", weights_only=True)["model"]
     assert model.keys() == last.keys()
-    assert all(model[key].equal(last[key]) for key in model)
-
-
-def test_the_model_holds_nothing_but_plain_numbers_of_its_own(trained):
-    for tensor in torch.load(trained / "mnist_cnn.pt", weights_only=True).values():
+    for key, tensor in model.items():
+        assert tensor.equal(last[key])
         assert tensor.dtype == torch.float32
         assert tensor.untyped_storage().nbytes() == 4 * tensor.numel()
 
 
-def test_the_results_name_the_model_and_the_data(trained, data):
-    assert results(trained)["finished"] is True
-    assert results(trained)["model_sha256"] == stages.sha256(trained / "mnist_cnn.pt")
-    expected = {name: stages.sha256(data / "MNIST" / "raw" / name) for name in stages.RAW_FILES}
-    assert results(trained)["data_sha256"] == expected
-
-
 def test_an_epoch_is_one_pass_over_55000_images_that_both_workers_share(trained):
-    assert images_trained_on(trained) == 55_000
-    assert len(results(trained)["workers"]) == 2
-    assert all(worker["images"] > 5_000 for worker in results(trained)["workers"])
+    images = [worker["images"] for worker in stages.results(trained)["workers"]]
+    assert sum(images) == 55_000
+    assert len(images) == 2
+    assert min(images) > 5_000
 
 
-def test_the_results_say_how_fast_the_training_was_and_how_long_each_worker_waited(trained):
-    seconds = results(trained)["seconds"]
-    assert results(trained)["images_per_second"] == pytest.approx(55_000 / seconds)
-    assert all(0 < worker["waited_seconds"] < seconds for worker in results(trained)["workers"])
-
-
-def test_the_history_has_a_line_for_every_epoch(trained):
-    (line,) = results(trained)["history"]
-    assert line["epoch"] == 1
-    assert line["held_out_accuracy"] > 95
-    assert 0 < line["held_out_loss"] < 0.2
-
-
-def test_the_curves_can_be_looked_at(trained):
+def test_the_curves_are_a_picture(trained):
     picture = Image.open(trained / "training.png").convert("RGB")
     assert min(picture.size) > 300
     assert len(picture.getcolors(10**6)) > 10
 
 
+def test_one_worker_with_a_seed_is_repeatable_to_the_last_bit(data, tmp_path):
+    for name in ("one", "two"):
+        flags = (*stages.QUICK, "--num-processes", "1", "--seed", "7")
+        stages.assert_succeeds(stages.run("train", *flags, model=tmp_path / name))
+    assert stages.sha256(tmp_path / "one" / "mnist_cnn.pt") == stages.sha256(tmp_path / "two" / "mnist_cnn.pt")
+
+
 # Running it again -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("flags", [(), ("--epochs", "1"), ("--num-processes", "2", "--log-interval", "5")])
-def test_a_finished_model_is_left_alone_before_torch_is_even_imported(volume, tmp_path, flags):
+@pytest.mark.parametrize("flags", [(), ("--epochs", "1", "--num-processes", "2", "--log-interval", "5")])
+def test_a_finished_model_is_left_as_it_is_before_torch_is_even_imported(volume, tmp_path, flags):
     for name in ("torch", "torchvision", "numpy"):
         (tmp_path / f"{name}.py").write_text(POISON)
     before = {path: (path.stat().st_mtime_ns, stages.sha256(path)) for path in volume.iterdir()}
-    result = stages.run("train", *flags, model=volume, PYTHONPATH=tmp_path)
-    assert result.returncode == 0, result.stderr
-    assert len(result.stdout.splitlines()) == 1
+    stages.assert_succeeds(stages.run("train", *flags, model=volume, PYTHONPATH=tmp_path))
     assert {path: (path.stat().st_mtime_ns, stages.sha256(path)) for path in volume.iterdir()} == before
 
 
 def test_more_epochs_train_the_same_model_on(volume):
-    before = results(volume)
-    assert stages.run("train", "--epochs", "2", model=volume).returncode == 0
-    after = results(volume)
+    before = stages.results(volume)
+    stages.assert_succeeds(stages.run("train", "--epochs", "2", model=volume))
+    after = stages.results(volume)
     assert after["run"] == before["run"]
     assert after["history"][0] == before["history"][0]
     assert [line["epoch"] for line in after["history"]] == [1, 2]
-    assert images_trained_on(volume) == 110_000
+    assert stages.images_trained_on(volume) == 110_000
     assert after["model_sha256"] == stages.sha256(volume / "mnist_cnn.pt") != before["model_sha256"]
 
 
-def test_another_recipe_is_refused_and_touches_nothing(volume):
-    before = stages.contents(volume)
-    stages.assert_fails(stages.run("train", "--lr", "0.0123", model=volume), 2, "--lr", "0.0123", "--fresh")
-    assert stages.contents(volume) == before
-
-
-def test_garbage_in_place_of_the_results_touches_nothing(volume):
-    (volume / "train_results.json").write_bytes(b"\xff{garbage")
-    before = stages.contents(volume)
-    stages.assert_fails(stages.run("train", model=volume), 1, "train_results.json", "--fresh")
-    assert stages.contents(volume) == before
-
-
-@pytest.mark.parametrize("content", [b"", b"garbage"], ids=["empty", "garbage"])
-def test_a_damaged_checkpoint_is_not_trained_on_from(volume, data, content):
-    (volume / "checkpoint.pt").write_bytes(content)
-    before = stages.contents(volume)
-    stages.assert_fails(stages.run("train", "--epochs", "2", model=volume), 1, "checkpoint.pt", "--fresh")
-    assert stages.contents(volume) == before
-
-
-def test_a_training_over_a_finished_one_keeps_the_old_model_until_it_is_finished(volume):
-    before, old = stages.sha256(volume / "mnist_cnn.pt"), results(volume)["run"]
-    with stages.running(stages.command("train", "--fresh", "--log-interval", "10", model=volume)) as process:
-        stages.await_progress(process)
-        assert stages.sha256(volume / "mnist_cnn.pt") == before
-        assert results(volume)["run"] != old
-        process.terminate()
-        assert process.wait(10) == 143
-    assert stages.sha256(volume / "mnist_cnn.pt") == before
-
-
-def test_one_worker_with_a_seed_is_repeatable_to_the_last_bit(data, tmp_path):
-    for name in ("one", "two"):
-        result = stages.run("train", *QUICK, "--seed", "7", model=tmp_path / name)
-        assert result.returncode == 0, result.stderr
-    assert stages.sha256(tmp_path / "one" / "mnist_cnn.pt") == stages.sha256(tmp_path / "two" / "mnist_cnn.pt")
-
-
-# Stopping it ----------------------------------------------------------------------------------------------------------
-
-
-def test_a_training_that_was_stopped_published_nothing_and_goes_on_where_it_was(data, tmp_path):
-    flags = ("--epochs", "1", "--seed", "5", "--log-interval", "20")
-    with stages.running(stages.command("train", *flags, model=tmp_path)) as process:
-        stages.await_progress(process)
+def test_a_training_that_was_stopped_published_nothing_and_resumes_where_it_was(data, tmp_path):
+    with stages.training(tmp_path, "--epochs", "1", "--seed", "5") as process:
         assert not (tmp_path / "mnist_cnn.pt").exists()
-        process.terminate()
-        assert process.wait(10) == 143
-        assert len(process.stderr.readlines()) == 1
+        stages.stop(process)
     assert {*stages.contents(tmp_path)} == {"checkpoint.pt", "train_results.json"}
-    run, images = results(tmp_path)["run"], images_trained_on(tmp_path)
-    assert 0 < images < 55_000
-    assert stages.run("train", model=tmp_path).returncode == 0
-    assert results(tmp_path)["run"] == run
-    assert results(tmp_path)["settings"]["seed"] == 5
-    assert images_trained_on(tmp_path) == 55_000
+    run = stages.results(tmp_path)["run"]
+    assert 0 < stages.images_trained_on(tmp_path) < 55_000
+    stages.assert_succeeds(stages.run("train", model=tmp_path))
+    assert stages.results(tmp_path)["run"] == run
+    assert stages.results(tmp_path)["settings"]["seed"] == 5
+    assert stages.images_trained_on(tmp_path) == 55_000
     assert {*stages.contents(tmp_path)} == stages.MADE_BY["train"]
 
 
-def test_two_trainings_at_once_do_not_share_a_volume(data, tmp_path):
-    with stages.running(stages.command("train", "--log-interval", "10", model=tmp_path)) as process:
-        stages.await_progress(process)
-        stages.assert_fails(stages.run("train", model=tmp_path), 2, str(tmp_path))
-        process.send_signal(signal.SIGINT)
-        assert process.wait(10) == 130
+def test_a_training_over_a_finished_one_leaves_the_old_model_until_it_is_finished(volume):
+    before, old = stages.sha256(volume / "mnist_cnn.pt"), stages.results(volume)["run"]
+    with stages.training(volume, "--fresh") as process:
+        assert stages.results(volume)["run"] != old
+        stages.assert_fails(stages.call("train", "--fresh", model=volume), 2, volume)  # one training at a time
+        stages.stop(process, signal.SIGINT)
+    assert stages.sha256(volume / "mnist_cnn.pt") == before
 
 
-# What does not become a model -----------------------------------------------------------------------------------------
+def test_a_training_that_learns_nothing_leaves_the_old_model(volume):
+    before = stages.contents(volume)
+    result = stages.run("train", "--fresh", *stages.QUICK, "--lr", "1000", "--num-processes", "1", model=volume)
+    stages.assert_fails(result, 1, "--lr 1000", "--fresh")
+    after = stages.contents(volume)
+    assert all(after[name] == before[name] for name in ("mnist_cnn.pt", "training.png"))
 
 
 @pytest.mark.parametrize("workers", [1, os.cpu_count() + 1])
 def test_a_dry_run_publishes_nothing_and_works_with_more_workers_than_cores(volume, workers):
     before = stages.contents(volume)
     result = stages.run("train", "--dry-run", "--num-processes", str(workers), model=volume)
-    assert result.returncode == 0, result.stderr
+    stages.assert_succeeds(result)
     assert ("warning" in result.stdout) == (workers > 1)
     assert stages.contents(volume) == before
 
 
-def test_a_training_that_comes_to_nothing_leaves_the_old_model(volume):
-    before = stages.contents(volume)
-    stages.assert_fails(stages.run("train", "--fresh", *QUICK, "--lr", "1000", model=volume), 1, "--lr 1000")
-    assert stages.contents(volume)["mnist_cnn.pt"] == before["mnist_cnn.pt"]
-    assert stages.contents(volume)["training.png"] == before["training.png"]
+# Workers --------------------------------------------------------------------------------------------------------------
 
 
-def test_a_folder_that_cannot_be_made_is_a_failure_that_names_it(tmp_path):
-    (tmp_path / "file").write_text("in the way")
-    stages.assert_fails(stages.run("train", model=tmp_path / "file" / "volume"), 1, str(tmp_path / "file"))
+def test_nothing_is_published_before_the_workers_have_ended(data, tmp_path, monkeypatch):
+    events, arguments = [], ["train.py", "--data", str(data), "--model", str(tmp_path)]
+    monkeypatch.setattr("sys.argv", arguments)
+    monkeypatch.setattr(process, "handle_stop_signals", lambda handler: None)
+    monkeypatch.setattr(workers.Workers, "__enter__", lambda self: self)
+    monkeypatch.setattr(workers.Workers, "__exit__", lambda *error: events.append("the workers have ended"))
+    monkeypatch.setattr(train, "train_epochs", lambda *parts: events.append("they have trained"))
+    monkeypatch.setattr(train, "publish_model", lambda *parts: events.append("the model is published"))
+    assert train.main() == 0
+    assert events == ["they have trained", "the workers have ended", "the model is published"]
 
 
-# What it says meanwhile -----------------------------------------------------------------------------------------------
+def test_the_batch_of_a_worker_that_is_killed_is_trained_on_by_the_others(data, tmp_path):
+    with stages.training(tmp_path, "--epochs", "1") as process:
+        os.kill(stages.workers(process)[0], signal.SIGKILL)
+        _, stderr = process.communicate(timeout=stages.SECONDS)
+    assert (process.returncode, stderr) == (0, "")
+    assert stages.images_trained_on(tmp_path) == 55_000
+    (lost,) = stages.results(tmp_path)["lost_workers"]
+    assert (lost["rank"], lost["signal"]) == (0, signal.SIGKILL)
 
 
-def test_there_is_a_bar_on_a_terminal(data, tmp_path):
+def test_a_training_whose_workers_are_all_killed_fails_and_resumes(data, tmp_path):
+    with stages.training(tmp_path, "--epochs", "1") as process:
+        for worker in stages.workers(process):
+            os.kill(worker, signal.SIGKILL)
+        stdout, stderr = process.communicate(timeout=stages.SECONDS)
+    result = subprocess.CompletedProcess(process.args, process.returncode, stdout, stderr)
+    stages.assert_fails(result, 1, "MNIST_MEMORY")
+    stages.assert_succeeds(stages.run("train", model=tmp_path))
+    assert stages.images_trained_on(tmp_path) == 55_000
+
+
+def test_a_stop_while_the_workers_stand_still_says_that_it_saved_no_checkpoint(data, tmp_path):
+    with stages.training(tmp_path) as process:
+        for worker in stages.workers(process):
+            os.kill(worker, signal.SIGSTOP)
+        before = stages.contents(tmp_path)
+        assert "the last checkpoint" in stages.stop(process)
+    assert stages.contents(tmp_path) == before
+
+
+def test_on_a_terminal_there_is_a_bar_instead_of_lines(data, tmp_path):
     ours, theirs = pty.openpty()
-    process = subprocess.Popen(stages.command("train", "--epochs", "1", model=tmp_path), stdout=theirs)
-    try:
-        said = b""
-        while b"\r[" not in said:
-            said += os.read(ours, 1000)
-        assert b"\n[" not in said
-    finally:
-        process.kill()
-        process.wait()
-        os.close(ours)
+    with subprocess.Popen(stages.command("train", "--epochs", "1", model=tmp_path), stdout=theirs) as process:
         os.close(theirs)
-
-
-def test_the_results_are_json_that_any_reader_understands(trained):
-    def refuse(constant):
-        raise AssertionError(f"{constant} is no JSON")
-
-    assert json.loads((trained / "train_results.json").read_text(), parse_constant=refuse)
+        try:
+            printed = b""
+            while printed.count(b"\r") < 5:  # OSError if the training ends
+                printed += os.read(ours, 1000)
+        finally:
+            process.kill()
+    os.close(ours)
+    assert b"images/s]" in printed
+    assert b"images/s, loss" not in printed

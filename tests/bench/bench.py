@@ -1,28 +1,19 @@
-"""Measures the pipeline against PyTorch's mnist_hogwild example, everything in containers, and prints one table.
+"""Measures the pipeline against PyTorch's mnist_hogwild example, everything in containers, and prints a table.
 
 Reads   the repository, whose images it builds, and data
-Writes  tests/bench/out/bench.json: every run, and the table; after every run, so that nothing is lost
-        tests/bench/out/bench.png: accuracy against seconds
+Writes  tests/bench/out/bench.json (with --quick: quick.json): all runs and the table, after every run
+        tests/bench/out/bench.png (with --quick: quick.png): accuracy against seconds
 
     make bench
     .venv/bin/python tests/bench/bench.py --quick
 
-The reference (reference.py) trains as the example does, in the train image, on as many passes as it needs for its final
-accuracy. It is never timed with its imports: its seconds are those from the first batch to the last. The pipeline's
-are that too where the table says so, else those from its container's start to its exit.
-
-Each seed is a round in which everything is measured once, so that a machine that is busy for a while slows down all
-alike. The table has medians over the seeds, and of accuracies, always those of the test images by evaluate, the mean.
-Every training has a volume of its own. The whole takes half an hour on two cores. An interrupted run goes on with
---resume. With --quick it takes two minutes, the reference is measured on two epochs and extrapolated to ten, and the
-example with its default number of threads is left out.
+README.md says what is measured and how.
 """
 
 import argparse
-import contextlib
 import json
 import os
-import platform
+import re
 import signal
 import statistics
 import sys
@@ -33,179 +24,147 @@ from pathlib import Path
 import containers
 import report
 
-# The flags of train that reach the example's accuracy soonest, and those of people who give none.
-RECIPES = {"quick": ["--epochs", "1", "--batch-size", "32", "--lr", "0.07"], "default": []}
-CURVE_EPOCHS, CURVE_SEEDS = (2, 4, 8), 1  # further points of the plot
+OUTPUT = Path(__file__).parent / "out"
+# The flags of train: what reaches the example's accuracy soonest, the defaults, and the example's own recipe, with as
+# many passes over the images as its 10 epochs with 2 workers that each walk the whole data set.
+RECIPES = {
+    "one epoch": "--epochs 1 --batch-size 32 --lr 0.07",
+    "default": "",
+    "example": "--dropout 0.5 --batch-size 64 --lr 0.01 --momentum 0.5 --schedule constant --weight-decay 0 "
+    "--max-grad-norm 1000000 --augmentation 0 --epochs 20",
+}
+CURVE_EPOCHS = (2, 4, 8)  # further points of the plot, with one seed
 STAGE_REPEATS = 3
 
 
 def main():
-    """Builds the images, does the runs that are missing, and writes the report."""
+    """Builds the images, does the runs that are missing, and writes table and plot."""
     args = parse_args()
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that it too leaves nothing behind
+    path = OUTPUT / ("quick.json" if args.quick else "bench.json")
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that it removes its containers then too
     with containers.project():
-        results = begin(args)
+        results = begin(path, args)
         try:
-            measure(results, args)
+            measure(results, path, args)
         except KeyboardInterrupt:
-            print("bench: interrupted; go on with --resume", file=sys.stderr)
-    print(report.as_table(results["rows"]))
+            print("bench: interrupted; continue with --resume", file=sys.stderr)
+    print(report.describe_machine(results))
+    print(report.as_table(report.make_rows(results)))
     report.warn_of_load(results["runs"])
-    report.draw(results["runs"], args.output.with_suffix(".png"))
-
-
-def measure(results, args):
-    """Does the runs that are missing, and keeps each."""
-    done = {(run["kind"], run["seed"]) for run in results["runs"]}
-    plan = [*plan_rounds(args)]
-    for place, (kind, seed, measure_one) in enumerate(plan, 1):
-        if (kind, seed) not in done:
-            results["runs"].append({"kind": kind, "seed": seed} | measure_one(seed))
-            write(args.output, results)
-            print(f"bench: {place} of {len(plan)}: {report.say(results['runs'][-1])}", flush=True)
+    report.draw(results["runs"], path.with_suffix(".png"))
 
 
 def parse_args():
     """The command line."""
     parser = argparse.ArgumentParser(description="Measures the pipeline against PyTorch's mnist_hogwild example.")
-    parser.add_argument("--quick", action="store_true", help="take two minutes: one seed, the reference extrapolated")
+    text = "take a few minutes: one seed, the example extrapolated from two epochs, no run of the example's recipe"
+    parser.add_argument("--quick", action="store_true", help=text)
     parser.add_argument("--seeds", type=int, metavar="N", help="rounds (default: 5; with --quick: 1)")
-    text = "rounds that measure the reference too (default: all)"
-    parser.add_argument("--reference-seeds", type=int, metavar="N", help=text)
-    text = "epochs of the reference; fewer than ten are extrapolated (default: 10; with --quick: 2)"
-    parser.add_argument("--reference-epochs", type=int, metavar="N", help=text)
-    default = Path(__file__).parent / "out/bench.json"
-    text = "JSON file to write; the plot gets the same name (default: tests/bench/out/bench.json)"
-    parser.add_argument("--output", type=Path, default=default, metavar="PATH", help=text)
-    parser.add_argument("--resume", action="store_true", help="do the runs that the JSON file has not got yet")
+    parser.add_argument("--resume", action="store_true", help="do only the runs that are not in the JSON file yet")
     args = parser.parse_args()
     args.seeds = args.seeds or (1 if args.quick else 5)
-    args.reference_epochs = args.reference_epochs or (2 if args.quick else 10)
-    if args.reference_seeds is None:
-        args.reference_seeds = args.seeds
+    args.compared = "one epoch" if args.quick else "default"  # the recipe for comparing numbers of workers
     return args
 
 
-def begin(args):
-    """The results without a run, or on resuming those in the file."""
+def begin(path, args):
+    """The results before the first run, or on resuming those in the file."""
     inspect = ["image", "inspect", "--format", "{{.Id}}", *containers.IMAGES.values()]
     images = dict(zip(containers.IMAGES, containers.docker(*inspect).split(), strict=True))
-    if args.resume and args.output.exists():
-        results = json.loads(args.output.read_text())
-        if (results["images"], results["quick"]) != (images, args.quick):
-            sys.exit(f"bench: the runs in {args.output} are of other images or flags. Begin anew, without --resume.")
+    if args.resume and path.exists():
+        results = json.loads(path.read_text())
+        if results["images"] != images:
+            sys.exit(f"bench: the runs in {path} are of other images. Start over, without --resume.")
         return results
-    args.output.parent.mkdir(parents=True, exist_ok=True)
+    path.parent.mkdir(exist_ok=True)
     return {
         "began": datetime.now(UTC).isoformat(timespec="seconds"),
-        "machine": describe_machine(),
-        "quick": args.quick,
-        "recipes": {name: " ".join(flags) for name, flags in RECIPES.items()},
-        "compared": compared(args),
+        "cpu": re.search(r"^model name\s*: (.*)", Path("/proc/cpuinfo").read_text() + "\nmodel name: unknown", re.M)[1],
+        "cores": os.cpu_count(),
+        "load": os.getloadavg()[0],
+        "recipes": RECIPES,
+        "compared": args.compared,
         "images": images,
         "sizes": containers.image_sizes(),
         "runs": [],
-        "rows": [],
     }
 
 
-def describe_machine():
-    """What the figures depend on."""
-    name = platform.processor()
-    with contextlib.suppress(OSError, StopIteration):
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        name = next(line.split(": ")[1] for line in lines if line.startswith("model name"))
-    engine = containers.docker("version", "--format", "{{.Server.Version}}").strip()
-    return {
-        "cpu": name,
-        "cores": os.cpu_count(),
-        "load": os.getloadavg()[0],
-        "kernel": platform.release(),
-        "engine": engine,
-    }
+def measure(results, path, args):
+    """Does the runs that are missing, and saves each."""
+    done = {(run["kind"], run["seed"]) for run in results["runs"]}
+    plan = [*plan_runs(args)]
+    for place, (kind, seed, measure_one) in enumerate(plan, 1):
+        if (kind, seed) in done:
+            continue
+        run = {"kind": kind, "seed": seed} | measure_one(seed)
+        results["runs"].append(run)
+        part = path.with_suffix(".part")
+        part.write_text(json.dumps(results | {"rows": report.make_rows(results)}, indent=1))
+        part.rename(path)
+        print(f"bench: {place} of {len(plan)}: {report.describe_run(run)}", flush=True)
 
 
-def write(path, results):
-    """Brings the table up to date, and writes it with all runs."""
-    results["rows"] = report.make_rows(results)
-    part = path.with_suffix(".part")
-    part.write_text(json.dumps(results, indent=1))
-    part.rename(path)
+# What is run ----------------------------------------------------------------------------------------------------------
 
 
-# What is run --------------------------------------------------------------------------------------------------------
-
-
-def plan_rounds(args):
+def plan_runs(args):
     """Every run, round by round: its kind, its seed, and what measures it, given the seed."""
-    one_worker = [*RECIPES[compared(args)], "--num-processes", "1"]
+    one_worker = f"{RECIPES[args.compared]} --num-processes 1"
+    kinds = {
+        "reference": partial(run_reference, report.EPOCHS, ["OMP_NUM_THREADS=1"]),
+        **{name: partial(run_training, flags) for name, flags in RECIPES.items()},
+        "one worker": partial(run_training, one_worker),
+        "two threads": partial(run_training, one_worker, program="/opt/bench/two_threads.py"),
+        "stages": run_stages,
+        "reference, default threads": partial(run_reference, 1, []),
+    }
+    if args.quick:
+        kinds["reference"] = partial(run_reference, 2, ["OMP_NUM_THREADS=1"])
+        del kinds["example"], kinds["reference, default threads"]
     for seed in range(1, args.seeds + 1):
-        if seed <= args.reference_seeds:
-            yield "reference", seed, partial(run_reference, args.reference_epochs, ["OMP_NUM_THREADS=1"])
-        for kind, flags in RECIPES.items():
-            yield kind, seed, partial(run_training, flags)
-        yield "one worker", seed, partial(run_training, one_worker)
-        yield "two threads", seed, partial(run_training, one_worker, program="two_threads")
-        yield "stages", seed, run_stages
-        if seed <= args.reference_seeds and not args.quick:
-            yield "reference as it comes", seed, partial(run_reference, 1, [])
-        if seed <= CURVE_SEEDS and not args.quick:
-            for epochs in CURVE_EPOCHS:
-                yield f"{epochs} epochs", seed, partial(run_training, ["--epochs", str(epochs)])
-
-
-def compared(args):
-    """The recipe on which different numbers of workers are compared."""
-    return "quick" if args.quick else "default"
+        for kind, measure_one in kinds.items():
+            yield kind, seed, measure_one
+    for epochs in () if args.quick else CURVE_EPOCHS:
+        yield f"{epochs} epochs", 1, partial(run_training, f"--epochs {epochs}")
 
 
 def run_reference(epochs, environment, seed):
-    """The reference: seconds, test accuracy, both also by epoch, and peaks of memory."""
-    command = [*python("reference"), "--data", "/opt/mount/data", "--epochs", str(epochs), "--seed", str(seed)]
-    environment = [*environment, "TMPDIR=/opt/mount/model"]  # torchvision asks for a folder to write to
+    """The example: seconds, test accuracy, both also by epoch, and peaks of memory."""
+    arguments = ["/opt/bench/reference.py", "--data=/opt/mount/data", f"--epochs={epochs}", f"--seed={seed}"]
+    environment = [*environment, "TMPDIR=/opt/mount/model"]  # torchvision needs a folder to write to
     with containers.new_volume() as volume:
-        taken = containers.run("train", command, volume, environment, watched=True)
-    results = json.loads(taken.pop("output").splitlines()[-1])
-    return taken | results | {"accuracy": results["history"][-1]["accuracy"], "epochs": epochs}
+        run = containers.run("train", arguments, volume, environment, watched=True)
+    results = json.loads(run.pop("output").splitlines()[-1])
+    return run | results | {"accuracy": results["history"][-1]["accuracy"], "epochs": epochs}
 
 
-def run_training(recipe, seed, program=None):
-    """A training of ours: seconds, images/s, test accuracy, peaks of memory."""
-    flags = [*recipe, "--seed", str(seed)]
-    command = [*python(program), *flags] if program else flags
+def run_training(flags, seed, program="/opt/app/train.py"):
+    """A training of the pipeline: seconds, images/s, test accuracy, peaks of memory."""
     with containers.new_volume() as volume:
-        taken = containers.run("train", command, volume, watched=True, reads="train_results.json")
-        judged = containers.run("evaluate", ["--min-accuracy", "0"], volume, reads="eval_results.json")
-    results = taken.pop("file")
-    del taken["output"]
-    return taken | {
-        "flags": flags,
-        "settings": results["settings"],
-        "epochs": results["settings"]["epochs"],
-        "seconds": results["seconds"],
-        "images_per_second": results["images_per_second"],
-        "accuracy": judged["file"]["Accuracy"],
-        "versions": results["versions"],
-    }
+        run = containers.run("train", [program, *flags.split(), f"--seed={seed}"], volume, watched=True)
+        containers.run("evaluate", ["/opt/app/evaluate.py", "--min-accuracy=0"], volume)
+        record, evaluation = (containers.read_json(volume, f"{stage}_results.json") for stage in ("train", "eval"))
+    del run["output"]
+    names = ("settings", "seconds", "images_per_second", "precision", "versions")
+    run |= {name: record[name] for name in names}
+    return run | {"epochs": record["settings"]["epochs"], "accuracy": evaluation["Accuracy"]}
 
 
 def run_stages(seed):
-    """Evaluate and infer, each beside the mere import of torch in its own container, and judging by itself."""
-    taken = {}
+    """Evaluate and infer, each beside the mere import of torch in its container, and predicting alone."""
+    seconds = {}
     with containers.new_volume() as volume:
-        containers.run("train", [*RECIPES["quick"], "--seed", str(seed)], volume)
+        containers.run("train", ["/opt/app/train.py", *RECIPES["one epoch"].split(), f"--seed={seed}"], volume)
         for _ in range(STAGE_REPEATS):
-            for stage, flags in (("evaluate", ["--min-accuracy", "0"]), ("infer", [])):
-                for name, command in ((stage, flags), (f"import in {stage}", ["python", "-c", "import torch"])):
-                    seconds = containers.run(stage, command, volume)["container_seconds"]
-                    taken.setdefault(name, []).append(seconds)
-        judging = containers.run("evaluate", python("judging"), volume)
-    return {name: statistics.median(seconds) for name, seconds in taken.items()} | json.loads(judging["output"])
-
-
-def python(program):
-    """The command of one of the benchmark's own programs, in a container."""
-    return ["python", f"/opt/bench/{program}.py"]
+            for stage in ("evaluate", "infer"):
+                flags = ["--min-accuracy=0"] if stage == "evaluate" else []
+                commands = {stage: [f"/opt/app/{stage}.py", *flags], f"import in {stage}": ["-c", "import torch"]}
+                for name, arguments in commands.items():
+                    run = containers.run(stage, arguments, volume)
+                    seconds.setdefault(name, []).append(run["container_seconds"])
+        predicting = containers.run("evaluate", ["/opt/bench/predicting.py"], volume)
+    return {name: statistics.median(times) for name, times in seconds.items()} | json.loads(predicting["output"])
 
 
 if __name__ == "__main__":

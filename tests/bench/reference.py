@@ -1,6 +1,6 @@
 """What the pipeline is measured against: Hogwild training as PyTorch's mnist_hogwild example does it.
 
-Every worker is a fresh process that walks the whole training set, in an order of its own, through a DataLoader with
+Every worker is a new process that walks the whole training set, in an order of its own, through a DataLoader with
 torchvision's transforms, image by image; each takes plain SGD steps on one model in shared memory. So two workers do
 two passes an epoch. How many threads torch takes is left to it, or to OMP_NUM_THREADS.
 
@@ -26,33 +26,27 @@ from torch.utils.data import DataLoader
 from torchvision import transforms
 from torchvision.datasets import MNIST
 
-BATCH_SIZE, LEARNING_RATE, MOMENTUM = 64, 0.01, 0.5
+WORKERS, BATCH_SIZE, LEARNING_RATE, MOMENTUM = 2, 64, 0.01, 0.5
 
 
 def main():
-    """Trains, then judges, and prints what came of it."""
-    args = parse_args()
-    torch.manual_seed(args.seed)
-    reports = train(make_network().share_memory(), load("train", args.data), args)
-    began = min(report["began"] for report in reports)
-    history = []
-    for ends in zip(*(report["epochs"] for report in reports), strict=True):
-        moment, vector = max(ends, key=lambda end: end[0])  # an epoch is over when its last worker says so
-        history.append({"seconds": moment - began, "vector": vector})
-    accuracies = judge([line.pop("vector") for line in history], load("test", args.data))
-    for line, accuracy in zip(history, accuracies, strict=True):
-        line["accuracy"] = accuracy
-    print(json.dumps({"seconds": history[-1]["seconds"], "threads": torch.get_num_threads(), "history": history}))
-
-
-def parse_args():
-    """The command line."""
+    """Trains, then evaluates the model of each epoch, and prints the results."""
     parser = argparse.ArgumentParser(description="Trains as PyTorch's mnist_hogwild example does.")
     parser.add_argument("--data", required=True, help="folder of the data")
     parser.add_argument("--epochs", type=int, default=10, help="passes of each worker (default: %(default)s)")
-    parser.add_argument("--num-processes", type=int, default=2, help="workers (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=1, help="of the weights; each worker adds its rank")
-    return parser.parse_args()
+    args = parser.parse_args()
+    torch.manual_seed(args.seed)
+    network = make_network()
+    reports = train(network.share_memory(), load("train", args.data), args)
+    test_batches = [*DataLoader(load("test", args.data), batch_size=1000)]
+    began = min(report["began"] for report in reports)
+    history = []
+    for ends in zip(*(report["epochs"] for report in reports), strict=True):
+        end, parameters = max(ends, key=lambda pair: pair[0])  # an epoch ends when its last worker ends it
+        vector_to_parameters(torch.from_numpy(parameters), network.parameters())
+        history.append({"seconds": end - began, "accuracy": evaluate(network, test_batches)})
+    print(json.dumps({"seconds": history[-1]["seconds"], "threads": torch.get_num_threads(), "history": history}))
 
 
 def make_network():
@@ -63,20 +57,20 @@ def make_network():
 
 
 def load(split, data):
-    """The images, in torchvision's MNIST, which makes a tensor of an image whenever it is asked for it."""
+    """The images, in torchvision's MNIST, which makes a tensor of an image each time it is read."""
     prepare = transforms.Compose([transforms.ToTensor(), transforms.Normalize((0.1307,), (0.3081,))])
     return MNIST(data, train=split == "train", transform=prepare)
 
 
 def train(network, images, args):
-    """Has the workers train the network, each in a process of its own, and returns their reports."""
+    """Trains the network in worker processes, and returns their reports."""
     context = mp.get_context("spawn")
     pipes, processes = [], []
-    for rank in range(args.num_processes):
+    for rank in range(WORKERS):
         receiver, sender = context.Pipe(duplex=False)
         process = context.Process(target=work, args=(network, images, args.epochs, args.seed + rank, sender))
         process.start()
-        sender.close()  # so that a worker that dies ends the wait for its report
+        sender.close()  # so that recv() fails if the worker dies
         pipes.append(receiver)
         processes.append(process)
     reports = [pipe.recv() for pipe in pipes]
@@ -86,7 +80,7 @@ def train(network, images, args):
 
 
 def work(network, images, epochs, seed, sender):
-    """The life of a worker. It reports when it began, and of each epoch when it ended and the parameters then."""
+    """What a worker does. It reports when it began, and of each epoch when it ended and the parameters then."""
     torch.manual_seed(seed)
     batches = DataLoader(images, batch_size=BATCH_SIZE, shuffle=True)
     optimizer = torch.optim.SGD(network.parameters(), lr=LEARNING_RATE, momentum=MOMENTUM)
@@ -97,22 +91,17 @@ def work(network, images, epochs, seed, sender):
             optimizer.zero_grad()
             F.nll_loss(network(inputs), labels).backward()
             optimizer.step()
-        vector = parameters_to_vector(network.parameters()).detach().numpy()
-        report["epochs"].append((time.monotonic(), vector))
+        parameters = parameters_to_vector(network.parameters()).detach().numpy()
+        report["epochs"].append((time.monotonic(), parameters))
     sender.send(report)
 
 
 @torch.inference_mode()
-def judge(vectors, images):
-    """The accuracy, in percent of the images, with each of these vectors as the network's parameters."""
-    network = make_network().eval()
-    batches = list(DataLoader(images, batch_size=1000))
-    accuracies = []
-    for vector in vectors:
-        vector_to_parameters(torch.from_numpy(vector), network.parameters())
-        right = sum((network(inputs).argmax(1) == labels).sum().item() for inputs, labels in batches)
-        accuracies.append(100 * right / len(images))
-    return accuracies
+def evaluate(network, batches):
+    """The accuracy in percent."""
+    network.eval()
+    correct = sum((network(inputs).argmax(1) == labels).sum().item() for inputs, labels in batches)
+    return 100 * correct / sum(len(labels) for _, labels in batches)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
-"""Runs in the train image: train.py with the flags given, but with two torch threads in each of its workers.
+"""Runs in the train image: train.py with the flags given, but with two torch threads in each worker.
 
-Only the workers get them: they are forked, which is why their parent has to stay at one.
+Only the workers get them: they are forked, so their parent must keep to one thread until then.
 """
 
 import os

@@ -1,72 +1,68 @@
-"""The pipeline, run once for all container tests, and projects that go on from what it left."""
+"""The volumes that the container tests start from: what the main command left, and a training under way."""
 
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
+import faults
 import pytest
-import stages
-from compose import Project
+from pipeline import Pipeline, inspect, remove_images
+from stages import STAGES
+
+pytest.register_assert_rewrite("scenarios")
 
 
 @dataclass
-class Pipeline:
-    """What a run of the whole pipeline left."""
+class FirstRun:
+    """What the README's main command left."""
 
-    project: Project
-    containers: dict  # what the engine says of each service's container
-    logs: dict  # what each service printed
+    project: Pipeline
+    ended: dict  # how the container of each stage ended
+    containers: dict  # what the engine says of it
     volume: Path  # a copy of the volume
 
-    def image(self, stage):
-        """The name of a stage's image."""
-        return f"{self.project.name}-{stage}"
+
+@pytest.fixture(scope="session", autouse=True)
+def first_run(data, tmp_path_factory):
+    """The README's main command, run once to its end."""
+    try:
+        with Pipeline() as project:
+            ended = project.up("--build")
+            containers = {stage: inspect(project.container(stage).id)[0] for stage in STAGES}
+            volume = project.copy_out(tmp_path_factory.mktemp("first_run") / "volume")
+            yield FirstRun(project, ended, containers, volume)
+    finally:
+        remove_images()
 
 
 @pytest.fixture(scope="session")
-def pipeline(data, tmp_path_factory):
-    """The README's main command, run once to its end, in a project and a volume of its own."""
-    project = Project()
-    volume = tmp_path_factory.mktemp("pipeline") / "volume"
-    try:
-        up = project("up", "--build", timeout=800)
-        logs = {stage: project("logs", "--no-log-prefix", stage).stdout for stage in stages.STAGES}
-        project("cp", "train:/opt/mount/model/.", str(volume))
-        assert volume.exists(), up.stdout + up.stderr
-        yield Pipeline(project, project.containers(), logs, volume)
-    finally:
-        project.down("--rmi", "local")
+def complete(first_run):
+    """A volume after all three stages. Tests only look at it; those that change it take `volume`."""
+    return first_run.volume
 
 
 @pytest.fixture
-def start(pipeline, tmp_path):
-    """A function that makes a project of the images built before, with another folder as ./data if it is given one.
+def volume(complete, tmp_path):
+    """A copy of a volume after all three stages."""
+    return shutil.copytree(complete, tmp_path / "volume")
 
-    Its volume is `project.volume`, a folder, which is a copy of what the pipeline left, unless it is to be `empty`; or
-    it is another one, as `volume` describes it to Compose. `override` is what to change about the services.
-    """
-    projects = []
 
-    def make(data=stages.DATA, empty=False, volume=None, override=None):
-        folder = tmp_path / f"project{len(projects)}"
-        folder.mkdir()
-        (folder / "data").symlink_to(data)
-        services = {stage: {"image": pipeline.image(stage)} for stage in stages.STAGES}
-        for stage, changes in (override or {}).items():
-            services[stage] |= changes
-        bind = {"driver_opts": {"type": "none", "o": "bind", "device": str(folder / "volume")}}
-        projects.append(
-            Project(folder, {"services": services, "volumes": {"mnist": bind if volume is None else volume}})
-        )
-        projects[-1].volume = fill(folder / "volume", empty) if volume is None else None
-        return projects[-1]
+@pytest.fixture(scope="session")
+def begun(first_run, tmp_path_factory):
+    """A volume with a training of 100 epochs that was killed after its first checkpoint."""
+    folder = tmp_path_factory.mktemp("begun")
+    faults.begin_training(folder)
+    return folder
 
-    def fill(volume, empty):
-        volume.mkdir() if empty else shutil.copytree(pipeline.volume, volume)
-        for path in (volume, *volume.rglob("*/")):
-            path.chmod(0o777)  # for the owner of ./data, whoever that is
-        return volume
 
-    yield make
-    for project in projects:
-        project.down()
+@pytest.fixture
+def unfinished(begun, tmp_path):
+    """A copy of the volume with the training that was killed."""
+    return shutil.copytree(begun, tmp_path / "unfinished")
+
+
+@pytest.fixture
+def nearly_done(unfinished):
+    """The same, but the epoch that is under way is the last one."""
+    faults.shorten_training(unfinished)
+    return unfinished

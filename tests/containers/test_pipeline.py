@@ -1,214 +1,154 @@
-"""What one run of the README's main command leaves: containers, order, files, figures, images, rights."""
+"""The pipeline as a whole: what the README's main command leaves, running it again, and stages that do not start."""
 
-import json
 import os
 import shlex
 import subprocess
+from concurrent.futures import ThreadPoolExecutor
 
-import compose
 import example
 import pytest
-import stages
 import torch
-from PIL import Image
+from pipeline import COMPOSE_FILE, Pipeline, image, inspect, statuses
+from stages import MADE_BY, STAGES, contents, pictures, read_json, sha256, wait_until
 
-LARGEST_IMAGE, REAL_BASE = 850e6, 125e6
-
-# In the place of a stage's program, this says what rights the program would have.
-PROBE = """
-import json, os, sys
-status = dict(line.split(":", 1) for line in open("/proc/self/status").read().splitlines())
-status = {key: value.split() for key, value in status.items()}
-mounts = ("/", "/opt/mount/data", "/opt/mount/model")
-read_only = {path: bool(os.statvfs(path).f_flag & os.ST_RDONLY) for path in mounts}
-networks = os.listdir("/sys/class/net")
-print(json.dumps({"status": status, "networks": networks, "read_only": read_only, "flags": sys.argv[1:]}))
-"""
+SUCCESS = {"train": 0, "evaluate": 0, "infer": 0}
 
 
-def test_all_three_containers_end_well(pipeline):
-    states = {stage: container["State"] for stage, container in pipeline.containers.items()}
-    assert compose.exit_codes(states) == {"train": 0, "evaluate": 0, "infer": 0}, pipeline.logs
+def assert_in_order(ended):
+    """Each stage started only when the one before it had ended."""
+    assert ended["train"].ended <= ended["evaluate"].began
+    assert ended["evaluate"].ended <= ended["infer"].began
 
 
-def test_every_stage_starts_after_the_one_before_it_has_ended(pipeline):
-    compose.assert_in_order({stage: container["State"] for stage, container in pipeline.containers.items()})
+def identity(path):
+    """What changes about a file when anybody writes it."""
+    return sha256(path), path.stat().st_mtime_ns, path.stat().st_ino
 
 
-def test_every_container_is_of_the_image_that_was_built_for_it(pipeline):
-    for stage, container in pipeline.containers.items():
-        assert container["Image"] == compose.inspect(pipeline.image(stage))[0]["Id"]
+def save_untrained(volume):
+    """Leaves a checkpoint of the example's network, which has learned nothing, in an empty volume."""
+    volume.mkdir()
+    torch.save(example.untrained().state_dict(), volume / "mnist_cnn.pt")
 
 
-# The volume -----------------------------------------------------------------------------------------------------------
+# One run --------------------------------------------------------------------------------------------------------------
 
 
-def test_the_volume_has_every_file_of_the_table_and_nothing_else(pipeline):
-    files = {*stages.contents(pipeline.volume)}
+def test_all_stages_succeed(first_run):
+    assert statuses(first_run.ended) == SUCCESS, first_run.ended
+
+
+def test_every_stage_starts_after_the_one_before_it_has_ended(first_run):
+    assert_in_order(first_run.ended)
+
+
+def test_every_container_is_of_the_image_that_was_built_for_it(first_run):
+    images = {stage: inspect(image(stage))[0]["Id"] for stage in STAGES}
+    assert {stage: container["Image"] for stage, container in first_run.containers.items()} == images
+
+
+def test_every_container_has_an_init_process(first_run):
+    assert all(container["HostConfig"]["Init"] for container in first_run.containers.values())
+
+
+def test_the_volume_has_every_file_of_the_three_stages_and_nothing_else(complete):
+    files = {*contents(complete)}
     results = {name for name in files if name.startswith("results/")}
-    assert files - results == set().union(*stages.MADE_BY.values())
+    assert files - results == set().union(*MADE_BY.values())
     assert len(results) == 5
 
 
-def test_every_file_of_the_volume_can_be_read_by_everybody(pipeline):
-    modes = {path.name: path.stat().st_mode & 0o777 for path in pipeline.volume.rglob("*") if path.is_file()}
+def test_every_file_of_the_volume_can_be_read_by_every_user(complete):
+    modes = {path.name: path.stat().st_mode & 0o777 for path in complete.rglob("*") if path.is_file()}
     assert {*modes.values()} == {0o644}, modes
-    assert (pipeline.volume / "results").stat().st_mode & 0o555 == 0o555
+    assert (complete / "results").stat().st_mode & 0o555 == 0o555
 
 
-def test_at_least_99_percent_of_the_test_images_are_read_right(pipeline):
-    results = stages.read_json(pipeline.volume / "eval_results.json")
-    assert results["Accuracy"] >= 99.0
-    assert 0 < results["Test loss"] < 0.05
-
-
-def test_the_examples_network_gets_the_same_results_out_of_the_model(pipeline, data):
+def test_the_model_has_at_least_99_percent_accuracy_in_the_examples_network_too(complete, data):
     images, labels = example.read_test_images(data)
-    log_probabilities = example.read_digits(example.load(pipeline.volume / "mnist_cnn.pt"), images)
-    reads = log_probabilities.argmax(1)
-    results = stages.read_json(pipeline.volume / "eval_results.json")
-    loss = torch.nn.functional.nll_loss(log_probabilities, labels).item()
-    assert results["Test loss"] == pytest.approx(loss, rel=1e-2)
-    assert results["Accuracy"] == pytest.approx((reads == labels).sum().item() / 100, abs=0.03)
-    matrix = torch.tensor(results["confusion_matrix"])
-    expected = torch.stack([torch.bincount(reads[labels == digit], minlength=10) for digit in range(10)])
-    assert (matrix - expected).abs().sum() <= 6  # an image or three may be on the edge
-    assert [digit["count"] for digit in results["digits"]] == matrix.sum(1).tolist() == expected.sum(1).tolist()
+    predicted = example.predict(example.load(complete / "mnist_cnn.pt"), images).argmax(1)
+    accuracy = (predicted == labels).sum().item() / 100
+    assert accuracy >= 99
+    # An image or three may be on the edge.
+    assert read_json(complete / "eval_results.json")["Accuracy"] == pytest.approx(accuracy, abs=0.03)
 
 
-def test_all_results_name_the_model_that_is_there(pipeline):
-    sha256 = stages.sha256(pipeline.volume / "mnist_cnn.pt")
-    for name in ("train_results.json", "eval_results.json", "predictions.json"):
-        assert stages.read_json(pipeline.volume / name)["model_sha256"] == sha256
+def test_all_results_name_the_model_that_is_there(complete):
+    names = ("train_results.json", "eval_results.json", "predictions.json")
+    models = {read_json(complete / name)["model_sha256"] for name in names}
+    assert models == {sha256(complete / "mnist_cnn.pt")}
 
 
-def test_the_model_is_the_one_that_the_workers_left_when_they_had_finished(pipeline):
-    model = torch.load(pipeline.volume / "mnist_cnn.pt", weights_only=True)
-    last = torch.load(pipeline.volume / "checkpoint.pt", weights_only=True)["model"]
-    assert all(model[key].equal(last[key]) for key in model)
-
-
-def test_the_training_was_one_pass_an_epoch_by_two_workers_over_the_images_not_held_out(pipeline):
-    results = stages.read_json(pipeline.volume / "train_results.json")
-    assert results["finished"] is True
-    assert len(results["workers"]) == 2
-    assert len(results["history"]) == results["settings"]["epochs"]
-    assert sum(worker["images"] for worker in results["workers"]) == 55_000 * results["settings"]["epochs"]
-    assert all(worker["images"] > 0 for worker in results["workers"])
-
-
-def test_the_pictures_are_named_as_the_predictions_say(pipeline):
-    predictions = stages.read_json(pipeline.volume / "predictions.json")["predictions"]
-    names = {f"{sample['prediction']}_{sample['index']}.png" for sample in predictions}
-    assert stages.pictures(pipeline.volume) == names
-
-
-def test_the_predictions_are_those_of_the_examples_network(pipeline, data):
-    images, labels = example.read_test_images(data)
-    model = example.load(pipeline.volume / "mnist_cnn.pt")
-    for sample in stages.read_json(pipeline.volume / "predictions.json")["predictions"]:
-        index = sample["index"]
-        expected = example.read_digits(model, images[index : index + 1]).exp()[0]
-        torch.testing.assert_close(torch.tensor(sample["probabilities"]), expected, atol=1e-3, rtol=1e-2)
-        assert sample["probabilities"][sample["prediction"]] == max(sample["probabilities"])
-        assert sample["truth"] == labels[index]
-
-
-def test_every_picture_can_be_looked_at(pipeline):
-    paths = [*pipeline.volume.rglob("*.png")]
-    assert len(paths) == 9
-    for path in paths:
-        picture = Image.open(path).convert("RGB")
-        assert min(picture.size) > 200, path
-        assert len(picture.getcolors(10**6)) > 10, path
-
-
-def test_the_command_that_infer_prints_last_copies_everything_out(pipeline, tmp_path):
-    command = shlex.split(pipeline.logs["infer"].splitlines()[-1].rpartition(": ")[2])
+def test_the_command_that_infer_prints_last_copies_everything_out(first_run, tmp_path):
+    command = shlex.split(first_run.ended["infer"].stdout.splitlines()[-1].rpartition(": ")[2])
     assert command[:3] == ["docker", "compose", "cp"]
-    environment = os.environ | {
-        "COMPOSE_PROJECT_NAME": pipeline.project.name,
-        "COMPOSE_FILE": str(stages.TREE / "docker-compose.yml"),
-    }
-    copied = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
-    assert copied.returncode == 0, copied.stderr
-    assert stages.contents(tmp_path / command[-1]) == stages.contents(pipeline.volume)
+    variables = {"COMPOSE_PROJECT_NAME": first_run.project.name, "COMPOSE_FILE": str(COMPOSE_FILE)}
+    subprocess.run(command, cwd=tmp_path, env=os.environ | variables, capture_output=True, check=True)
+    assert contents(tmp_path / command[-1]) == contents(first_run.volume)
 
 
-# The images -----------------------------------------------------------------------------------------------------------
+# Again ----------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("stage", stages.STAGES)
-def test_the_image_has_the_programs_of_the_tree_and_the_net_py_of_all(pipeline, stage):
-    sums = compose.docker("run", "--rm", "--entrypoint", "sh", pipeline.image(stage), "-c", "sha256sum /opt/app/*.py")
-    found = {path.rpartition("/")[2]: sha256 for sha256, path in (line.split() for line in sums.splitlines())}
-    expected = {path.name: stages.sha256(path) for path in (stages.TREE / stages.FOLDERS[stage]).glob("*.py")}
-    assert found == expected
-    assert found["net.py"] == stages.sha256(stages.TREE / "model-train" / "net.py")
+def test_evaluate_again_leaves_the_model_alone_and_train_takes_less_than_a_second(volume):
+    before = identity(volume / "mnist_cnn.pt")
+    with Pipeline(volume) as project:
+        assert project.compose("run", "--rm", "-T", "evaluate").returncode == 0
+        train = project.container("train").end()
+    assert identity(volume / "mnist_cnn.pt") == before
+    assert train.status == 0
+    assert train.seconds < 1
 
 
-def test_the_three_images_store_the_layers_with_torch_once(pipeline):
-    layers = [compose.inspect(pipeline.image(stage))[0]["RootFS"]["Layers"] for stage in stages.STAGES]
-    below_the_programs = [own[:-1] for own in layers]
-    assert below_the_programs[0] == below_the_programs[1] == below_the_programs[2]
-    assert len({own[-1] for own in layers}) == 3
+def test_the_pipeline_again_runs_all_stages_in_order_and_leaves_five_pictures(volume):
+    before = identity(volume / "mnist_cnn.pt")
+    with Pipeline(volume) as project:
+        for _ in range(2):
+            ended = project.up()
+            assert statuses(ended) == SUCCESS
+            assert_in_order(ended)
+            assert len(pictures(volume)) == 5
+    assert identity(volume / "mnist_cnn.pt") == before
 
 
-@pytest.mark.parametrize("stage", stages.STAGES)
-def test_no_image_is_larger_than_850_mb_on_the_real_base(pipeline, stage):
-    size = compose.inspect(pipeline.image(stage))[0]["Size"]
-    # A stand-in for the base image, which has wheels in it, does not have the real one's size.
-    probe = "import os; print(os.path.isdir('/opt/wheels'))"
-    if "True" in compose.docker("run", "--rm", "--entrypoint", "python", pipeline.image(stage), "-c", probe):
-        size += REAL_BASE - compose.inspect(compose.BASE_IMAGE)[0]["Size"]
-    assert size <= LARGEST_IMAGE
+def test_a_checkpoint_of_the_examples_network_goes_through_the_pipeline(tmp_path):
+    volume = tmp_path / "volume"
+    save_untrained(volume)
+    before = identity(volume / "mnist_cnn.pt")
+    with Pipeline(volume, evaluate={"command": ["--min-accuracy", "0"]}) as project:
+        assert statuses(project.up()) == SUCCESS
+    assert identity(volume / "mnist_cnn.pt") == before
+    assert read_json(volume / "eval_results.json")["Accuracy"] < 40
 
 
-# Rights ---------------------------------------------------------------------------------------------------------------
+# What does not start --------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module", params=stages.STAGES)
-def rights(request, pipeline, tmp_path_factory):
-    """The rights that a stage's program has in its container, and the name of the stage."""
-    stage = request.param
-    folder = tmp_path_factory.mktemp("probe")
-    (folder / "probe.py").write_text(PROBE)
-    folder.chmod(0o755)
-    mount = f"{folder / 'probe.py'}:/opt/app/{stage}.py:ro"
-    said = pipeline.project("run", "--rm", "-T", "--no-deps", "--volume", mount, stage, "--a-flag", "of two words")
-    return stage, json.loads(said.stdout)
+@pytest.mark.parametrize(
+    ("change", "status"),
+    [({"command": ["--lr", "0"]}, 2), ({"network_mode": "none"}, 1)],
+    ids=["a wrong flag", "no data and no network"],
+)
+def test_if_train_fails_neither_of_the_others_starts(tmp_path, change, status):
+    data, volume = tmp_path / "data", tmp_path / "volume"
+    data.mkdir()
+    with Pipeline(volume, data, train=change) as project:
+        assert statuses(project.up()) == {"train": status, "evaluate": None, "infer": None}
+    assert not contents(volume)
 
 
-def test_a_stage_runs_as_the_owner_of_the_data_folder(rights):
-    owner = stages.DATA.stat()
-    assert {*rights[1]["status"]["Uid"]} == {str(owner.st_uid)}
-    assert {*rights[1]["status"]["Gid"]} == {str(owner.st_gid)}
-    assert {*rights[1]["status"]["Groups"]} <= {str(owner.st_gid)}
+def test_if_the_network_is_untrained_evaluate_fails_and_infer_does_not_start(tmp_path):
+    volume = tmp_path / "volume"
+    save_untrained(volume)
+    with Pipeline(volume) as project:
+        assert statuses(project.up()) == {"train": 0, "evaluate": 1, "infer": None}
+    assert {*contents(volume)} == {"mnist_cnn.pt"}
 
 
-def test_a_stage_has_no_capability_and_can_get_none(rights):
-    for kind in ("CapInh", "CapPrm", "CapEff", "CapBnd", "CapAmb"):
-        assert int(rights[1]["status"][kind][0], 16) == 0, kind
-    assert rights[1]["status"]["NoNewPrivs"] == ["1"]
-
-
-def test_a_stage_can_write_only_where_its_files_go(rights):
-    stage, found = rights
-    assert found["read_only"] == {"/": True, "/opt/mount/data": stage != "train", "/opt/mount/model": False}
-
-
-def test_only_evaluate_has_no_network(rights):
-    stage, found = rights
-    assert (found["networks"] == ["lo"]) == (stage == "evaluate")
-
-
-def test_flags_reach_the_program_as_they_were_given(rights):
-    assert rights[1]["flags"] == ["--a-flag", "of two words"]
-
-
-def test_torchvision_can_be_imported_where_only_memory_can_be_written_to(pipeline):
-    # Train imports it only to fetch the data, which no other test does: none has the mirrors at hand.
-    said = pipeline.project(
-        *("run", "--rm", "-T", "--no-deps", "--entrypoint", "python", "train"), "-c", "import torchvision.datasets"
-    )
-    assert said.returncode == 0, said.stderr
+def test_compose_stop_stops_the_training_and_keeps_evaluate_from_starting(unfinished):
+    with Pipeline(unfinished) as project, ThreadPoolExecutor() as pool:
+        up = pool.submit(project.up)
+        train = wait_until(lambda: project.container("train"))
+        train.wait_until_it_trains()
+        project.compose("stop")
+        assert statuses(up.result(timeout=60)) == {"train": 143, "evaluate": None, "infer": None}

@@ -1,0 +1,112 @@
+"""The three images: what is in them, what they share, how large they are, and how their build strips libraries."""
+
+import json
+
+import pytest
+from pipeline import docker, image, in_image, inspect
+from stages import FOLDERS, STAGES, TREE, sha256
+
+LARGEST_IMAGE, REAL_BASE = 850e6, 125e6
+BASE_IMAGE = "python:3.11-slim-bookworm"
+
+# Steps of the Dockerfile: the one that removes and strips, and the one that imports.
+STRIP, IMPORT = "RUN rm -rf torch/include", "RUN MPLCONFIGDIR=/tmp"
+
+# Tells of every library in the image that is not torch's whether it is, to the byte, what its package brought along.
+COMPARE = """
+import base64, hashlib, importlib.metadata, json, pathlib
+
+same = {}
+for package in importlib.metadata.distributions(path=["/opt/venv/lib/python3.11/site-packages"]):
+    for file in package.files:
+        path = pathlib.Path(file.locate())
+        if package.name != "torch" and ".so" in path.suffixes and path.exists():
+            sha256 = base64.urlsafe_b64encode(hashlib.sha256(path.read_bytes()).digest()).decode().rstrip("=")
+            same[str(file)] = sha256 == file.hash.value
+print(json.dumps(same))
+"""
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_an_image_has_the_programs_of_the_tree_and_the_same_net_py_as_the_others(stage):
+    lines = in_image(stage, "sha256sum /opt/app/*.py").splitlines()
+    found = {path.rpartition("/")[2]: sha for sha, path in map(str.split, lines)}
+    assert found == {path.name: sha256(path) for path in (TREE / FOLDERS[stage]).glob("*.py")}
+    assert found["net.py"] == sha256(TREE / "model-train" / "net.py")
+
+
+def test_the_three_images_store_the_layers_with_torch_once():
+    layers = [inspect(image(stage))[0]["RootFS"]["Layers"] for stage in STAGES]
+    below_the_programs = [own[:-1] for own in layers]
+    assert below_the_programs[0] == below_the_programs[1] == below_the_programs[2]
+    assert len({own[-1] for own in layers}) == 3
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_no_image_is_larger_than_850_mb_on_the_real_base(stage):
+    size = inspect(image(stage))[0]["Size"]
+    # A stand-in for the base image, which has wheels in it, does not have the real one's size.
+    if "wheels" in in_image(stage, "ls /opt"):
+        size += REAL_BASE - inspect(BASE_IMAGE)[0]["Size"]
+    assert size <= LARGEST_IMAGE
+
+
+@pytest.mark.parametrize("tools", ["gcc g++ cc c++ clang ld as make strip", "pip pip3 uv conda", "curl wget git ssh"])
+@pytest.mark.parametrize("stage", STAGES)
+def test_an_image_has_no_tool_that_running_does_not_need(stage, tools):
+    assert in_image(stage, f"for tool in {tools}; do command -v $tool; done; true") == ""
+
+
+NAMES = " -o ".join(f"-name '{name}'" for name in (".env*", ".git", ".netrc", ".npmrc", "id_*", "*.key", ".ssh"))
+SUPERFLUOUS = {
+    "tests": "find /opt/venv /opt/app -type d \\( -name test -o -name tests \\) ! -path '*.dist-info/*'",
+    "caches": "find /root/.cache /var/cache/apt /var/lib/apt/lists /tmp /var/tmp -type f 2>/dev/null; true",
+    "files with secrets": "find / -xdev \\( -path /proc -o -path /sys -o -path '*.dist-info' \\) -prune -o "
+    f"\\( {NAMES} \\) -print",
+    "variables with secrets": "env | grep -iE '^[^=]*(SECRET|PASSW|TOKEN)'; true",
+}
+
+
+@pytest.mark.parametrize("what", SUPERFLUOUS)
+@pytest.mark.parametrize("stage", STAGES)
+def test_an_image_has_nothing_superfluous(stage, what):
+    assert in_image(stage, SUPERFLUOUS[what]) == ""
+
+
+def test_torchvision_can_be_imported_where_only_memory_can_be_written_to(first_run):
+    # Train imports it only to download the data, which no container test does: none has the mirrors at hand.
+    imported = first_run.project.run("train", "-c", "import torchvision.datasets", options=("--entrypoint", "python"))
+    assert imported.status == 0, imported
+
+
+# The build ------------------------------------------------------------------------------------------------------------
+
+
+def build(scripts):
+    """Builds the images' packages with scripts that are run ahead of some steps; leaves no image."""
+    text = (TREE / "model-train" / "Dockerfile.train").read_text()
+    for step, script in scripts.items():
+        assert text.count(f"\n{step}") == 1
+        text = text.replace(f"\n{step}", f"\nRUN {script}\n{step}")
+    options = ("--progress", "plain", "--target", "packages", "--output", "type=cacheonly", "--file", "-")
+    return docker("build", *options, TREE / "model-train", input=text, timeout=600)
+
+
+def test_the_build_strips_the_libraries_of_torch_alone():
+    others = "torchvision/planted.so numpy/planted.so"
+    plant = f"for to in torch/planted.so {others}; do cp torch/lib/libshm.so $to; done && sha256sum {others} >/planted"
+    built = build({STRIP: plant, IMPORT: "sha256sum --check /planted && ! cmp torch/planted.so numpy/planted.so"})
+    assert built.returncode == 0, built.stderr
+
+
+def test_every_library_but_those_of_torch_is_what_its_package_brought_along():
+    same = json.loads(in_image("train", COMPARE, program=("python", "-c")))
+    assert len(same) > 20
+    assert {*same.values()} == {True}
+
+
+@pytest.mark.parametrize("package", ["torch", "torchvision"])
+def test_the_build_fails_if_an_import_warns(package):
+    built = build({IMPORT: f"echo 'import warnings; warnings.warn(\"planted\")' >>{package}/__init__.py"})
+    assert built.returncode != 0
+    assert "planted" in built.stderr
