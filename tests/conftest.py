@@ -5,6 +5,7 @@ Where no engine answers, the second is skipped, and the summary says so; with RE
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from functools import cache
@@ -18,6 +19,12 @@ TIERS = {"fast": 240, "container": 900}  # and the most seconds for one test, wi
 
 # The programs' modules. All three folders have a net.py; the original comes first.
 sys.path[:0] = [str(stages.TREE / folder) for folder in stages.FOLDERS.values()]
+
+
+# A shell has a job in the background ignore these, and the stages would inherit that.
+for number in (signal.SIGHUP, signal.SIGINT, signal.SIGQUIT):
+    if signal.getsignal(number) == signal.SIG_IGN:
+        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
 
 
 def tier_of(nodeid):
