@@ -20,7 +20,7 @@ local: .venv/for-stages ## without Docker: set up a virtual environment, and run
 	$(PYTHON) model-eval/evaluate.py --data data --model model
 	$(PYTHON) model-infer/infer.py --data data --model model
 
-bench: .venv/for-stages ## measure speed, memory and sizes against PyTorch's example, in 30 minutes (FLAGS=--quick: in 2)
+bench: .venv/for-stages ## measure speed, accuracy, memory and sizes against PyTorch's example (FLAGS=--quick: shortened)
 	@python3 data/fetch.py
 	$(PYTHON) tests/bench/bench.py $(FLAGS)
 
