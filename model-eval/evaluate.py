@@ -28,7 +28,7 @@ import artifacts
 import net
 import torch
 import torch.nn.functional as F
-from artifacts import CONFUSION_MATRIX, DATA_SET, EVAL_RESULTS, MISTAKES, as_png, new_figure, publish
+from artifacts import CONFUSION_MATRIX, DATA_SET, EVAL_RESULTS, MISTAKES, WEIGHTS, as_png, new_figure, publish
 from process import Failure, exit_on_failure, say
 
 
@@ -64,8 +64,8 @@ def main() -> int:
         say(as_table(results))
         if results["Accuracy"] < args.min_accuracy:
             raise Failure(
-                f"the accuracy, {results['Accuracy']:.2f} %, is below --min-accuracy {args.min_accuracy:g}; nothing is "
-                f"published. Train longer: docker compose run --rm train --epochs N"
+                f"{args.model / WEIGHTS} has {results['Accuracy']:.2f} % accuracy, below --min-accuracy "
+                f"{args.min_accuracy:g}; nothing is published. Train longer: docker compose run --rm train --epochs N"
             )
         publish(args.model / CONFUSION_MATRIX, draw_confusion_matrix(results["confusion_matrix"]))
         publish(args.model / MISTAKES, draw_mistakes(images, labels, log_probabilities))

@@ -178,6 +178,8 @@ def build(kind: Any, value: Any) -> Any:
     """
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if isinstance(kind, type) and is_dataclass(kind):
+        if not isinstance(value, dict):
+            raise ValueError(f"it is damaged (no {kind.__name__})")
         hints = typing.get_type_hints(kind)
         return kind(
             **{item.name: build(hints[item.name], value[item.name]) for item in fields(kind) if item.name in value}

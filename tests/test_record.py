@@ -107,6 +107,13 @@ def test_a_record_with_a_value_that_is_not_possible_is_refused(volume, change):
     assert refusal.value.status == 1
 
 
+def test_settings_that_are_a_list_are_refused(volume):
+    path = volume / "train_results.json"
+    path.write_text(json.dumps(stages.read_json(path) | {"settings": []}))
+    with pytest.raises(Failure, match=r"train_results\.json .*--fresh"):
+        record.read_record(volume)
+
+
 # Of other versions ----------------------------------------------------------------------------------------------------
 
 
