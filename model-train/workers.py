@@ -137,8 +137,7 @@ class Workers:
         if exit_code >= 0:
             raise Failure(f"worker {rank} failed: {self.read_error()}. Settings: {settings.as_flags()}. {FRESH_HINT}")
         batch = state.current_batch if state.is_busy() else None
-        fate = "while idle" if batch is None else f"; its batch {batch} is done again"
-        say(f"train: worker {rank} was killed by {signal_name(-exit_code)}{fate}")
+        say(f"train: {death_message(rank, -exit_code, batch)}")
         self.record.lost_workers.append(LostWorker(rank, -exit_code, batch))
         state.dead = 1
 
@@ -154,6 +153,12 @@ class Workers:
         with contextlib.suppress(BlockingIOError):
             return os.read(self.error_reader, 1000).decode().splitlines()[0]
         return "no error message"
+
+
+def death_message(rank: int, number: int, batch: int | None) -> str:
+    """Return the message that a signal killed a worker, idle or busy with a batch."""
+    death = f"worker {rank} was killed by {signal_name(number)}"
+    return f"{death} while idle" if batch is None else f"{death}; another worker redoes its batch {batch}"
 
 
 def cpu_time(pid: int | None) -> str:
