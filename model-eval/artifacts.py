@@ -30,7 +30,7 @@ WEIGHTS, CHECKPOINT, TRAIN_RESULTS, CURVES = "mnist_cnn.pt", "checkpoint.pt", "t
 EVAL_RESULTS, CONFUSION_MATRIX, MISTAKES = "eval_results.json", "confusion_matrix.png", "mistakes.png"
 RESULTS, PREDICTIONS, PREDICTIONS_SHEET = "results", "predictions.json", "predictions.png"
 
-MAX_MODEL_BYTES = 1_000_000  # a checkpoint of this network takes 90 kB
+MAX_MODEL_BYTES = 1_000_000  # this network's state dict takes 90 kB
 DATA_HINT = "Download it again with: docker compose run --rm train, or: make data"
 FRESH_HINT = "To start over: docker compose run --rm train --fresh (the old model stays until the new one is finished)"
 
@@ -97,7 +97,7 @@ def read_raw(data: Path, name: str) -> bytearray:
 
 
 def has_right_sha256(name: str, content: bytes | bytearray) -> bool:
-    """Whether this is the content of the raw file with this name."""
+    """Return whether this is the content of the raw file with this name."""
     return hashlib.sha256(content).hexdigest() == DATA_SET.sha256[name]
 
 
@@ -123,7 +123,7 @@ def read_limited(path: Path, limit: int, hint: str) -> bytes:
 
 
 def check_destinations(folder: Path, *names: str) -> None:
-    """Raise Failure if a folder has the name of a file to be published; a rename replaces anything else."""
+    """Raise Failure if a folder is in the way of a file to publish; anything else is replaced by the rename."""
     for path in (folder / name for name in names):
         if path.is_dir() and not path.is_symlink():
             raise Failure(f"{path} is a folder, but a file must be written there. {removal_hint(path)}")
@@ -131,6 +131,7 @@ def check_destinations(folder: Path, *names: str) -> None:
 
 def removal_hint(path: Path) -> str:
     """Return the command that removes what is in the way, in the volume or in a local folder."""
+    # Without DAC_OVERRIDE, root may not remove another user's files.
     inside = "docker compose run --rm --no-deps --cap-add DAC_OVERRIDE --entrypoint rm train -r"
     return f"Remove it with: {inside if MODEL in path.parents else 'rm -r'} {path}"
 
@@ -175,7 +176,7 @@ def open_locked(part: Path) -> Iterator[IO[bytes]]:
 
 
 def is_reusable(part: Path) -> bool:
-    """Whether this is a regular file that may be overwritten: writable, and not linked from elsewhere."""
+    """Return whether this is a regular file that may be overwritten: writable, and not linked from elsewhere."""
     status = part.lstat()
     return stat.S_ISREG(status.st_mode) and status.st_nlink == 1 and os.access(part, os.W_OK)
 

@@ -3,7 +3,7 @@
 Reads   DATA/MNIST/raw: the raw test files; MODEL/mnist_cnn.pt: the model
 Writes  MODEL/eval_results.json: test loss, accuracy, figures per class, confusion matrix, the model's sha256
         MODEL/confusion_matrix.png: the confusion matrix
-        MODEL/mistakes.png: the 25 images that the model was most confidently wrong about
+        MODEL/mistakes.png: the 25 most confident mistakes
 
     docker compose run --rm evaluate
     python model-eval/evaluate.py --data data --model model --min-accuracy 99
@@ -14,8 +14,8 @@ An accuracy under --min-accuracy is a failure: exit status 1, and nothing is wri
 import process
 
 if __name__ == "__main__":
-    # Before the other imports: a signal or a lack of memory would end these in a traceback, or without a word.
-    process.prepare_process("evaluate", needed_memory=255_000_000)
+    # Before the other imports: a signal during them would end in a traceback, and a lack of memory in a silent kill.
+    process.prepare_process("evaluate", needed_memory=255_000_000)  # for torch, the test images and the figures
 
 import argparse
 import json
@@ -167,7 +167,7 @@ def draw_mistakes(images: torch.Tensor, labels: torch.Tensor, log_probabilities:
         predicted, true = DATA_SET.classes[int(predictions[index])], DATA_SET.classes[int(labels[index])]
         text = f"predicted {predicted} ({100 * confidence[index]:.0f} %)\ntrue {true}, image {index}"
         axes.text(x + 14, y - 1, text, ha="center", va="bottom", fontsize=7.5)
-    axes.set(xlim=(0, 36 * side), ylim=(44 * side, 0))
+    axes.set(xlim=(0, 36 * side), ylim=(44 * side, 0))  # imshow() has changed them
     return as_png(figure)
 
 

@@ -41,10 +41,10 @@ class Net(nn.Module):
         self.dropout = dropout
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """float32 [N, 1, 28, 28] as to_input() makes it -> log-probabilities, float32 [N, 10]."""
+        """Return log-probabilities, float32 [N, 10], for x, float32 [N, 1, 28, 28], as made by to_input()."""
         x = F.relu(F.max_pool2d(self.conv1(x), 2))
         x = F.relu(F.max_pool2d(F.dropout2d(self.conv2(x), self.dropout, self.training), 2))
-        x = F.relu(self.fc1(x.to_dense().flatten(1)))  # from oneDNN's layout, if predict() chose that
+        x = F.relu(self.fc1(x.to_dense().flatten(1)))  # to_dense() undoes predict()'s to_mkldnn(), if any
         x = F.dropout(x, self.dropout, self.training)
         return F.log_softmax(self.fc2(x), dim=1)
 
@@ -83,15 +83,15 @@ def predict(model: Net, images: torch.Tensor, batch_size: int = 250) -> torch.Te
         output: torch.Tensor = model(x.to_mkldnn() if has_onednn else x)
         return output
 
-    # One thread per batch. Splitting each batch across threads moves activations between cores after every layer; on
-    # cores without a shared cache, two threads were then no faster than one.
+    # One thread per batch. Splitting a batch across threads moves activations between cores after every layer, which
+    # made two threads no faster than one where cores share no cache.
     with ThreadPoolExecutor(torch.get_num_threads(), initializer=torch.set_num_threads, initargs=(1,)) as pool:
         return torch.cat([*pool.map(predict_batch, torch.split(images, batch_size))])
 
 
 # Loading weights. A file in the volume may have been replaced by somebody else's, so it is not trusted ----------------
 
-# The globals and opcodes of the pickle in a checkpoint of plain float32 tensors.
+# The globals and opcodes of the pickle in a file of plain float32 tensors.
 PICKLE_GLOBALS = ("collections OrderedDict", "torch FloatStorage", "torch._utils _rebuild_tensor_v2")
 PICKLE_OPCODES = {
     *("PROTO", "STOP", "MARK", "GLOBAL", "REDUCE", "BUILD", "BINPERSID", "SETITEM", "SETITEMS"),
@@ -141,7 +141,7 @@ def load_tensors(content: bytes, path: Path, hint: str) -> Any:
     No code in it is run, and it takes no more memory than a few times its size.
     """
     try:
-        with warnings.catch_warnings(action="ignore"):  # a file that is only unusual is loaded
+        with warnings.catch_warnings(action="ignore"):  # odd but valid files are accepted
             return torch.load(repack(content), map_location="cpu", weights_only=True)
     except Exception:  # damaged files raise exceptions of many kinds
         raise Failure(f"{path} is damaged, or not a checkpoint of plain float32 tensors. {hint}") from None
@@ -162,7 +162,7 @@ def repack(content: bytes) -> io.BytesIO:
             content_of_entry = old.read(name)
             if name.lower().endswith(".pkl"):
                 check_pickle(content_of_entry)
-            new.writestr(zipfile.ZipInfo(name), content_of_entry)  # a fixed date: clocks may be before 1980
+            new.writestr(zipfile.ZipInfo(name), content_of_entry)  # fixed date: zip cannot store one before 1980
     checked.seek(0)
     return checked
 
@@ -173,7 +173,7 @@ def check_pickle(content: bytes) -> None:
     weights_only=True alone allows bytearray(5_000_000_000), and nested or shared containers that take the unpickler
     exponential time or overflow its stack.
     """
-    memo: dict[Any, str] = {}
+    memo: dict[Any, str] = {}  # the opcode that made each object; only strings and globals may be used again
     previous = ""
     for number, (opcode, argument, _) in enumerate(pickletools.genops(content)):
         name = opcode.name

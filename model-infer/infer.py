@@ -12,8 +12,8 @@ Writes  MODEL/results/{predicted}_{index}.png: a picture of each sample; those o
 import process
 
 if __name__ == "__main__":
-    # Before the other imports: a signal or a lack of memory would end these in a traceback, or without a word.
-    process.prepare_process("infer", needed_memory=215_000_000)
+    # Before the other imports: a signal during them would end in a traceback, and a lack of memory in a silent kill.
+    process.prepare_process("infer", needed_memory=215_000_000)  # for the default, 5 samples; main() checks again
 
 import argparse
 import json
@@ -42,14 +42,14 @@ from artifacts import (
 )
 from process import Failure, exit_on_failure, say
 
-MAX_SAMPLES = 100  # as many as a sheet shows and a person looks at
+MAX_SAMPLES = 100  # more would not fit on a readable sheet
 MAX_RESULTS_BYTES = 1_000_000  # eval_results.json takes 4 kB
 BASE_MEMORY, SAMPLE_MEMORY = 211_500_000, 700_000  # bytes that infer needs, in all and for each sample; measured
 CORRECT_COLOR, WRONG_COLOR = "#0072b2", "#d55e00"  # told apart by the colour-blind too (Okabe and Ito 2008)
 
 
 class Sample(TypedDict):
-    """A test image, by its index, with its predicted and its true class and the ten probabilities."""
+    """A test image, by its index, with predicted class, true class and ten probabilities."""
 
     index: int
     prediction: int
@@ -106,7 +106,7 @@ def integer_in(smallest: int, largest: int) -> Callable[[str], int]:
 
 
 def check_destinations(folder: Path) -> None:
-    """Raise Failure if something that infer does not replace has the name of one of its files."""
+    """Raise Failure if one of infer's files is blocked by something that it does not replace."""
     artifacts.check_destinations(folder, PREDICTIONS, PREDICTIONS_SHEET)
     results = folder / RESULTS
     if results.is_symlink() or (results.exists() and not results.is_dir()):
@@ -151,7 +151,7 @@ def publish_all(folder: Path, samples: list[Sample], images: torch.Tensor, sha25
     content = {"model_sha256": sha256, "evaluated_accuracy": accuracy, "predictions": samples}
     lock = folder / ".results.lock"
     try:
-        with artifacts.open_locked(lock):  # two runs at once take turns
+        with artifacts.open_locked(lock):  # two runs at once take turns; nothing is written to it
             try:
                 replace_folder(folder / RESULTS, pictures)
                 publish(folder / PREDICTIONS_SHEET, sheet)

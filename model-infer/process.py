@@ -1,7 +1,7 @@
 """The process of a stage: signals, output, limits, and errors in one line.
 
 All three images contain identical copies of this file. Edit the one in model-train, then run `make copies`.
-It imports little, since signals are handled only once it has been imported.
+It imports little: until it is imported, no signal is handled.
 """
 
 import atexit
@@ -34,14 +34,13 @@ class Failure(Exception):
 
 
 def prepare_process(stage: str, needed_memory: int = 0) -> None:
-    """Set up signals, standard streams and the environment, and check the memory: the first thing that a program does.
+    """Set up signals, streams and environment, and check the memory limit. Call this first.
 
-    Until there is work to save, a signal ends the process at once. Raising an exception instead could be swallowed
-    during an import.
+    Until there is work to save, a signal ends the process at once; an exception might be swallowed by an import.
     """
     handle_stop_signals(lambda number, frame: os._exit(128 + number))
     signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)  # blocked by the image's entrypoint until they are handled
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # if ignored by the parent process, dead workers would go unnoticed
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # inherited as ignored, it would hide the death of workers
     for descriptor in (0, 1, 2):
         try:
             os.fstat(descriptor)
@@ -127,7 +126,7 @@ def print_error(text: str) -> None:
 
 
 def can_write(stream: IO[str]) -> bool:
-    """Whether a standard stream accepts text within a second; a pipe that nobody reads does not."""
+    """Return whether a standard stream accepts text within a second; a pipe that nobody reads does not."""
     try:
         return bool(select.select([], [stream.fileno()], [], 1)[1])
     except ValueError:  # not backed by a file descriptor
@@ -160,7 +159,7 @@ def count_cores() -> int:
 
 
 def check_memory(needed: int, what: str) -> None:
-    """Raise Failure if the container's memory limit is below the bytes that something needs."""
+    """Raise Failure if the container's memory limit is below `needed` bytes."""
     for path in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
         with contextlib.suppress(OSError, ValueError):  # no such file, or "max" in it
             limit = int(Path(path).read_text())
@@ -173,7 +172,7 @@ def check_memory(needed: int, what: str) -> None:
 
 
 def check_threads(count: int) -> None:
-    """Raise Failure if that many threads cannot be started: libraries abort or hang when they lack one."""
+    """Raise Failure if that many threads cannot be started: libraries that cannot start one abort or hang."""
     release = threading.Event()
     threads: list[threading.Thread] = []
     try:

@@ -1,7 +1,7 @@
 """The batch queue: hands out each batch number once, from memory shared by the parent and its workers.
 
-Taking a batch is the only step of Hogwild that needs a lock; it makes an epoch one pass over the images. A worker may
-be killed at any instant: another worker then redoes its batch, and the batch counts once.
+Only taking a batch needs a lock: it is what makes an epoch one pass over the images. A worker may be killed at any
+instant: another worker then redoes its batch, and the batch counts once.
 """
 
 import contextlib
@@ -16,11 +16,11 @@ from collections.abc import Iterator
 
 from record import WorkerRecord
 
-LOCK_SECONDS = 30  # the lock is held for microseconds: a worker that has it for this long hangs
+LOCK_SECONDS = 30  # a lock is normally held for microseconds; after waiting this long, the parent kills its holder
 
 
 class RunningClock:
-    """Measures the time in which this process could run.
+    """Measures time, but not while this process was suspended.
 
     A paused container, stopped processes or a sleeping laptop appear as one long gap between two calls of seconds(),
     which counts as LONGEST_GAP at most.
@@ -29,17 +29,17 @@ class RunningClock:
     LONGEST_GAP = 1.0  # seconds
 
     def __init__(self) -> None:
-        self.elapsed, self.last_look = 0.0, time.monotonic()
+        self.elapsed, self.last_call = 0.0, time.monotonic()
 
     def seconds(self) -> float:
         """Return the seconds since the clock was created or reset; call it many times a second."""
         now = time.monotonic()
-        self.elapsed, self.last_look = self.elapsed + min(now - self.last_look, self.LONGEST_GAP), now
+        self.elapsed, self.last_call = self.elapsed + min(now - self.last_call, self.LONGEST_GAP), now
         return self.elapsed
 
     def reset(self) -> None:
         """Restart from 0."""
-        self.elapsed, self.last_look = 0.0, time.monotonic()
+        self.elapsed, self.last_call = 0.0, time.monotonic()
 
 
 class Totals(ctypes.Structure):
@@ -52,23 +52,22 @@ class WorkerState(ctypes.Structure):
     """The state of one worker, in shared memory.
 
     It is busy with `current_batch` if `taken` is greater than `finished`. finish() writes the new totals to the unused
-    slot, then increments `finished`; this single store makes them valid and marks the batch as done. (It needs stores
-    to become visible in order, as on x86. Elsewhere the system calls of the queue's lock between two batches help.)
-    One case remains: if a worker is killed between its update of the parameters and this store, all or part of the
-    update is applied twice.
+    slot, then increments `finished`; this single store makes them valid and marks the batch as done. (This relies on
+    stores becoming visible in order, which x86 guarantees. Other CPUs do not.) One gap remains: if a worker is killed
+    between its update of the parameters and this store, all or part of the update is applied twice.
     """
 
     _fields_ = [
         ("current_batch", ctypes.c_int64),
-        ("taken", ctypes.c_int64),
-        ("finished", ctypes.c_int64),
+        ("taken", ctypes.c_int64),  # batches done, plus 1 while busy
+        ("finished", ctypes.c_int64),  # batches done; totals[finished % 2] is valid
         ("dead", ctypes.c_int64),
         ("waited_seconds", ctypes.c_double),
         ("totals", Totals * 2),
     ]
 
     def is_busy(self) -> bool:
-        """Whether the worker has taken a batch that is not finished."""
+        """Return whether the worker has taken a batch that is not finished."""
         return bool(self.taken > self.finished)
 
     def finish(self, images: int, loss_sum: float) -> None:
@@ -90,7 +89,8 @@ class WorkerState(ctypes.Structure):
 class BatchQueue:
     """Batches are numbered consecutively over all epochs. Workers may take those in [next, limit).
 
-    The parent raises the limit to the end of an epoch to start the workers, and sets it to `next` to drain the queue.
+    The parent raises the limit to the end of an epoch to start the workers, sets it to `next` to drain the queue, and
+    sets `closed` to 1 to end the workers.
     """
 
     def __init__(self, next_batch: int, workers: list[WorkerRecord]) -> None:
@@ -121,7 +121,7 @@ class BatchQueue:
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
-        """Hold the queue's lock during the block. The parent kills a worker that has it for more than LOCK_SECONDS."""
+        """Hold the queue's lock during the block. After waiting LOCK_SECONDS, the parent kills its holder."""
         clock = RunningClock()
         while not self.try_lock():
             time.sleep(0.00005)
@@ -152,10 +152,10 @@ class BatchQueue:
     def take(self, rank: int) -> int | None:
         """Return the number of a batch for the worker, or None if there is none now.
 
-        The new owner is recorded before the old one is cleared, so that a kill in between loses no batch.
+        The new owner is recorded before the old one is cleared: if it is killed in between, no batch is lost.
         """
         with self.locked():
-            self.skip_taken()  # a worker may have been killed before it did that itself
+            self.skip_taken()  # a worker may have been killed before its own call below
             number = self.first_available()
             if number is None:
                 return None
@@ -163,9 +163,11 @@ class BatchQueue:
             state.current_batch = number
             state.taken = state.finished + 1
             self.skip_taken()
+            # If another worker has this batch too, it was killed, even if `dead` is not set yet: the batch of a living
+            # worker is never handed out.
             for other_rank, other in enumerate(self.workers):
                 if other_rank != rank and other.is_busy() and other.current_batch == number:
-                    other.taken = other.finished  # a dead worker, though its death may not be known yet
+                    other.taken = other.finished
             return number
 
     def skip_taken(self) -> None:
@@ -181,12 +183,12 @@ class BatchQueue:
         return int(self.next.value) if self.next.value < self.limit.value else None
 
     def set_limit(self, limit: int) -> None:
-        """Let the workers take batches below a number."""
+        """Let the workers take batches numbered below `limit`."""
         with self.locked():
             self.limit.value = limit
 
-    def is_empty(self) -> bool:
-        """Whether all batches below the limit are handed out; some may not be finished yet."""
+    def all_handed_out(self) -> bool:
+        """Return whether all batches below the limit are handed out; some may not be finished yet."""
         return bool(self.next.value >= self.limit.value)
 
     def stop_handing_out(self) -> None:
@@ -195,6 +197,6 @@ class BatchQueue:
             self.limit.value = self.next.value
 
     def is_drained(self) -> bool:
-        """Whether every batch that was handed out is finished."""
+        """Return whether all batches below the limit are handed out and finished."""
         with self.locked():
-            return self.is_empty() and not any(state.is_busy() for state in self.workers)
+            return self.all_handed_out() and not any(state.is_busy() for state in self.workers)

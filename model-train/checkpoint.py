@@ -14,7 +14,7 @@ from plan import Plan, check_epochs, check_same_training
 from process import Failure
 from record import Record, package_versions, parse_record, read_record
 
-CHECKPOINT_SECONDS = 3  # between two checkpoints; saving one costs 1 to 2 % of that
+CHECKPOINT_SECONDS = 3  # between two checkpoints; saving takes 1 to 2 % of the time
 MAX_CHECKPOINT_BYTES = 16_000_000  # the parameters, a velocity for each of 64 workers, and the record
 
 
@@ -26,7 +26,7 @@ class Checkpoints:
         self.last_saved = time.monotonic()
 
     def is_due(self) -> bool:
-        """Whether it is time for the next checkpoint."""
+        """Return whether it is time for the next checkpoint."""
         return time.monotonic() > self.last_saved + CHECKPOINT_SECONDS
 
     def serialize(self) -> bytes:
@@ -40,7 +40,7 @@ class Checkpoints:
         return buffer.getvalue()
 
     def write(self, content: bytes) -> None:
-        """Publish a checkpoint, then the record: after a kill in between, the record is older, never newer."""
+        """Publish a checkpoint, then the record: if train is killed in between, the record is older, never newer."""
         if self.folder:
             publish(self.folder / CHECKPOINT, content)
             self.record.publish(self.folder)
@@ -55,7 +55,7 @@ def load_checkpoint(path: Path) -> tuple[Any, Any, Record]:
     """Return the state dict, velocities and record of a checkpoint. Raise Failure if it is missing or damaged."""
     content = net.load_tensors(read_limited(path, MAX_CHECKPOINT_BYTES, FRESH_HINT), path, FRESH_HINT)
     try:
-        parts = dict(dict.items(content))  # a TypeError if it is no dict
+        parts = dict(dict.items(content))  # a TypeError if it is no dict; its attributes could shadow its methods
         return parts["model"], parts["velocities"], parse_record(parts["results"])
     except (KeyError, TypeError, ValueError):
         raise Failure(f"{path} is damaged. {FRESH_HINT}") from None
@@ -73,7 +73,7 @@ def start_or_resume(
         record.precision = precision_of(plan)
         shared = SharedState(record, images, labels)
     if folder:
-        record.publish(folder)  # after a kill before the first checkpoint, the next run knows what was requested
+        record.publish(folder)  # if train is killed before the first checkpoint, the settings are known
     return record, shared
 
 
@@ -85,6 +85,8 @@ def resume(plan: Plan, images: torch.Tensor, labels: torch.Tensor, folder: Path)
     published, path = read_record(folder), folder / CHECKPOINT
     if published is None:
         return None
+    # The first checkpoint is published before the record of its batches. So while the published record has none, the
+    # checkpoint may be there or not, or be of an earlier training.
     try:
         state_dict, velocities, record = load_checkpoint(path)
         if record.run != published.run:
@@ -92,7 +94,7 @@ def resume(plan: Plan, images: torch.Tensor, labels: torch.Tensor, folder: Path)
     except Failure:
         if published.batches:
             raise
-        return None  # there is no checkpoint yet; an existing file belongs to an earlier training
+        return None
     check_progress(record, plan, path)
     record = record_for_resuming(record, plan)
     shared = SharedState(record, images, labels)

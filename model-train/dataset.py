@@ -47,7 +47,7 @@ def download(data: Path, problem: Failure) -> None:
 
 
 def is_valid(data: Path, name: str) -> bool:
-    """Whether a raw file exists and has the right contents."""
+    """Return whether a raw file exists and has the right contents."""
     try:
         return bool(read_raw(data, name))
     except Failure:

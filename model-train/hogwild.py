@@ -1,8 +1,8 @@
 """Hogwild (Niu et al. 2011): workers update the same parameters, in shared memory, without locks.
 
 A worker reads the parameters while others write them, so it may see a half-updated vector; Hogwild accepts that. No
-theory guarantees that it converges for a dense network such as this one; train_results.json has the accuracy that was
-reached.
+theory guarantees that it converges for a dense network such as this one; the accuracy it reached is in
+train_results.json.
 
 SharedState is what the parent and its workers share. Trainer.train_batch() is the step of a worker: gather and augment
 the images of a batch, compute the gradient (layers.py), update the shared parameters.
@@ -24,11 +24,11 @@ from record import Record
 torch.set_num_threads(1)
 
 WARMUP_FRACTION = 0.2  # part of the schedule in which the learning rate rises from 0; in the rest it falls to 0
-MAX_ROTATION, MAX_SCALING, MAX_SHIFT = 0.2, 0.1, 0.1  # radians; fraction of the size; half widths of the image
+MAX_ROTATION, MAX_SCALING, MAX_SHIFT = 0.2, 0.1, 0.1  # radians; of the size; of half the width (1.4 pixels)
 
 
 def has_fast_bfloat16() -> bool:
-    """Whether the CPU multiplies bfloat16 matrices faster than float32 ones, by its flags in /proc/cpuinfo.
+    """Return whether, going by /proc/cpuinfo, the CPU multiplies bfloat16 matrices faster than float32 ones.
 
     That is true of Intel's CPUs with AMX and of AMD's with AVX-512 BF16. On an Intel Xeon with AMX disabled, training
     in bfloat16 took 25 % longer.
@@ -50,26 +50,27 @@ class SharedState:
     def __init__(self, record: Record, images: torch.Tensor, labels: torch.Tensor) -> None:
         self.settings, self.images, self.labels = record.settings, images, labels
         self.batches_per_epoch = math.ceil(len(images) / self.settings.batch_size)
-        # The learning rate's schedule covers the batches in [schedule_start, schedule_end).
+        # The learning rate's schedule covers the batches in [schedule_start, schedule_end). It starts at 0, or where
+        # a finished training was continued.
         self.schedule_start = record.start
         self.schedule_end = self.settings.epochs * self.batches_per_epoch
         torch.manual_seed(self.settings.seed)
         self.model = net.Net(self.settings.dropout)
-        # The parameters are views of one vector in shared memory: an operation on all of them is one call, not eight.
+        # The parameters are views of one vector in shared memory: one call, not eight, updates them all.
         self.parameters = shared_zeros(sum(parameter.numel() for parameter in self.model.parameters()))
         for parameter, view in zip(self.model.parameters(), parameter_views(self.parameters, self.model), strict=True):
             parameter.data = view.copy_(parameter.data)
-        # Each worker has its own velocity; it is in shared memory only so that the parent can save it in checkpoints.
+        # Each worker has its own velocity, shared only so that the parent can checkpoint it.
         self.velocities = shared_zeros(self.settings.num_processes, len(self.parameters))
-        self.queue = BatchQueue(record.batches, record.workers)
+        self.queue = BatchQueue(next_batch=record.batches, workers=record.workers)
 
     def state_dict(self) -> dict[str, torch.Tensor]:
-        """Return the model's state dict, with copies instead of views of the shared vector."""
+        """Return the model's state dict, with copies: torch.save() would write the whole vector with each view."""
         return {name: tensor.clone() for name, tensor in self.model.state_dict().items()}
 
 
 def shared_zeros(*shape: int) -> torch.Tensor:
-    """Return a float32 tensor in memory that forked processes share, without a file in /dev/shm as share_memory_()."""
+    """Return a float32 tensor that forked processes share, without the file in /dev/shm that share_memory_() makes."""
     return torch.frombuffer(mmap.mmap(-1, 4 * math.prod(shape)), dtype=torch.float32).view(shape)
 
 
@@ -87,7 +88,7 @@ class Trainer:
         self.shared, self.settings = shared, shared.settings
         self.velocity = shared.velocities[rank]
         self.permutation_epoch, self.permutation = -1, torch.empty(0)
-        # One flat gradient; each parameter's .grad is a view of it, as the parameter is of the shared vector.
+        # One flat gradient: each .grad is a view of it, just as each parameter is a view of the shared vector.
         self.gradient = torch.zeros_like(shared.parameters)
         for parameter, view in zip(
             shared.model.parameters(), parameter_views(self.gradient, shared.model), strict=True
@@ -110,7 +111,7 @@ class Trainer:
         loss.backward()  # type: ignore[no-untyped-call]
         if not math.isfinite(loss.item()):
             raise ArithmeticError(f"the loss is {loss.item()} at batch {number}")
-        # Gradient clipping. Without it, 1 of 10 trainings of one epoch with 2 workers diverged, and most with 4.
+        # Gradient clipping. Without it, 1 in 10 one-epoch runs with 2 workers diverged, and most with 4.
         norm = self.gradient.norm().item()
         self.gradient.mul_(settings.max_grad_norm / max(settings.max_grad_norm, norm))
         self.gradient.add_(shared.parameters, alpha=settings.weight_decay)
@@ -129,14 +130,15 @@ class Trainer:
         return self.shared.images.index_select(0, chosen), self.shared.labels.index_select(0, chosen)
 
     def seed_of(self, number: int) -> int:
-        """Return a 32-bit seed for a batch, or for an epoch, whose number is given as a negative one.
+        """Return a 32-bit seed for a batch number, or for an epoch number, negated.
 
-        The factor (2**32 divided by the golden ratio) puts the batches of neighbouring settings.seed far apart.
+        Epoch 0 and batch 0 share a seed, which does no harm: one draws a permutation, the other an augmentation. The
+        factor (2**32 divided by the golden ratio) keeps the seeds of runs with consecutive settings.seed far apart.
         """
         return (self.settings.seed * 0x9E3779B1 + number) % 2**32
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Return the log-probabilities of a batch, by layers.py or, with dropout, by the network's own layers."""
+        """Return the log-probabilities of a batch, computed by layers.py or, with dropout, by Net itself."""
         if self.settings.dropout:
             return self.shared.model.train().forward(x)
         return layers.forward(self.shared.model, x, PRECISION)
@@ -146,7 +148,7 @@ class Trainer:
         if self.settings.schedule == "constant":
             return self.settings.lr
         start, end = self.shared.schedule_start, self.shared.schedule_end
-        progress = (number + 0.5 - start) / (end - start)
+        progress = (number + 0.5 - start) / (end - start)  # of the batch's middle, so that no batch has rate 0
         return self.settings.lr * min(progress / WARMUP_FRACTION, (1 - progress) / (1 - WARMUP_FRACTION))
 
 
@@ -163,6 +165,7 @@ def augment(x: torch.Tensor, strength: float) -> torch.Tensor:
     angle, scale_x, scale_y = MAX_ROTATION * angle, 1 + MAX_SCALING * scale_x, 1 + MAX_SCALING * scale_y
     shift_x, shift_y = MAX_SHIFT * shift_x, MAX_SHIFT * shift_y
     # An affine map of the output's coordinates to the input's, one for each image: float32 [N, 2, 3].
+    # The scaling leaves the sines alone, which makes a difference of less than 0.02 at strength 1.
     rows = [scale_x * angle.cos(), -angle.sin(), shift_x, angle.sin(), scale_y * angle.cos(), shift_y]
     # The same as affine_grid(), but one matrix product for the whole batch, which takes half the time.
     grid = (torch.stack(rows, 1).view(-1, 3) @ PIXEL_GRID).view(-1, 2, 28, 28).permute(0, 2, 3, 1)

@@ -3,7 +3,7 @@
 Tensors are laid out [channels, height, width, batch], so that operations run over long contiguous rows. A 5x5
 convolution and its 2x2 max-pool become one matrix product: the four outputs that are pooled together depend on one 6x6
 patch, and the matrix has each kernel at its four offsets in that patch. This takes 36/25 = 1.44 times the
-multiplications, but on a quarter of the patches, in matrices of a shape that the CPU is fast at; pooling becomes three
+multiplications, but on a quarter of the patches, in matrix shapes that suit the CPU; pooling becomes three
 elementwise maxima.
 """
 
@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from net import Net
 
-# float32 [25, 4 * 36]. Kernels, [K, 25], times this are the kernels at their four offsets in a patch, padded with 0.
-FOUR_PLACES = torch.stack(
+# float32 [25, 4 * 36]. Maps kernels, [K, 25], to their four shifted copies in a 6x6 patch, zero-padded.
+FOUR_OFFSETS = torch.stack(
     [F.pad(torch.eye(25).view(25, 5, 5), (x, 1 - x, y, 1 - y)) for y in (0, 1) for x in (0, 1)], dim=1
 ).view(25, 144)
 
@@ -46,7 +46,7 @@ class ConvPoolRelu(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
         """Compute the four values of each pooling window, their maximum and ReLU; keep what backward() needs."""
-        kernels, patches = to_four_places(weight).to(x.dtype), to_patches(x)
+        kernels, patches = to_four_offsets(weight).to(x.dtype), to_patches(x)
         values = kernels @ patches
         pairs = torch.maximum(*values.view(2, 2, -1).unbind(1))
         output = torch.maximum(*pairs).view(len(bias), -1).add_(bias.to(x.dtype)[:, None]).relu_()
@@ -60,24 +60,24 @@ class ConvPoolRelu(torch.autograd.Function):
         """Return the gradients of x, weight and bias. It overwrites what forward() kept, so it can run only once."""
         kernels, patches, output = ctx.saved_tensors
         grad = output.sign().mul_(grad.reshape(output.shape))  # ReLU: the sign of its output is 0 or 1
-        route_gradient(grad.view(-1), ctx.pairs)
-        route_gradient(ctx.pairs, ctx.values.view(2, 2, -1).unbind(1))
-        grad_weight = from_four_places(ctx.values @ patches.t(), len(output), ctx.shape[0])
+        route_gradient(grad.view(-1), ctx.pairs)  # ctx.pairs now is the gradient of the pairs' maxima
+        route_gradient(ctx.pairs, ctx.values.view(2, 2, -1).unbind(1))  # and ctx.values that of the values
+        grad_weight = from_four_offsets(ctx.values @ patches.t(), len(output), ctx.shape[0])
         grad_x = from_patches(kernels.t() @ ctx.values, ctx.shape) if ctx.needs_input_grad[0] else None
         return grad_x, grad_weight, grad.sum(1).float()
 
 
-def to_four_places(weight: torch.Tensor) -> torch.Tensor:
+def to_four_offsets(weight: torch.Tensor) -> torch.Tensor:
     """Return kernels, [K, C, 5, 5], at their four offsets in a patch: [4 K, C * 36]."""
     outputs, inputs, _, _ = weight.shape
-    placed = (weight.view(-1, 25) @ FOUR_PLACES).view(outputs, inputs, 4, 36)
+    placed = (weight.view(-1, 25) @ FOUR_OFFSETS).view(outputs, inputs, 4, 36)
     return placed.permute(2, 0, 1, 3).reshape(4 * outputs, inputs * 36)
 
 
-def from_four_places(grad: torch.Tensor, outputs: int, inputs: int) -> torch.Tensor:
-    """Return the gradient of kernels, float32 [K, C, 5, 5], from the gradient of to_four_places(kernels)."""
+def from_four_offsets(grad: torch.Tensor, outputs: int, inputs: int) -> torch.Tensor:
+    """Return the gradient of kernels, float32 [K, C, 5, 5], from the gradient of to_four_offsets(kernels)."""
     grad = grad.float().view(4, outputs, inputs, 36).permute(1, 2, 0, 3).reshape(-1, 144)
-    return (grad @ FOUR_PLACES.t()).view(outputs, inputs, 5, 5)
+    return (grad @ FOUR_OFFSETS.t()).view(outputs, inputs, 5, 5)
 
 
 def to_patches(x: torch.Tensor) -> torch.Tensor:
@@ -89,7 +89,8 @@ def from_patches(grad: torch.Tensor, shape: torch.Size) -> torch.Tensor:
     """Return the gradient of x, [C, H, W, N]: for each pixel, the sum over the patches that contain it."""
     channels, height, width, batch = shape
     rows, columns = height // 2 - 2, width // 2 - 2
-    # Index the pixels by their place in a 2x2 square first, so that the additions run over long rows.
+    # A patch is 3 x 3 squares of 2 x 2 pixels. Index the pixels by their place in a square first, so that the additions
+    # run over long rows.
     grad = grad.view(channels, 3, 2, 3, 2, rows, columns, batch)
     grad_x = grad.new_zeros(channels, 2, 2, height // 2, width // 2, batch)
     for y in range(3):

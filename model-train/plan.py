@@ -1,15 +1,19 @@
 """Decides what train has to do, from its flags and the volume, before torch is imported.
 
-| in the volume          | requested                          | decision                             |
-| ---                    | ---                                | ---                                  |
-| empty                  | anything                           | start                                |
-| an unfinished training | no settings, or the same           | resume                               |
-| an unfinished training | more epochs                        | resume, with the schedule recomputed |
-| an unfinished training | no more epochs than are done       | refuse                               |
-| a finished model       | no settings, or no more epochs     | do nothing                           |
-| a finished model       | more epochs                        | resume                               |
-| either                 | other settings, or other data      | refuse, and name the difference      |
-| anything               | --fresh                            | start                                |
+| in the volume           | requested                                    | decision                             |
+| ---                     | ---                                          | ---                                  |
+| empty                   | anything                                     | start                                |
+| an unfinished training  | no settings, or the same                     | resume                               |
+| an unfinished training  | another number of epochs, more than are done | resume, with the schedule recomputed |
+| an unfinished training  | no more epochs than are done                 | refuse                               |
+| a finished model        | no settings, or no more epochs               | do nothing                           |
+| a finished model        | more epochs                                  | resume                               |
+| either                  | other settings, or other data                | refuse, and name the difference      |
+| a model, no record      | no settings; any settings                    | do nothing; refuse                   |
+| a checkpoint, no record | anything                                     | refuse                               |
+| anything                | --fresh                                      | start                                |
+
+The record is train_results.json.
 """
 
 import contextlib
@@ -70,7 +74,7 @@ def decide_on(record: Record, requested: dict[str, Any], model: Path) -> Plan:
     check_same_training(record, requested, model.parent)
     wanted = replace(record.settings, epochs=requested.get("epochs", record.settings.epochs))
     done = len(record.history)
-    if not (record.finished and model.exists()):  # a model that was deleted is published again
+    if not (record.finished and model.exists()):  # a deleted model is published again from the checkpoint
         check_epochs(record, wanted.epochs, model.parent)
         return Plan("resume", f"resuming after {done} of {wanted.epochs} epochs", wanted)
     if hashlib.sha256(read_limited(model, MAX_MODEL_BYTES, FRESH_HINT)).hexdigest() != record.model_sha256:
@@ -95,7 +99,7 @@ def check_same_training(record: Record, requested: dict[str, Any], folder: Path)
 def check_epochs(record: Record, requested: int, folder: Path) -> None:
     """Raise Failure if an unfinished training has already done the number of epochs that is requested now.
 
-    A training that is cut short differs from a short one: its learning rate has not decayed to 0.
+    Stopping a long training early is not the same as a short training: its learning rate has not decayed to 0.
     """
     done = record.epochs_done()
     if requested != record.settings.epochs and requested <= done:

@@ -15,7 +15,7 @@ class Progress:
     """Shows the progress: a bar on a terminal; elsewhere a line every few seconds, or every `log_interval` batches."""
 
     def __init__(self, total: int, totals: tuple[int, int, float], log_interval: int | None) -> None:
-        """Start from the totals so far, as update() gets them. `total` is the number of images at the end."""
+        """`totals` are those so far, in the order of update()'s arguments; `total` is the number of images to reach."""
         self.total, self.log_interval = total, log_interval
         self.first = self.last = (time.monotonic(), *totals)
         self.bar = None
@@ -34,7 +34,7 @@ class Progress:
             self.print_line(steps, images, loss_sum)
 
     def is_due(self, steps: int) -> bool:
-        """Whether it is time for a line."""
+        """Return whether it is time for a line."""
         last_time, last_steps, _, _ = self.last
         if self.log_interval:
             return steps >= last_steps + self.log_interval

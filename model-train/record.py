@@ -46,7 +46,7 @@ class WorkerRecord:
 
 @dataclass
 class LostWorker:
-    """A worker that was killed: the signal, and the batch that it was busy with, if any, which another one redid."""
+    """A killed worker: the signal, and the batch it was working on, if any (another worker redid it)."""
 
     rank: int
     signal: int
@@ -85,12 +85,12 @@ class Record:
         return json.dumps(asdict(self), indent=1)
 
     def update(self, batches: int, workers: list[WorkerRecord], seconds: float) -> None:
-        """Take over the state of the workers, which must be idle."""
+        """Copy the totals of the workers, which must be idle."""
         self.batches, self.workers, self.seconds = batches, workers, seconds
         self.images_per_second = sum(worker.images for worker in workers) / seconds
 
     def add_epoch(self, validation_loss: float, validation_accuracy: float, images: int) -> None:
-        """Append an epoch of so many training images. Its loss and time are what the totals have grown by."""
+        """Append an epoch over `images` images. Its loss and time are the totals minus those of earlier epochs."""
         total_loss = sum(worker.loss_sum for worker in self.workers) / images
         self.history.append(
             EpochRecord(
@@ -130,7 +130,7 @@ def read_record(folder: Path) -> Record | None:
 def parse_record(text: str | bytes) -> Record:
     """Return the record from its text. Raise ValueError unless everything that resuming needs is valid.
 
-    Missing keys get their defaults: they are newer than the version that wrote the file.
+    A missing key, which an older version did not write, gets its default.
     """
     try:
         content = json.loads(text, object_hook=rename_keys)
@@ -151,7 +151,11 @@ def parse_record(text: str | bytes) -> Record:
 
 
 def is_consistent(record: Record) -> bool:
-    """Whether the parts of a record agree: the workers' totals are at least those of the epochs."""
+    """Return whether the parts of a record agree.
+
+    The workers' totals are at least those of the history, and at most what the batches allow, with a margin: a step for
+    each killed worker, and an epoch of images, since the last batch of an epoch is smaller.
+    """
     images, tolerance = settings.TRAINING_IMAGES, 1e-3  # of sums of floating-point numbers
     seconds = sum(epoch.seconds for epoch in record.history)
     loss_sum = sum(epoch.train_loss for epoch in record.history) * images
@@ -172,9 +176,9 @@ def rename_keys(content: dict[str, Any]) -> dict[str, Any]:
 
 
 def build(kind: Any, value: Any) -> Any:
-    """Convert parsed JSON to a type: a dataclass, list, dict, number, text, or one of these or None.
+    """Convert parsed JSON to a type: a dataclass, list, dict, number, string, or one of these or None.
 
-    Raise ValueError if it does not match, if a number is negative or not finite, or if a text is not printable.
+    Raise ValueError if it does not match, if a number is negative or not finite, or if a string is not printable.
     """
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if isinstance(kind, type) and is_dataclass(kind):
@@ -186,7 +190,7 @@ def build(kind: Any, value: Any) -> Any:
         )
     if origin is types.UnionType:
         return None if value is None else build(arguments[0], value)
-    if not isinstance(value, origin or kind) or isinstance(value, bool) is not (kind is bool):
+    if not isinstance(value, origin or kind) or isinstance(value, bool) is not (kind is bool):  # a bool is an int
         raise ValueError(f"it is damaged ({str(value)[:20]!r} is not a {getattr(kind, '__name__', kind)})")
     if origin is list:
         return [build(arguments[0], item) for item in value]

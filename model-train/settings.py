@@ -30,15 +30,15 @@ class Settings:
         15, f"passes over the {TRAINING_IMAGES:,} training images in total, earlier runs included", 1, 10_000
     )
     batch_size: int = number_field(96, "images per step", 1, TRAINING_IMAGES)
-    lr: float = number_field(0.1, "peak of the learning rate", 1e-9, 1e3)
+    lr: float = number_field(0.1, "peak learning rate", 1e-9, 1e3)
     momentum: float = number_field(0.8, "SGD momentum of each worker", 0, 0.9999)
     seed: int = number_field(1, "seed of initial weights, shuffles and augmentation", 0, 2**32 - 1)
     num_processes: int = number_field(2, "Hogwild workers, one thread each", 1, 64)
     schedule: str = choice_field("linear", "learning rate schedule: linear warm-up and decay, or constant", "constant")
-    weight_decay: float = number_field(7e-4, "L2 penalty, as a factor of the parameters", 0, 1)
-    max_grad_norm: float = number_field(2.0, "norm to which longer gradients are clipped", 1e-6, 1e9)
+    weight_decay: float = number_field(7e-4, "weight decay (L2 penalty) coefficient", 0, 1)
+    max_grad_norm: float = number_field(2.0, "clip gradients to this norm", 1e-6, 1e9)
     augmentation: float = number_field(1.0, "strength of random rotation, scaling and shift; 0 is none", 0, 4)
-    dropout: float = number_field(0.0, "probability in the network's two dropout layers", 0, 0.99)
+    dropout: float = number_field(0.0, "dropout probability of the network's two dropout layers", 0, 0.99)
 
     def as_flags(self) -> str:
         """Return the settings that are not defaults, as command-line flags."""
@@ -46,7 +46,7 @@ class Settings:
         return " ".join(given) or "default settings"
 
     def is_default(self, item: Field[Any]) -> bool:
-        """Whether a setting has its default."""
+        """Return whether a setting has its default."""
         return bool(getattr(self, item.name) == item.default)
 
     def differences(self, requested: dict[str, Any]) -> list[str]:
@@ -90,7 +90,7 @@ def parse(name: str, text: str) -> Any:
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
-    """Add a flag for each setting. A flag that is not given is None: the volume decides."""
+    """Add a flag for each setting. An omitted flag is None: the value comes from the volume."""
     for name, item in SETTINGS.items():
         if "choices" in item.metadata:
             values, metavar = " or ".join(item.metadata["choices"]), "NAME"

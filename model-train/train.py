@@ -17,7 +17,7 @@ the workers, which train as hogwild.py describes, and it validates, saves and pu
 import process
 
 if __name__ == "__main__":
-    # Before the other imports: a signal or a lack of memory would end these in a traceback, or without a word.
+    # Before the other imports: a signal during them would end in a traceback. check_limits() checks the memory.
     process.prepare_process("train")
 
 import argparse
@@ -39,14 +39,14 @@ from process import Failure, exit_on_failure, print_error, say
 from record import Record
 from settings import TRAINING_IMAGES
 
-if TYPE_CHECKING:  # imported where they are used: they import torch, and doing nothing must not take a second
+if TYPE_CHECKING:  # imported where used: torch takes a second to import, and a finished training does not need it
     import torch
     from checkpoint import Checkpoints
     from hogwild import SharedState
     from progress import Progress
     from workers import Workers
 
-POLL_SECONDS = 0.01  # between two looks at the workers
+POLL_SECONDS = 0.01  # between checks on the workers
 MIN_VALIDATION_ACCURACY = 20  # percent; chance is 10
 # The memory that train needs, in bytes: for torch and the images, per worker for torch's buffers, and per image of a
 # batch for what a step keeps of it (float32; measured with 1 to 64 workers and batches of 96 to 10,000).
@@ -57,7 +57,8 @@ def main() -> int:
     """Run the stage and return its exit status."""
     args = parse_args()
     requested = {name: getattr(args, name) for name in settings.SETTINGS if getattr(args, name) is not None}
-    decide = partial(plan.decide, requested, args.fresh or args.dry_run, args.model)
+    fresh = args.fresh or args.dry_run  # a dry run neither reads nor changes the volume
+    decide = partial(plan.decide, requested, fresh=fresh, folder=args.model)
     with exit_on_failure("train"):
         if args.dry_run:
             return run(replace(decide(), message="dry run"), args)
@@ -69,7 +70,7 @@ def main() -> int:
                 if todo.action != "nothing":
                     return run(todo, args)
         try:
-            read_data(args.data)  # the next stages need it, and may not write to its folder
+            read_data(args.data)  # the next stages need the data but cannot write to its folder
         except Failure as failure:
             print_error(f"train: warning: {failure}")
         say(f"train: {todo.message}")
@@ -88,7 +89,7 @@ def parse_args() -> argparse.Namespace:
     settings.add_flags(parser)
     text = "print a line every N batches (default: every 5 seconds, or a bar on a terminal)"
     parser.add_argument("--log-interval", type=parse_count, metavar="N", help=text)
-    text = "train one epoch on one batch per worker, publish nothing"
+    text = "train one epoch on one batch per worker, neither reading nor writing the volume"
     parser.add_argument("--dry-run", action="store_true", help=text)
     text = "start over; the old model stays until the new one is finished"
     parser.add_argument("--fresh", action="store_true", help=text)
@@ -100,7 +101,7 @@ def parse_args() -> argparse.Namespace:
 
 
 def parse_count(text: str) -> int:
-    """Return an integer from 1."""
+    """Return a positive integer."""
     if text.isdecimal() and int(text) >= 1:
         return int(text)
     raise argparse.ArgumentTypeError(f"{text} must be an integer from 1")
@@ -122,7 +123,7 @@ def run(todo: plan.Plan, args: argparse.Namespace) -> int:
     if args.dry_run:
         todo = replace(todo, settings=replace(todo.settings, epochs=1))
         folder, count = None, todo.settings.num_processes * todo.settings.batch_size
-    record, shared = start_or_resume(todo, images[:count], labels[:count], folder)
+    record, shared = start_or_resume(todo, images[:count], labels[:count], folder)  # publishes the record
     checkpoints = Checkpoints(folder, shared, record)
     progress = Progress(todo.settings.epochs * len(shared.images), shared.queue.totals(), args.log_interval)
     stop = StopRequest()
@@ -152,22 +153,23 @@ def train_epochs(
     checkpoints: "Checkpoints",
     progress: "Progress",
 ) -> None:
-    """The loop over epochs: train, save checkpoints, validate.
+    """Loop over the epochs: train, save checkpoints, validate.
 
-    The workers train as long as the queue has batches below its limit: set_limit() lets them go on to the end of the
-    epoch, drain() makes them idle. Raise Stopped if a signal asks the training to stop, Failure if it cannot go on.
+    Workers take batches up to the queue's limit: set_limit() moves it to the end of the epoch; drain() stops handing
+    out, waits until all are idle, and updates the record. Raise Stopped if a signal asks the training to stop, Failure
+    if it cannot go on.
     """
     for epoch in range(len(record.history), record.settings.epochs):
         end_of_epoch = (epoch + 1) * shared.batches_per_epoch
         shared.queue.set_limit(end_of_epoch)
-        while not shared.queue.is_empty():
+        while not shared.queue.all_handed_out():
             time.sleep(POLL_SECONDS)
             workers.watch()
             progress.update(*shared.queue.totals())
             if workers.stop.number or checkpoints.is_due():
                 workers.drain()
                 checkpoint = checkpoints.serialize()
-                shared.queue.set_limit(end_of_epoch)  # the workers train while the checkpoint is written
+                shared.queue.set_limit(end_of_epoch)  # train on while it is written; after a stop, this is lost
                 checkpoints.write(checkpoint)
                 workers.stop.raise_if_requested()
         workers.drain()
@@ -212,7 +214,7 @@ def publish_model(record: Record, shared: "SharedState", folder: Path) -> None:
     torch.save(shared.state_dict(), buffer)
     publish(folder / CURVES, draw_curves(record.history))
     publish(folder / WEIGHTS, buffer.getvalue())
-    # The record comes last: after a kill in between, the next run resumes and publishes again.
+    # The record comes last: if train is killed in between, the next run resumes and publishes again.
     record.finished, record.model_sha256 = True, hashlib.sha256(buffer.getvalue()).hexdigest()
     record.publish(folder)
     say(f"train: finished in {record.seconds:.1f} s: {accuracy:.2f} % validation accuracy")

@@ -1,4 +1,4 @@
-"""The worker processes: forked, watched, drained and ended by the parent."""
+"""The worker processes: started, watched, paused and stopped by the parent."""
 
 import contextlib
 import ctypes
@@ -17,7 +17,7 @@ from hogwild import SharedState, Trainer
 from process import STOP_SIGNALS, Failure, say, signal_name
 from record import LostWorker, Record
 
-HANG_SECONDS = 30  # busy workers that neither finish a batch nor use the CPU for this long hang
+HANG_SECONDS = 30  # between two checks while no batch is finished; a busy worker that used no CPU in between is killed
 STOP_SECONDS = 1.5  # for the current batches when the training is asked to stop
 PR_SET_PDEATHSIG = 1  # from linux/prctl.h
 RESUME_HINT = "Resume with: docker compose run --rm train"
@@ -39,16 +39,16 @@ class StopRequest:
         self.number, self.clock = 0, RunningClock()
 
     def handle(self, number: int, frame: FrameType | None) -> None:
-        """Handle a signal. A second one does not give the current batches more time."""
+        """Handle a signal. A second signal does not extend the time for the current batches."""
         if not self.number:
             self.number, self.clock = number, RunningClock()
 
     def is_overdue(self) -> bool:
-        """Whether the current batches have had their time since the request."""
+        """Return whether the current batches have used up their time."""
         return bool(self.number) and self.clock.seconds() > STOP_SECONDS
 
     def raise_if_requested(self) -> None:
-        """Raise Stopped if the training was asked to stop. Its progress must be saved before."""
+        """Raise Stopped if the training was asked to stop. Save the progress first."""
         if self.number:
             raise Stopped(self.number, saved=True)
 
@@ -68,8 +68,7 @@ class Workers:
     def __enter__(self) -> "Workers":
         """Fork the workers. A fork is fast, and shares the images and torch with them.
 
-        It is safe because the parent has used a single thread so far. And the parent runs no backward pass: gradients
-        that exist before a fork can end up shared by the workers.
+        It is safe because the parent has used a single thread so far.
         """
         context, parent = multiprocessing.get_context("fork"), os.getpid()
         for rank in range(self.record.settings.num_processes):
@@ -149,7 +148,7 @@ class Workers:
                 process.kill()
 
     def read_error(self) -> str:
-        """Return the message that a failed worker has left."""
+        """Return the error message of a failed worker."""
         with contextlib.suppress(BlockingIOError):
             return os.read(self.error_reader, 1000).decode().splitlines()[0]
         return "no error message"
@@ -171,9 +170,9 @@ def cpu_time(pid: int | None) -> str:
 
 
 def run_worker(rank: int, shared: SharedState, error_writer: int, parent: int) -> None:
-    """Train on one batch after another until there are no more: the whole life of a worker process."""
+    """Train on one batch after another until there are no more: the main function of a worker process."""
     for stop_signal in STOP_SIGNALS:
-        signal.signal(stop_signal, signal.SIG_IGN)  # the parent gets it too, and ends its workers in order
+        signal.signal(stop_signal, signal.SIG_IGN)  # the parent gets it too and stops its workers cleanly
     # A worker must not outlive its parent, or it would keep the lock of the volume.
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     state = shared.queue.workers[rank]
