@@ -45,7 +45,7 @@ def main() -> int:
                 process.say(f"data: the raw files are in {raw}, verified")
                 return 0
         names = ", ".join(missing)
-        raise Failure(f"{names} could not be downloaded. Copy the files to {raw} by hand")
+        raise Failure(f"{names} could not be downloaded. Copy them to {raw} by hand.")
 
 
 def from_mirrors(names: list[str]) -> Iterator[tuple[str, bytes]]:

@@ -65,7 +65,7 @@ def main() -> int:
         if results["Accuracy"] < args.min_accuracy:
             raise Failure(
                 f"{args.model / WEIGHTS} has {results['Accuracy']:.2f} % accuracy, below --min-accuracy "
-                f"{args.min_accuracy:g}; nothing is published. Train longer: docker compose run --rm train --epochs N"
+                f"{args.min_accuracy:g}; no results are written. Train longer: docker compose run --rm train --epochs N"
             )
         publish(args.model / CONFUSION_MATRIX, draw_confusion_matrix(results["confusion_matrix"]))
         publish(args.model / MISTAKES, draw_mistakes(images, labels, log_probabilities))

@@ -87,7 +87,7 @@ def exit_on_failure(stage: str) -> Iterator[None]:
         if getattr(error, "errno", None) == errno.EAGAIN or "can't start new thread" in str(error):
             print_error(f"{stage}: {THREADS_HINT}")
         elif isinstance(error, OSError):
-            print_error(f"{stage}: {error}. Fix this, then run it again.")
+            print_error(f"{stage}: {error}. Fix the cause, then run it again.")
         else:
             raise
         sys.exit(1)

@@ -73,12 +73,12 @@ DATA_SET = DataSet(
 
 
 WRITE_HINTS = {
-    errno.ENOSPC: "Free some disk space (docker system df shows what Docker holds), then run it again.",
+    errno.ENOSPC: "Free some disk space (docker system df shows how much Docker uses), then run it again.",
     errno.EDQUOT: "Free some of the disk quota, then run it again.",
     errno.EROFS: "Mount the folder writable, then run it again.",
     errno.EFBIG: "Raise the limit of file sizes (ulimit -f), then run it again.",
-    errno.EACCES: f"Make the folder writable for uid {os.getuid()}, which runs this stage, then run it again.",
-    errno.EPERM: f"Change the owner of the folder to uid {os.getuid()}, which runs this stage, then run it again.",
+    errno.EACCES: f"Make the folder writable for uid {os.getuid()}, the user of this stage, then run it again.",
+    errno.EPERM: f"Change the owner of the folder to uid {os.getuid()}, the user of this stage, then run it again.",
 }
 
 
@@ -107,7 +107,7 @@ def read_limited(path: Path, limit: int, hint: str) -> bytes:
         if path.is_dir():
             raise Failure(f"{path} is a folder, not a file. {removal_hint(path)}")
         if path.exists() and not path.is_file():
-            raise Failure(f"{path} is not a file. {hint}")  # reading a pipe would never end
+            raise Failure(f"{path} is not a regular file. {hint}")  # reading a pipe would never end
         with open(path, "rb") as file:
             content = file.read(limit + 1)
     except FileNotFoundError:
@@ -156,7 +156,7 @@ def publish(path: Path, content: bytes) -> None:
                 part.unlink(missing_ok=True)
                 raise
     except OSError as error:
-        hint = WRITE_HINTS.get(error.errno or 0, "Fix this, then run it again.")
+        hint = WRITE_HINTS.get(error.errno or 0, "Fix the cause, then run it again.")
         raise Failure(f"cannot write {path} ({error.strerror}); an existing file is unchanged. {hint}") from None
 
 

@@ -159,7 +159,7 @@ def publish_all(folder: Path, samples: list[Sample], images: torch.Tensor, sha25
             finally:
                 lock.unlink(missing_ok=True)
     except OSError as error:
-        hint = WRITE_HINTS.get(error.errno or 0, "Fix that, then run it again.")
+        hint = WRITE_HINTS.get(error.errno or 0, "Fix the cause, then run it again.")
         raise Failure(f"cannot write {error.filename or folder} ({error.strerror}). {hint}") from None
 
 

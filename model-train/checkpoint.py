@@ -90,7 +90,7 @@ def resume(plan: Plan, images: torch.Tensor, labels: torch.Tensor, folder: Path)
     try:
         state_dict, velocities, record = load_checkpoint(path)
         if record.run != published.run:
-            raise Failure(f"{path} belongs to another training than {TRAIN_RESULTS}. {FRESH_HINT}")
+            raise Failure(f"{path} and {TRAIN_RESULTS} belong to different trainings. {FRESH_HINT}")
     except Failure:
         if published.batches:
             raise
@@ -107,7 +107,7 @@ def resume(plan: Plan, images: torch.Tensor, labels: torch.Tensor, folder: Path)
 def check_progress(record: Record, plan: Plan, path: Path) -> None:
     """Raise Failure if a checkpoint is inconsistent, or has other settings than the published record."""
     if replace(record.settings, epochs=plan.settings.epochs) != plan.settings:
-        raise Failure(f"{path} has other settings than {TRAIN_RESULTS}. {FRESH_HINT}")
+        raise Failure(f"{path} and {TRAIN_RESULTS} have different settings. {FRESH_HINT}")
     if not 0 <= record.epochs_done() - len(record.history) <= 1 or record.start > record.batches:
         raise Failure(f"{path} is damaged (progress and history are inconsistent). {FRESH_HINT}")
     check_same_training(record, {}, path.parent)

@@ -5,7 +5,7 @@ import io
 import socket
 from pathlib import Path
 
-from artifacts import DATA_SET, locked_folder, publish, read_raw, remove
+from artifacts import DATA_HINT, DATA_SET, locked_folder, publish, read_raw, remove
 from process import Failure, say
 
 DOWNLOAD_TIMEOUT = 60  # seconds without an answer from a mirror
@@ -43,7 +43,9 @@ def download(data: Path, problem: Failure) -> None:
                 remove(part)
     except (OSError, RuntimeError, Failure) as error:
         reason = str(error).splitlines()[0].rstrip(":.")
-        raise Failure(f"downloading {DATA_SET.name} failed ({reason}), and {problem}") from None
+        what, _, hint = str(problem).rpartition(". ")
+        hint = hint.replace(DATA_HINT, "Try other sources with: make data")
+        raise Failure(f"{what}, and downloading {DATA_SET.name} failed ({reason}). {hint}") from None
 
 
 def is_valid(data: Path, name: str) -> bool:

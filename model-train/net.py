@@ -144,7 +144,7 @@ def load_tensors(content: bytes, path: Path, hint: str) -> Any:
         with warnings.catch_warnings(action="ignore"):  # odd but valid files are accepted
             return torch.load(repack(content), map_location="cpu", weights_only=True)
     except Exception:  # damaged files raise exceptions of many kinds
-        raise Failure(f"{path} is damaged, or not a checkpoint of plain float32 tensors. {hint}") from None
+        raise Failure(f"{path} is damaged, or not a file of plain float32 tensors. {hint}") from None
 
 
 def repack(content: bytes) -> io.BytesIO:

@@ -66,7 +66,8 @@ def decide(requested: dict[str, Any], fresh: bool, folder: Path) -> Plan:
         return Plan("start", "starting", Settings(**requested))
     if requested:
         raise Failure(f"{model} has no {TRAIN_RESULTS}, so its settings are unknown. {FRESH_HINT}", status=2)
-    return Plan("nothing", f"{model} has no {TRAIN_RESULTS}; leaving it unchanged. {FRESH_HINT}", Settings())
+    message = f"{model} has no {TRAIN_RESULTS}, so it comes from elsewhere; leaving it unchanged. {FRESH_HINT}"
+    return Plan("nothing", message, Settings())
 
 
 def decide_on(record: Record, requested: dict[str, Any], model: Path) -> Plan:
@@ -82,7 +83,8 @@ def decide_on(record: Record, requested: dict[str, Any], model: Path) -> Plan:
         return Plan("nothing", message, wanted)
     if wanted.epochs > done:
         return Plan("resume", f"continuing from {done} to {wanted.epochs} epochs", wanted)
-    return Plan("nothing", f"{model} is already trained for {done} epochs; nothing to do. {FRESH_HINT}", wanted)
+    message = f"{model} is already trained for {done} epochs; nothing to do. To train longer: --epochs N. {FRESH_HINT}"
+    return Plan("nothing", message, wanted)
 
 
 def check_same_training(record: Record, requested: dict[str, Any], folder: Path) -> None:
@@ -105,7 +107,7 @@ def check_epochs(record: Record, requested: int, folder: Path) -> None:
     if requested != record.settings.epochs and requested <= done:
         raise Failure(
             f"the training in {folder} has already done {done:.1f} of {record.settings.epochs} epochs, so --epochs "
-            f"{requested} is too few. Omit --epochs, or give a larger number. {FRESH_HINT}",
+            f"{requested} is too few: give a larger number than that, or omit it. {FRESH_HINT}",
             status=2,
         )
 

@@ -136,10 +136,9 @@ def parse_record(text: str | bytes) -> Record:
         content = json.loads(text, object_hook=rename_keys)
         unknown = [repr(name) for name in content["settings"] if name not in settings.SETTINGS]
         if unknown:
-            writer = repr(content.get("version", "an unknown version"))
-            raise ValueError(
-                f"it was written by {writer}, whose settings {', '.join(unknown)} this version does not know"
-            )
+            writer = f"version {content['version']!r}" if "version" in content else "an unknown version"
+            names = ", ".join(unknown)
+            raise ValueError(f"it was written by {writer} and has settings that this version does not know: {names}")
         record = build(Record, content)
         for name, value in asdict(record.settings).items():
             settings.check(name, value)

@@ -104,7 +104,7 @@ def parse_count(text: str) -> int:
     """Return a positive integer."""
     if text.isdecimal() and int(text) >= 1:
         return int(text)
-    raise argparse.ArgumentTypeError(f"{text} must be an integer from 1")
+    raise argparse.ArgumentTypeError(f"{text} must be a positive integer")
 
 
 def run(todo: plan.Plan, args: argparse.Namespace) -> int:
@@ -140,7 +140,8 @@ def run(todo: plan.Plan, args: argparse.Namespace) -> int:
     if folder:
         publish_model(record, shared, folder)
     if stop.number:
-        print_error(f"train: stopped by {process.signal_name(stop.number)} at the end; the model is published")
+        name = process.signal_name(stop.number)
+        print_error(f"train: stopped by {name}, but the training had finished: the model is published")
         return 128 + stop.number
     return 0
 

@@ -27,7 +27,7 @@ class Stopped(Exception):
     """A signal has ended the training; its progress is saved, or could not be saved in time."""
 
     def __init__(self, number: int, saved: bool) -> None:
-        progress = "progress saved" if saved else "a batch took too long, so only the last checkpoint is saved"
+        progress = "progress saved" if saved else "a batch took too long, so progress since the last checkpoint is lost"
         super().__init__(f"stopped by {signal_name(number)}; {progress}. {RESUME_HINT}")
         self.number = number
 
@@ -120,7 +120,7 @@ class Workers:
             if process.exitcode is not None and not self.queue.workers[rank].dead:
                 self.note_death(rank, process.exitcode)
         if all(state.dead for state in self.queue.workers):
-            hint = "The last checkpoint is saved. If memory ran out, raise MNIST_MEMORY"
+            hint = "The last checkpoint is intact. If memory ran out, raise MNIST_MEMORY"
             raise Failure(f"all workers were killed. {hint}. {RESUME_HINT}")
         steps, _, _ = self.queue.totals()
         if steps != self.steps:

@@ -174,8 +174,8 @@ def test_a_training_on_other_data_is_refused(request, either):
 @pytest.mark.parametrize(
     ("edit", "reason"),
     [
-        ({"run": "another"}, "another training"),
-        ({"settings": {"lr": 0.2}}, "other settings"),
+        ({"run": "another"}, "different trainings"),
+        ({"settings": {"lr": 0.2}}, "different settings"),
         ({"batches": 10**9}, "inconsistent"),
         ({"start": 10**6}, "inconsistent"),
         ({"history": [], "batches": 600}, "inconsistent"),
