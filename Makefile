@@ -31,13 +31,13 @@ chaos: .venv/for-tests ## try every kind of failure many times (FLAGS="--only ki
 copies: ## copy what the three images share from model-train to the others
 	@for stage in $(STAGES); do cp $(addprefix model-train/,$(COPIES)) model-train/requirements*.txt $$stage/; done
 
-lint: .venv/for-tests ## fix the layout of the code, and report what else is wrong with it
+lint: .venv/for-tests ## format the code and report lint and type errors
 	$(PYTHON) -m ruff format .
 	$(PYTHON) -m ruff check --fix .
 	@for folder in data model-train model-eval model-infer; do \
 		(cd $$folder && ../$(PYTHON) -m mypy --config-file ../pyproject.toml *.py) || exit 1; done
 
-audit: .venv/for-tests ## look up known vulnerabilities of the pinned packages; fails where that cannot be looked up
+audit: .venv/for-tests ## look up known vulnerabilities of the pinned packages; needs network access
 	$(PYTHON) -m pip install --quiet pip-audit==2.10.1
 	$(PYTHON) -m pip_audit --strict --disable-pip --require-hashes --requirement model-train/requirements.txt
 	$(PYTHON) -m pip_audit --strict --disable-pip --no-deps --requirement model-train/requirements-torch.txt
