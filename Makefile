@@ -24,9 +24,8 @@ bench: .venv/for-stages ## measure speed, accuracy, memory and sizes against PyT
 	@python3 data/fetch.py
 	$(PYTHON) tests/bench/bench.py $(FLAGS)
 
-chaos: .venv/for-tests ## try every kind of failure many times (FLAGS="--only kills --kills 10": fewer)
-	@python3 data/fetch.py
-	$(PYTHON) tests/chaos.py $(FLAGS)
+chaos: .venv/for-tests ## try failures at many moments, and all broken files (FLAGS="-k accurate --kills 2": fewer)
+	REQUIRE_CONTAINERS=1 $(PYTHON) -m pytest tests/containers/chaos.py $(FLAGS)
 
 copies: ## copy what the three images share from model-train to the others
 	@for stage in $(STAGES); do cp $(addprefix model-train/,$(COPIES)) model-train/requirements*.txt $$stage/; done

@@ -1,25 +1,12 @@
-"""The two tiers of tests: a fast one that needs no Docker engine, and the one in tests/containers that drives it.
+"""The volumes that the fast tests start from. The tests in containers/, which need a Docker engine, run after them."""
 
-Where no engine answers, the second is skipped, and the summary says so; with REQUIRE_CONTAINERS set, that is a failure.
-"""
-
-import os
 import shutil
 import signal
 import subprocess
 import sys
-from functools import cache
-from pathlib import Path
 
 import pytest
 import stages
-
-TESTS = Path(__file__).parent
-TIERS = {"fast": 240, "container": 900}  # and the most seconds for one test, with the fixtures that it is first to use
-
-# The programs' modules. All three folders have a net.py; the original comes first.
-sys.path[:0] = [str(stages.TREE / folder) for folder in stages.FOLDERS.values()]
-
 
 # A shell has a job in the background ignore these, and the stages would inherit that.
 for number in (signal.SIGHUP, signal.SIGINT, signal.SIGQUIT):
@@ -27,56 +14,15 @@ for number in (signal.SIGHUP, signal.SIGINT, signal.SIGQUIT):
         signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
 
 
-def tier_of(nodeid):
-    """The tier of a test."""
-    return "container" if "containers/" in nodeid else "fast"
-
-
-@cache
-def why_no_containers():
-    """The reason for which containers cannot be used here; empty if they can."""
-    if not shutil.which("docker"):
-        return "there is no docker command here"
-    for command in (["docker", "info"], ["docker", "compose", "version"]):
-        try:
-            result = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
-        except subprocess.TimeoutExpired:
-            return f"`{' '.join(command)}` does not answer"
-        if result.returncode:
-            return f"`{' '.join(command)}` says: {' '.join(result.stderr.split())}"
-    return ""
+def is_in_containers(item):
+    """Whether a test is one of those that need a Docker engine."""
+    return item.path.parent.name == "containers"
 
 
 def pytest_collection_modifyitems(items):
-    items.sort(key=lambda item: tier_of(item.nodeid) == "container")  # what fails fast comes first
-    for item in items:
-        tier = tier_of(item.nodeid)
-        item.add_marker(pytest.mark.timeout(TIERS[tier]))
-        if tier == "container" and why_no_containers():
-            item.add_marker(pytest.mark.skip(reason=why_no_containers()))
-
-
-def count(reporter, tier, *outcomes):
-    """How many tests of a tier came out so."""
-    return sum(tier_of(report.nodeid) == tier for outcome in outcomes for report in reporter.stats.get(outcome, []))
-
-
-def pytest_terminal_summary(terminalreporter):
-    terminalreporter.section("tiers")
-    for tier in TIERS:
-        passed, failed = count(terminalreporter, tier, "passed"), count(terminalreporter, tier, "failed", "error")
-        text = f"{passed} passed, {failed} failed"
-        if not passed + failed:
-            text = f"did not run ({(tier == 'container' and why_no_containers()) or 'none of its tests was chosen'})"
-        elif skipped := count(terminalreporter, tier, "skipped"):
-            text += f", {skipped} skipped"
-        terminalreporter.write_line(f"{tier} tier: {text}")
-
-
-def pytest_sessionfinish(session):
-    reporter = session.config.pluginmanager.get_plugin("terminalreporter")
-    if os.environ.get("REQUIRE_CONTAINERS") and not count(reporter, "container", "passed"):
-        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+    items.sort(key=is_in_containers)
+    for item in items:  # the seconds include those of the fixtures that a test is the first to use
+        item.add_marker(pytest.mark.timeout(900 if is_in_containers(item) else 240))
 
 
 @pytest.fixture(scope="session")
@@ -97,11 +43,10 @@ def trained(data, tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def finished(trained, tmp_path_factory):
-    """The volume after all three stages, to look at. The last two had nothing but the model."""
-    folder = tmp_path_factory.mktemp("finished")
-    shutil.copy(trained / "mnist_cnn.pt", folder)
-    stages.assert_succeeds(stages.run("evaluate", model=folder))
-    stages.assert_succeeds(stages.run("infer", model=folder))
+    """The volume after all three stages, to look at."""
+    folder = shutil.copytree(trained, tmp_path_factory.mktemp("finished") / "volume")
+    for stage in ("evaluate", "infer"):
+        stages.assert_succeeds(stages.run(stage, model=folder))
     return folder
 
 
@@ -121,7 +66,7 @@ def unfinished(volume):
 
 @pytest.fixture
 def start(trained, tmp_path):
-    """A function that makes the volume that a stage starts with: empty for train, else with a model."""
+    """A function that makes the volume that a stage starts with: empty for train, else with a model and no more."""
 
     def make(stage, name="volume"):
         folder = tmp_path / name

@@ -1,16 +1,5 @@
-"""The pipeline in containers: a Compose project of its own on a volume of its own.
+"""The pipeline in containers: a Compose project of its own on a volume of its own."""
 
-build()
-with Pipeline(folder) as pipeline:
-    train = pipeline.start("train", "--epochs", "2")
-    train.wait_until_it_trains()
-    train.send(SIGKILL)
-    assert train.end().status == 137
-    assert pipeline.run("train").status == 0
-remove_images()
-"""
-
-import contextlib
 import json
 import os
 import subprocess
@@ -19,20 +8,16 @@ from dataclasses import dataclass
 from datetime import datetime
 from functools import cached_property
 from pathlib import Path
-from signal import SIGKILL, SIGTERM
 
-from stages import DATA, QUICK, STAGES, TREE, wait_until
+from stages import STAGES, TREE, wait_until
 
 COMPOSE_FILE = TREE / "docker-compose.yml"
 MODEL = "/opt/mount/model"  # where a stage has the volume
 DATA_FOLDER = "/opt/mount/data"
+BASE_IMAGE, REAL_BASE = "python:3.11-slim-bookworm", 125e6  # and its size in bytes
 PREFIX = f"mnist-test-{uuid.uuid4().hex[:10]}"  # of this process's images, and of its projects
 OFTEN = ("--log-interval", "20")  # flags for a line of progress every few tenths of a second
-SMALL = {  # flags for a run that takes little time
-    "train": QUICK,
-    "evaluate": ("--min-accuracy", "20"),
-    "infer": (),
-}
+READ_ONLY = {stage: {"volumes": [f"mnist:{MODEL}:ro"]} for stage in STAGES}  # Pipeline(**READ_ONLY)
 
 
 def docker(*words, **options):
@@ -49,14 +34,20 @@ def output_of(*words, **options):
     return done.stdout
 
 
-def inspect(*names):
-    """What the engine says of containers or images, a dict for each."""
-    return json.loads(output_of("inspect", *names)) if names else []
+def inspect(name):
+    """What the engine says of a container or an image."""
+    return json.loads(output_of("inspect", name))[0]
 
 
 def image(stage):
     """The name of a stage's image."""
     return f"{PREFIX}-{stage}"
+
+
+def image_size(stage):
+    """The bytes of a stage's image as on the real base image, also where a stand-in with wheels in it has its name."""
+    size = inspect(image(stage))["Size"]
+    return size + REAL_BASE - inspect(BASE_IMAGE)["Size"] if "wheels" in in_image(stage, "ls /opt") else size
 
 
 def build():
@@ -80,30 +71,19 @@ def as_root(folder, script):
     in_image("train", f"cd /folder && {script}", "--volume", f"{folder}:/folder")
 
 
-def seconds_since_epoch(text):
-    """The seconds since 1970 of the engine's time, such as 2026-01-31T12:00:00.123456789Z."""
-    return datetime.fromisoformat(f"{text[:26].rstrip('Z'):0<26}+00:00").timestamp()
-
-
 @dataclass
 class Ended:
-    """How a container ended: its exit status, its output, and when it began, first printed (if it did), and ended."""
+    """How a container ended: as subprocess.CompletedProcess, and when it began and ended, in seconds since 1970."""
 
-    status: int
+    returncode: int
     stdout: str
     stderr: str
     began: float
-    first_output: float | None
     ended: float
 
     @property
     def seconds(self):
         return self.ended - self.began
-
-    @property
-    def is_one_line(self):
-        """Whether it printed one line about its failure, for a person."""
-        return len(self.stderr.splitlines()) == 1 and "Traceback" not in self.stdout + self.stderr
 
 
 @dataclass(frozen=True)
@@ -114,62 +94,36 @@ class Container:
 
     def state(self):
         """Its state, as the engine has it."""
-        return inspect(self.id)[0]["State"]
-
-    def was_started(self):
-        """Whether it ever ran."""
-        return not self.state()["StartedAt"].startswith("0001-")
-
-    def logs(self):
-        """What it printed so far: standard output, standard error."""
-        logs = docker("logs", self.id)
-        return logs.stdout, logs.stderr
+        return inspect(self.id)["State"]
 
     def send(self, number):
         """Sends a signal to its first process."""
         docker("kill", "--signal", int(number), self.id)
 
     def end(self, seconds=240):
-        """Waits for its end; if that does not come, kills it and raises TimeoutError."""
-        try:
-            docker("wait", self.id, timeout=seconds)
-        except subprocess.TimeoutExpired:
-            self.send(SIGKILL)
-            raise TimeoutError(f"still running after {seconds} s") from None
-        state, words = self.state(), docker("logs", "--timestamps", self.id).stdout.split()
-        first_output = seconds_since_epoch(words[0]) if words else None
-        moments = [seconds_since_epoch(state[name]) for name in ("StartedAt", "FinishedAt")]
-        return Ended(state["ExitCode"], *self.logs(), moments[0], first_output, moments[1])
+        """Waits for its end; subprocess.TimeoutExpired if that does not come."""
+        docker("wait", self.id, timeout=seconds)
+        state, logs = self.state(), docker("logs", self.id)
+        times = [datetime.fromisoformat(state[name]).timestamp() for name in ("StartedAt", "FinishedAt")]
+        return Ended(state["ExitCode"], logs.stdout, logs.stderr, *times)
 
     def inside(self, script):
         """Runs a shell script in the container, with all rights, and returns what came of it."""
         return docker("exec", "--privileged", "--user", "0", self.id, "sh", "-c", script)
 
     def wait_until(self, condition, what):
-        """Waits for a condition; RuntimeError if the container ends before."""
+        """Waits for a condition, which must come before the container's end."""
 
         def is_met():
-            ended = self.state()["Status"] in ("exited", "dead")
-            if not condition() and ended:
-                raise RuntimeError(f"ended before {what}: {self.logs()}")
-            return condition()
+            is_running, value = self.state()["Running"], condition()
+            assert value or is_running, f"ended before {what}: {self.end()}"
+            return value
 
-        wait_until(is_met, what=what)
+        wait_until(is_met, what)
 
     def wait_until_it_trains(self):
         """Waits for the first line of progress, which comes soon with the flags OFTEN."""
-        self.wait_until(lambda: "images/s" in self.logs()[0], "a line of progress")
-
-    def wait_until_it_handles(self, number):
-        """Waits until the program has its own handler for a signal. (Python itself has one for SIGINT alone.)"""
-        script = "for P in 1 $(cat /proc/1/task/1/children); do sed -n 's/^SigCgt://p' /proc/$P/status; done"
-
-        def handles():
-            read = self.inside(script)
-            masks = [int(mask, 16) for mask in read.stdout.split()] if read.returncode == 0 else []
-            return any(mask >> number - 1 & mask >> SIGTERM - 1 & 1 for mask in masks)
-
-        self.wait_until(handles, "a handler of the signal")
+        self.wait_until(lambda: "images/s" in docker("logs", self.id).stdout, "a line of progress")
 
 
 class Pipeline:
@@ -181,13 +135,12 @@ class Pipeline:
     """
 
     def __init__(self, volume=None, data=None, disk=None, environment=None, **changes):
-        self.volume, self.disk = volume, disk
-        self.name = f"{PREFIX}-{uuid.uuid4().hex[:6]}"
+        self.name, self.disk = f"{PREFIX}-{uuid.uuid4().hex[:6]}", disk
         self.environment = os.environ | (environment or {})
         services = {stage: {"image": image(stage), "volumes": []} | changes.get(stage, {}) for stage in STAGES}
-        for stage, service in services.items():
-            mounts = [f"{data}:{DATA_FOLDER}{'' if stage == 'train' else ':ro'}"] if data else []
-            service["volumes"] = mounts + service["volumes"]
+        for stage in STAGES if data else ():
+            mount = f"{data}:{DATA_FOLDER}{'' if stage == 'train' else ':ro'}"
+            services[stage]["volumes"] = [mount, *services[stage]["volumes"]]
         options = {}
         if disk:
             options = {"type": "tmpfs", "device": "tmpfs", "o": f"size={disk},mode=0777"}
@@ -232,10 +185,10 @@ class Pipeline:
         return self.start(stage, *flags, options=options).end(seconds)
 
     def up(self, *flags):
-        """Runs the pipeline as `docker compose up` does: how each stage's container ended, None if it never ran."""
+        """Runs the pipeline as `docker compose up` does: how each stage's container ended; only of those that ran."""
         self.compose("up", *flags, seconds=800)
         containers = {stage: self.container(stage) for stage in STAGES}
-        return {stage: found.end() if found and found.was_started() else None for stage, found in containers.items()}
+        return {stage: made.end() for stage, made in containers.items() if made and made.state()["Status"] != "created"}
 
     def container(self, stage):
         """The container that up() made for a stage, or None."""
@@ -254,28 +207,12 @@ class Pipeline:
             raise RuntimeError(done.stderr)
         return done.stdout
 
-    def copy_in(self, folder):
-        """Copies what is in a folder to the volume."""
-        output_of("cp", f"{folder}/.", f"{self.helper.id}:{MODEL}")
-
     def copy_out(self, folder):
         """Copies what is in the volume to a new folder, and returns the folder."""
         output_of("cp", f"{self.helper.id}:{MODEL}", folder)
         return Path(folder)
 
 
-@contextlib.contextmanager
-def without_compose(stage, volume, *flags, options=()):
-    """A container of a stage's image by `docker run`, with the two folders and nothing else of the compose file."""
-    volume.chmod(0o777)
-    mounts = ("--volume", f"{DATA}:{DATA_FOLDER}:ro", "--volume", f"{volume}:{MODEL}")
-    container = Container(output_of("run", "--detach", *options, *mounts, image(stage), *flags).strip())
-    try:
-        yield container
-    finally:
-        docker("rm", "--force", container.id)
-
-
 def statuses(ended):
-    """The exit status of each stage, from what Pipeline.up() returns."""
-    return {stage: end and end.status for stage, end in ended.items()}
+    """The exit status of each stage that ran, from what Pipeline.up() returns."""
+    return {stage: end.returncode for stage, end in ended.items()}

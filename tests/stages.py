@@ -20,6 +20,7 @@ TREE = Path(__file__).parents[1]
 DATA = TREE / "data"
 FOLDERS = {"train": "model-train", "evaluate": "model-eval", "infer": "model-infer"}
 STAGES = [*FOLDERS]
+sys.path[:0] = [str(TREE / folder) for folder in (*FOLDERS.values(), "data")]  # the first net.py is the original
 RAW = "MNIST/raw"
 RAW_FILES = [f"{split}-{kind}-ubyte" for split in ("train", "t10k") for kind in ("images-idx3", "labels-idx1")]
 MADE_BY = {
@@ -30,26 +31,17 @@ MADE_BY = {
 QUICK = ("--epochs", "1", "--batch-size", "500")  # a training that takes little time
 SECONDS = 120  # for one process; a machine may be busy
 
-# Running --------------------------------------------------------------------------------------------------------------
 
-
-def command(stage, *flags, model, data=DATA):
+def command(stage, *flags, model, data=DATA, tree=TREE):
     """The command line of a stage, run from the tree on the folders given."""
-    program = TREE / FOLDERS[stage] / f"{stage}.py"
+    program = tree / FOLDERS[stage] / f"{stage}.py"
     return [sys.executable, str(program), "--data", str(data), "--model", str(model), *flags]
 
 
-def run(stage, *flags, model, data=DATA, before=(), **env):
+def run(stage, *flags, before=(), model, data=DATA, tree=TREE, **env):
     """Runs a stage to its end as a process, after a command's words if given, with variables added."""
-    return subprocess.run(
-        [*before, *command(stage, *flags, model=model, data=data)],
-        capture_output=True,
-        text=True,
-        stdin=subprocess.DEVNULL,
-        env=os.environ | {name: str(value) for name, value in env.items()},
-        timeout=SECONDS,
-        check=False,
-    )
+    with running([*before, *command(stage, *flags, model=model, data=data, tree=tree)], **env) as process:
+        return finish(process)
 
 
 def call(stage, *flags, model, data=DATA):
@@ -86,6 +78,12 @@ def running(words, **env):
                 os.killpg(process.pid, signal.SIGKILL)
 
 
+def finish(process):
+    """Waits for the end of a process, and returns what came of it."""
+    stdout, stderr = process.communicate(timeout=SECONDS)
+    return subprocess.CompletedProcess(process.args, process.returncode, stdout, stderr)
+
+
 @contextlib.contextmanager
 def training(folder, *flags):
     """A training that speaks often; the block has its process once it is in the middle of an epoch."""
@@ -94,11 +92,12 @@ def training(folder, *flags):
         yield process
 
 
-def stop(process, number=signal.SIGTERM):
-    """Asks a training to stop, and checks that it ends as it should: in time, in one line, by its exit status."""
-    process.send_signal(number)
+def stop(process, *numbers):
+    """Sends signals to all processes of a training, as a terminal does: it must end soon, in one line, by the first."""
+    for number in numbers:
+        os.killpg(process.pid, number)
     _, stderr = process.communicate(timeout=10)
-    assert process.returncode == 128 + number, stderr
+    assert process.returncode == 128 + numbers[0], stderr
     assert len(stderr.splitlines()) == 1, stderr
     return stderr
 
@@ -131,32 +130,39 @@ def assert_fails(result, status, *names):
         assert str(name) in result.stderr, result.stderr
 
 
-# Looking and editing --------------------------------------------------------------------------------------------------
-
-
 def sha256(path):
     """The sha256 of a file."""
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def contents(folder):
-    """The sha256 of every file in a folder, hidden ones too, by its path in there."""
-    return {str(path.relative_to(folder)): sha256(path) for path in folder.rglob("*") if path.is_file()}
-
-
-def pictures(folder):
-    """The names of what is in the folder of results."""
-    return {path.name for path in (folder / "results").iterdir()}
+def contents(folder, but=None):
+    """The sha256 of every file in a folder, hidden ones too, by its path in there; `but` one, which is not read."""
+    paths = [path for path in folder.rglob("*") if path.is_file() and path != but]
+    return {str(path.relative_to(folder)): sha256(path) for path in paths}
 
 
 def read_json(path):
-    """What a JSON file says."""
-    return json.loads(path.read_text())
+    """What a JSON file says; NaN and Infinity, which Python's own writer may leave, are no JSON."""
+
+    def refuse(constant):
+        raise ValueError(f"{path} has {constant}, which is no JSON")
+
+    return json.loads(path.read_text(), parse_constant=refuse)
 
 
 def results(folder):
     """What train_results.json says."""
     return read_json(folder / "train_results.json")
+
+
+def load_checkpoint(folder):
+    """What is in checkpoint.pt."""
+    return torch.load(folder / "checkpoint.pt", weights_only=True)
+
+
+def batches_saved(folder):
+    """The batches that checkpoint.pt has done, if there is one."""
+    return json.loads(load_checkpoint(folder)["results"])["batches"] if (folder / "checkpoint.pt").exists() else 0
 
 
 def images_trained_on(folder):
@@ -165,7 +171,7 @@ def images_trained_on(folder):
 
 
 def assert_whole(folder):
-    """All files in a folder can be read from their beginning to their end."""
+    """Every file in a folder can be read to its end, and train_results.json does not contradict the others."""
     for path in folder.rglob("*"):
         if path.suffix == ".json":
             read_json(path)
@@ -173,29 +179,36 @@ def assert_whole(folder):
             Image.open(path).load()
         elif path.suffix == ".pt":
             torch.load(path, weights_only=True)
+    if (folder / "train_results.json").exists():
+        record = results(folder)
+        assert not record["finished"] or record["model_sha256"] == sha256(folder / "mnist_cnn.pt")
+        if (folder / "checkpoint.pt").exists():
+            saved = json.loads(load_checkpoint(folder)["results"])
+            assert saved["run"] != record["run"] or saved["batches"] >= record["batches"]
 
 
-def edit_json(path, **changes):
-    """Changes what a JSON file says; `settings` are added to those that are there."""
-    content = read_json(path)
-    changes["settings"] = content.get("settings", {}) | changes.get("settings", {})
+def edited(text, edit):
+    """A text of JSON after a function has changed what it says."""
+    content = json.loads(text)
+    edit(content)
+    return json.dumps(content)
+
+
+def edit_record(folder, **changes):
+    """Changes what train_results.json says; `settings` are added to those that are there."""
+    path, content = folder / "train_results.json", results(folder)
+    changes["settings"] = content["settings"] | changes.get("settings", {})
     path.write_text(json.dumps(content | changes))
 
 
 def edit_checkpoint(folder, **edits):
     """Changes parts of checkpoint.pt by functions."""
-    checkpoint = torch.load(folder / "checkpoint.pt", weights_only=True)
+    checkpoint = load_checkpoint(folder)
     torch.save(checkpoint | {name: edit(checkpoint[name]) for name, edit in edits.items()}, folder / "checkpoint.pt")
 
 
 def edit_training(folder, edit):
     """Changes the record of a training by a function, in train_results.json and in checkpoint.pt."""
-
-    def edit_text(text):
-        content = json.loads(text)
-        edit(content)
-        return json.dumps(content)
-
-    edit_checkpoint(folder, results=edit_text)
+    edit_checkpoint(folder, results=lambda text: edited(text, edit))
     path = folder / "train_results.json"
-    path.write_text(edit_text(path.read_text()))
+    path.write_text(edited(path.read_text(), edit))

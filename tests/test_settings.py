@@ -25,11 +25,6 @@ def test_a_wrong_flag_is_refused_in_one_line_and_nothing_is_touched(tmp_path, st
 
 
 @pytest.mark.parametrize("stage", stages.STAGES)
-def test_a_wrong_flag_is_the_exit_status_2_of_the_process(tmp_path, stage):
-    stages.assert_fails(stages.run(stage, WRONG[stage][0], model=tmp_path / "volume"), 2)
-
-
-@pytest.mark.parametrize("stage", stages.STAGES)
 def test_help_states_the_default_of_every_flag_that_takes_a_value(tmp_path, monkeypatch, stage):
     monkeypatch.setenv("COLUMNS", "1000")
     result = stages.call(stage, "--help", model=tmp_path)

@@ -5,7 +5,6 @@ import pty
 import signal
 import subprocess
 
-import example
 import process
 import pytest
 import stages
@@ -16,22 +15,9 @@ from PIL import Image
 
 POISON = "raise AssertionError('torch must not be imported')"
 
-# A finished training --------------------------------------------------------------------------------------------------
-
-
-def test_a_training_leaves_its_four_files_and_nothing_else(trained):
-    assert {*stages.contents(trained)} == stages.MADE_BY["train"]
-
-
-def test_the_model_loads_strictly_in_the_examples_network_and_predicts_digits(trained, data):
-    images, labels = example.read_test_images(data)
-    predictions = example.predict(example.load(trained / "mnist_cnn.pt"), images).argmax(1)
-    assert (predictions == labels).float().mean() > 0.95
-
 
 def test_the_model_is_plain_numbers_and_the_same_as_in_the_last_checkpoint(trained):
-    model = torch.load(trained / "mnist_cnn.pt", weights_only=True)
-    last = torch.load(trained / "checkpoint.pt", weights_only=True)["model"]
+    model, last = torch.load(trained / "mnist_cnn.pt", weights_only=True), stages.load_checkpoint(trained)["model"]
     assert model.keys() == last.keys()
     for key, tensor in model.items():
         assert tensor.equal(last[key])
@@ -59,9 +45,6 @@ def test_one_worker_with_a_seed_is_repeatable_to_the_last_bit(data, tmp_path):
     assert stages.sha256(tmp_path / "one" / "mnist_cnn.pt") == stages.sha256(tmp_path / "two" / "mnist_cnn.pt")
 
 
-# Running it again -----------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("flags", [(), ("--epochs", "1", "--num-processes", "2", "--log-interval", "5")])
 def test_a_finished_model_is_left_as_it_is_before_torch_is_even_imported(volume, tmp_path, flags):
     for name in ("torch", "torchvision", "numpy"):
@@ -85,7 +68,7 @@ def test_more_epochs_train_the_same_model_on(volume):
 def test_a_training_that_was_stopped_published_nothing_and_resumes_where_it_was(data, tmp_path):
     with stages.training(tmp_path, "--epochs", "1", "--seed", "5") as process:
         assert not (tmp_path / "mnist_cnn.pt").exists()
-        stages.stop(process)
+        stages.stop(process, signal.SIGTERM)
     assert {*stages.contents(tmp_path)} == {"checkpoint.pt", "train_results.json"}
     run = stages.results(tmp_path)["run"]
     assert 0 < stages.images_trained_on(tmp_path) < 55_000
@@ -101,16 +84,32 @@ def test_a_training_over_a_finished_one_leaves_the_old_model_until_it_is_finishe
     with stages.training(volume, "--fresh") as process:
         assert stages.results(volume)["run"] != old
         stages.assert_fails(stages.call("train", "--fresh", model=volume), 2, volume)  # one training at a time
+        stages.assert_succeeds(stages.call("evaluate", model=volume))  # of the old model
         stages.stop(process, signal.SIGINT)
     assert stages.sha256(volume / "mnist_cnn.pt") == before
 
 
-def test_a_training_that_learns_nothing_leaves_the_old_model(volume):
+COME_TO_NOTHING = {  # velocities that the workers resume with
+    "a loss that is not finite": lambda old: 1e37 * torch.randn(old.shape, generator=torch.Generator().manual_seed(1)),
+    "neurons that are never active": lambda old: torch.full_like(old, 1e30),
+}
+
+
+@pytest.mark.parametrize("velocities", COME_TO_NOTHING.values(), ids=COME_TO_NOTHING.keys())
+def test_a_training_that_comes_to_nothing_names_its_settings_and_leaves_the_old_model(volume, velocities):
+    stages.edit_checkpoint(volume, velocities=velocities)
     before = stages.contents(volume)
-    result = stages.run("train", "--fresh", *stages.QUICK, "--lr", "1000", "--num-processes", "1", model=volume)
-    stages.assert_fails(result, 1, "--lr 1000", "--fresh")
+    stages.assert_fails(stages.run("train", "--epochs", "2", model=volume), 1, "--epochs 2", "--fresh")
     after = stages.contents(volume)
     assert all(after[name] == before[name] for name in ("mnist_cnn.pt", "training.png"))
+    stages.assert_whole(volume)
+
+
+def test_a_model_that_was_deleted_is_published_again(volume):
+    before = stages.sha256(volume / "mnist_cnn.pt")
+    (volume / "mnist_cnn.pt").unlink()
+    stages.assert_succeeds(stages.run("train", model=volume))
+    assert stages.sha256(volume / "mnist_cnn.pt") == before
 
 
 @pytest.mark.parametrize("workers", [1, os.cpu_count() + 1])
@@ -120,9 +119,6 @@ def test_a_dry_run_publishes_nothing_and_works_with_more_workers_than_cores(volu
     stages.assert_succeeds(result)
     assert ("warning" in result.stdout) == (workers > 1)
     assert stages.contents(volume) == before
-
-
-# Workers --------------------------------------------------------------------------------------------------------------
 
 
 def test_nothing_is_published_before_the_workers_have_ended(data, tmp_path, monkeypatch):
@@ -140,8 +136,7 @@ def test_nothing_is_published_before_the_workers_have_ended(data, tmp_path, monk
 def test_the_batch_of_a_worker_that_is_killed_is_trained_on_by_the_others(data, tmp_path):
     with stages.training(tmp_path, "--epochs", "1") as process:
         os.kill(stages.workers(process)[0], signal.SIGKILL)
-        _, stderr = process.communicate(timeout=stages.SECONDS)
-    assert (process.returncode, stderr) == (0, "")
+        stages.assert_succeeds(stages.finish(process))
     assert stages.images_trained_on(tmp_path) == 55_000
     (lost,) = stages.results(tmp_path)["lost_workers"]
     assert (lost["rank"], lost["signal"]) == (0, signal.SIGKILL)
@@ -156,9 +151,7 @@ def test_a_training_whose_workers_are_all_killed_fails_and_resumes(data, tmp_pat
     with stages.training(tmp_path, "--epochs", "1") as process:
         for worker in stages.workers(process):
             os.kill(worker, signal.SIGKILL)
-        stdout, stderr = process.communicate(timeout=stages.SECONDS)
-    result = subprocess.CompletedProcess(process.args, process.returncode, stdout, stderr)
-    stages.assert_fails(result, 1, "MNIST_MEMORY")
+        stages.assert_fails(stages.finish(process), 1, "MNIST_MEMORY")
     stages.assert_succeeds(stages.run("train", model=tmp_path))
     assert stages.images_trained_on(tmp_path) == 55_000
 
@@ -168,7 +161,7 @@ def test_a_stop_while_the_workers_stand_still_says_that_it_saved_no_checkpoint(d
         for worker in stages.workers(process):
             os.kill(worker, signal.SIGSTOP)
         before = stages.contents(tmp_path)
-        assert "the last checkpoint" in stages.stop(process)
+        assert "the last checkpoint" in stages.stop(process, signal.SIGTERM)
     assert stages.contents(tmp_path) == before
 
 

@@ -44,7 +44,7 @@ def test_leftovers_under_the_hidden_names_of_the_results_are_removed(start, else
     KINDS[new](folder / ".results.new", elsewhere)
     KINDS[old](folder / ".results.old", elsewhere)
     stages.assert_succeeds(stages.call("infer", model=folder))
-    assert len(stages.pictures(folder)) == 5
+    assert len([*(folder / "results").iterdir()]) == 5
     assert {*os.listdir(folder)} == {"mnist_cnn.pt", "results"} | stages.MADE_BY["infer"]
     stages.assert_whole(folder)
 

@@ -1,11 +1,9 @@
 """docs/your-own.md: its recipe for another data set, applied to a copy of the tree."""
 
 import gzip
-import json
 import re
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -41,15 +39,8 @@ def fashion(tmp_path):
 
 
 def test_the_recipe_for_fashion_mnist_trains_evaluates_and_predicts(tree, fashion):
-    commands = (
-        ("train", "--epochs", "1", "--batch-size", "250", "--lr", "0.2"),
-        ("evaluate", "--min-accuracy", "60"),
-        ("infer",),
-    )
-    for stage, *flags in commands:
-        program = tree / stages.FOLDERS[stage] / f"{stage}.py"
-        folders = ("--data", fashion, "--model", tree / "model")
-        run = [sys.executable, program, *folders, *flags]
-        result = subprocess.run(run, capture_output=True, text=True, timeout=100, check=False)
-        assert result.returncode == 0, result.stderr
-    assert 60 < json.loads((tree / "model/eval_results.json").read_text())["Accuracy"] < 95
+    folders = {"data": fashion, "model": tree / "model", "tree": tree}
+    stages.assert_succeeds(stages.run("train", "--epochs", "1", "--batch-size", "250", "--lr", "0.2", **folders))
+    stages.assert_succeeds(stages.run("evaluate", "--min-accuracy", "60", **folders))
+    stages.assert_succeeds(stages.run("infer", **folders))
+    assert 60 < stages.read_json(tree / "model" / "eval_results.json")["Accuracy"] < 95

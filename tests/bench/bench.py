@@ -1,13 +1,9 @@
 """Measures the pipeline against PyTorch's mnist_hogwild example, everything in containers, and prints a table.
 
-Reads   the repository, whose images it builds, and data
 Writes  tests/bench/out/bench.json (with --quick: quick.json): all runs and the table, after every run
         tests/bench/out/bench.png (with --quick: quick.png): accuracy against seconds
 
-    make bench
-    .venv/bin/python tests/bench/bench.py --quick
-
-README.md says what is measured and how.
+README.md says what is measured and how, and which commands there are.
 """
 
 import argparse
@@ -17,12 +13,15 @@ import re
 import signal
 import statistics
 import sys
-from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 
-import containers
+import containers  # puts the folders of the next ones in the path
+import pipeline
 import report
+from artifacts import publish
+from pipeline import Pipeline
+from stages import STAGES
 
 OUTPUT = Path(__file__).parent / "out"
 # The flags of train: what reaches the example's accuracy soonest, the defaults, and the example's own recipe, with as
@@ -42,12 +41,14 @@ def main():
     args = parse_args()
     path = OUTPUT / ("quick.json" if args.quick else "bench.json")
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that it removes its containers then too
-    with containers.project():
+    try:
+        pipeline.build()
         results = begin(path, args)
-        try:
-            measure(results, path, args)
-        except KeyboardInterrupt:
-            print("bench: interrupted; continue with --resume", file=sys.stderr)
+        measure(results, path, args)
+    except KeyboardInterrupt:
+        sys.exit("bench: interrupted; continue with --resume")
+    finally:
+        pipeline.remove_images()
     print(report.describe_machine(results))
     print(report.as_table(report.make_rows(results)))
     report.warn_of_load(results["runs"])
@@ -69,8 +70,7 @@ def parse_args():
 
 def begin(path, args):
     """The results before the first run, or on resuming those in the file."""
-    inspect = ["image", "inspect", "--format", "{{.Id}}", *containers.IMAGES.values()]
-    images = dict(zip(containers.IMAGES, containers.docker(*inspect).split(), strict=True))
+    images = {stage: pipeline.inspect(pipeline.image(stage))["RootFS"]["Layers"] for stage in STAGES}
     if args.resume and path.exists():
         results = json.loads(path.read_text())
         if results["images"] != images:
@@ -78,10 +78,8 @@ def begin(path, args):
         return results
     path.parent.mkdir(exist_ok=True)
     return {
-        "began": datetime.now(UTC).isoformat(timespec="seconds"),
         "cpu": re.search(r"^model name\s*: (.*)", Path("/proc/cpuinfo").read_text() + "\nmodel name: unknown", re.M)[1],
         "cores": os.cpu_count(),
-        "load": os.getloadavg()[0],
         "recipes": RECIPES,
         "compared": args.compared,
         "images": images,
@@ -99,13 +97,9 @@ def measure(results, path, args):
             continue
         run = {"kind": kind, "seed": seed} | measure_one(seed)
         results["runs"].append(run)
-        part = path.with_suffix(".part")
-        part.write_text(json.dumps(results | {"rows": report.make_rows(results)}, indent=1))
-        part.rename(path)
-        print(f"bench: {place} of {len(plan)}: {report.describe_run(run)}", flush=True)
-
-
-# What is run ----------------------------------------------------------------------------------------------------------
+        content = json.dumps(results | {"rows": report.make_rows(results)}, indent=1)
+        publish(path, content.encode())
+        print(f"bench: {place} of {len(plan)}: {kind}, seed {seed}", flush=True)
 
 
 def plan_runs(args):
@@ -115,7 +109,7 @@ def plan_runs(args):
         "reference": partial(run_reference, report.EPOCHS, ["OMP_NUM_THREADS=1"]),
         **{name: partial(run_training, flags) for name, flags in RECIPES.items()},
         "one worker": partial(run_training, one_worker),
-        "two threads": partial(run_training, one_worker, program="/opt/bench/two_threads.py"),
+        "two threads": partial(run_training, one_worker, program="/opt/tests/bench/two_threads.py"),
         "stages": run_stages,
         "reference, default threads": partial(run_reference, 1, []),
     }
@@ -131,20 +125,20 @@ def plan_runs(args):
 
 def run_reference(epochs, environment, seed):
     """The example: seconds, test accuracy, both also by epoch, and peaks of memory."""
-    arguments = ["/opt/bench/reference.py", "--data=/opt/mount/data", f"--epochs={epochs}", f"--seed={seed}"]
+    arguments = ["/opt/tests/bench/reference.py", "--data=/opt/mount/data", f"--epochs={epochs}", f"--seed={seed}"]
     environment = [*environment, "TMPDIR=/opt/mount/model"]  # torchvision needs a folder to write to
-    with containers.new_volume() as volume:
-        run = containers.run("train", arguments, volume, environment, watched=True)
+    with Pipeline() as project:
+        run = containers.run(project, "train", *arguments, environment=environment, watched=True)
     results = json.loads(run.pop("output").splitlines()[-1])
     return run | results | {"accuracy": results["history"][-1]["accuracy"], "epochs": epochs}
 
 
 def run_training(flags, seed, program="/opt/app/train.py"):
     """A training of the pipeline: seconds, images/s, test accuracy, peaks of memory."""
-    with containers.new_volume() as volume:
-        run = containers.run("train", [program, *flags.split(), f"--seed={seed}"], volume, watched=True)
-        containers.run("evaluate", ["/opt/app/evaluate.py", "--min-accuracy=0"], volume)
-        record, evaluation = (containers.read_json(volume, f"{stage}_results.json") for stage in ("train", "eval"))
+    with Pipeline() as project:
+        run = containers.run(project, "train", program, *flags.split(), f"--seed={seed}", watched=True)
+        containers.run(project, "evaluate", "/opt/app/evaluate.py", "--min-accuracy=0")
+        record, evaluation = (json.loads(project.shell(f"cat {stage}_results.json")) for stage in ("train", "eval"))
     del run["output"]
     names = ("settings", "seconds", "images_per_second", "precision", "versions")
     run |= {name: record[name] for name in names}
@@ -153,17 +147,19 @@ def run_training(flags, seed, program="/opt/app/train.py"):
 
 def run_stages(seed):
     """Evaluate and infer, each beside the mere import of torch in its container, and predicting alone."""
-    seconds = {}
-    with containers.new_volume() as volume:
-        containers.run("train", ["/opt/app/train.py", *RECIPES["one epoch"].split(), f"--seed={seed}"], volume)
+    commands = {
+        "evaluate": ("evaluate", "/opt/app/evaluate.py", "--min-accuracy=0"),
+        "import in evaluate": ("evaluate", "-c", "import torch"),
+        "infer": ("infer", "/opt/app/infer.py"),
+        "import in infer": ("infer", "-c", "import torch"),
+    }
+    seconds = {name: [] for name in commands}
+    with Pipeline() as project:
+        containers.run(project, "train", "/opt/app/train.py", *RECIPES["one epoch"].split(), f"--seed={seed}")
         for _ in range(STAGE_REPEATS):
-            for stage in ("evaluate", "infer"):
-                flags = ["--min-accuracy=0"] if stage == "evaluate" else []
-                commands = {stage: [f"/opt/app/{stage}.py", *flags], f"import in {stage}": ["-c", "import torch"]}
-                for name, arguments in commands.items():
-                    run = containers.run(stage, arguments, volume)
-                    seconds.setdefault(name, []).append(run["container_seconds"])
-        predicting = containers.run("evaluate", ["/opt/bench/predicting.py"], volume)
+            for name, words in commands.items():
+                seconds[name].append(containers.run(project, *words)["container_seconds"])
+        predicting = containers.run(project, "evaluate", "/opt/tests/bench/predicting.py")
     return {name: statistics.median(times) for name, times in seconds.items()} | json.loads(predicting["output"])
 
 

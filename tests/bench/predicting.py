@@ -1,8 +1,4 @@
-"""Runs in the evaluate image: how many of the test images/s the model predicts, without imports and files.
-
-Reads   the data set and mnist_cnn.pt, where the container has them
-Prints  one line of JSON: the median images/s of PASSES passes, and torch's threads
-"""
+"""Runs in the evaluate image: prints how many of the test images/s the model predicts, without imports and files."""
 
 import json
 import statistics
@@ -17,20 +13,13 @@ import torch
 
 PASSES, WARM_UP_PASSES = 20, 3
 
-
-def main():
-    """Predicts the test images again and again."""
-    torch.set_num_threads(process.count_cores())  # as evaluate.py does
-    model, _ = net.load_model(artifacts.MODEL)
-    images, _ = net.read_split(artifacts.DATA, "t10k")
-    seconds = []
-    for _ in range(WARM_UP_PASSES + PASSES):
-        began = time.monotonic()
-        net.predict(model, images)
-        seconds.append(time.monotonic() - began)
-    speed = len(images) / statistics.median(seconds[WARM_UP_PASSES:])
-    print(json.dumps({"predicted_per_second": speed, "threads": torch.get_num_threads()}))
-
-
-if __name__ == "__main__":
-    main()
+torch.set_num_threads(process.count_cores())  # as evaluate.py does
+model, _ = net.load_model(artifacts.MODEL)
+images, _ = net.read_split(artifacts.DATA, "t10k")
+seconds = []
+for _ in range(WARM_UP_PASSES + PASSES):
+    began = time.monotonic()
+    net.predict(model, images)
+    seconds.append(time.monotonic() - began)
+speed = len(images) / statistics.median(seconds[WARM_UP_PASSES:])
+print(json.dumps({"predicted_per_second": speed, "threads": torch.get_num_threads()}))

@@ -15,12 +15,16 @@ Prints  one line of JSON: the seconds from the first batch to the last, and the 
 
 import argparse
 import json
+import sys
 import time
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
 import torch
 import torch.multiprocessing as mp
-import torch.nn as nn
 import torch.nn.functional as F
+from example import ExampleNet
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 from torch.utils.data import DataLoader
 from torchvision import transforms
@@ -37,7 +41,7 @@ def main():
     parser.add_argument("--seed", type=int, default=1, help="of the weights; each worker adds its rank")
     args = parser.parse_args()
     torch.manual_seed(args.seed)
-    network = make_network()
+    network = ExampleNet()
     reports = train(network.share_memory(), load("train", args.data), args)
     test_batches = [*DataLoader(load("test", args.data), batch_size=1000)]
     began = min(report["began"] for report in reports)
@@ -49,13 +53,6 @@ def main():
     print(json.dumps({"seconds": history[-1]["seconds"], "threads": torch.get_num_threads(), "history": history}))
 
 
-def make_network():
-    """The example's network, from float32 [N, 1, 28, 28] to log-probabilities, float32 [N, 10]."""
-    features = [nn.Conv2d(1, 10, 5), nn.MaxPool2d(2), nn.ReLU()]
-    features += [nn.Conv2d(10, 20, 5), nn.Dropout2d(), nn.MaxPool2d(2), nn.ReLU(), nn.Flatten()]
-    return nn.Sequential(*features, nn.Linear(320, 50), nn.ReLU(), nn.Dropout(), nn.Linear(50, 10), nn.LogSoftmax(1))
-
-
 def load(split, data):
     """The images, in torchvision's MNIST, which makes a tensor of an image each time it is read."""
     prepare = transforms.Compose([transforms.ToTensor(), transforms.Normalize((0.1307,), (0.3081,))])
@@ -64,36 +61,25 @@ def load(split, data):
 
 def train(network, images, args):
     """Trains the network in worker processes, and returns their reports."""
-    context = mp.get_context("spawn")
-    pipes, processes = [], []
-    for rank in range(WORKERS):
-        receiver, sender = context.Pipe(duplex=False)
-        process = context.Process(target=work, args=(network, images, args.epochs, args.seed + rank, sender))
-        process.start()
-        sender.close()  # so that recv() fails if the worker dies
-        pipes.append(receiver)
-        processes.append(process)
-    reports = [pipe.recv() for pipe in pipes]
-    for process in processes:
-        process.join()
-    return reports
+    with ProcessPoolExecutor(WORKERS, mp.get_context("spawn")) as pool:
+        reports = [pool.submit(work, network, images, args.epochs, args.seed + rank) for rank in range(WORKERS)]
+    return [report.result() for report in reports]
 
 
-def work(network, images, epochs, seed, sender):
+def work(network, images, epochs, seed):
     """What a worker does. It reports when it began, and of each epoch when it ended and the parameters then."""
     torch.manual_seed(seed)
     batches = DataLoader(images, batch_size=BATCH_SIZE, shuffle=True)
     optimizer = torch.optim.SGD(network.parameters(), lr=LEARNING_RATE, momentum=MOMENTUM)
     network.train()
-    report = {"began": time.monotonic(), "epochs": []}
+    began, ends = time.monotonic(), []
     for _ in range(epochs):
         for inputs, labels in batches:
             optimizer.zero_grad()
             F.nll_loss(network(inputs), labels).backward()
             optimizer.step()
-        parameters = parameters_to_vector(network.parameters()).detach().numpy()
-        report["epochs"].append((time.monotonic(), parameters))
-    sender.send(report)
+        ends.append((time.monotonic(), parameters_to_vector(network.parameters()).detach().numpy()))
+    return {"began": began, "epochs": ends}
 
 
 @torch.inference_mode()

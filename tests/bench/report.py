@@ -25,9 +25,8 @@ def recipe_rows(runs, recipes):
     """The trainings, against the whole training of the example."""
     whole, default_threads = whole_seconds(runs, "reference"), whole_seconds(runs, "reference, default threads")
     epochs = max(values(runs, "reference", "epochs"), default=EPOCHS)
-    note, example = f" ({epochs} epochs, extrapolated to {EPOCHS})", ""
-    if epochs == EPOCHS:
-        note, example = "", describe(values(runs, "reference", "accuracy"), "; the example: ")
+    note = "" if epochs == EPOCHS else f" ({epochs} epochs, extrapolated to {EPOCHS})"
+    example = "" if note else describe(values(runs, "reference", "accuracy"), "; the example: ")
     for kind in recipes:
         name, accuracy = recipe_name(kind, recipes), describe(values(runs, kind, "accuracy")) + example
         ours, in_container = values(runs, kind, "seconds"), values(runs, kind, "container_seconds")
@@ -55,9 +54,6 @@ def resource_rows(runs):
     yield make_row("predicting the test images alone", values(runs, "stages", "predicted_per_second"), [], "images/s")
     for what, name in (("peak memory of the train container", "peak_bytes"), ("its part in /dev/shm", "shm_bytes")):
         yield make_row(what, values(runs, "default", name), values(runs, "reference", name), "MB", cost=True)
-
-
-# Figures --------------------------------------------------------------------------------------------------------------
 
 
 def values(runs, kind, name):
@@ -91,9 +87,6 @@ def make_row(what, ours, other, unit, accuracy="", cost=False):
     return row
 
 
-# Output ---------------------------------------------------------------------------------------------------------------
-
-
 def as_table(rows):
     """The rows as a Markdown table."""
     lines = [COLUMNS, ["---"] * len(COLUMNS)]
@@ -101,9 +94,7 @@ def as_table(rows):
         ratio = f"{row['ratio']:.{1 if row['ratio'] >= 10 else 2}f}" if row["ratio"] else ""
         figures = [format_figure(row[name], row["unit"]) for name in ("ours", "other")]
         lines.append([row["what"], ratio, *figures, row["seeds"], row["accuracy"]])
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    cells = ([f"{cell:{width}}" for cell, width in zip(line, widths, strict=True)] for line in lines)
-    return "\n".join(f"| {' | '.join(line)} |" for line in cells)
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def format_figure(value, unit):
@@ -121,13 +112,6 @@ def describe_machine(results):
     return ", ".join([f"{results['cores']} cores of {results['cpu']}", *trained[:1]])
 
 
-def describe_run(run):
-    """A run in a line."""
-    if run["kind"] == "stages":
-        return f"evaluate {run['evaluate']:.2f} s, infer {run['infer']:.2f} s"
-    return f"{run['kind']}, seed {run['seed']}: {run['seconds']:.2f} s, test accuracy {run['accuracy']:.2f} %"
-
-
 def warn_of_load(runs):
     """Warns if the machine had other work to do: the example's two workers should have used two cores fully."""
     cpu, whole = values(runs, "reference", "cpu_seconds"), values(runs, "reference", "seconds")
@@ -143,20 +127,21 @@ def draw(runs, path):
     axes.plot([run["seconds"] for run in trained], [run["accuracy"] for run in trained], ".", color="C0", alpha=0.35)
     draw_line(axes, trained, "o-C0", "this pipeline, 2 workers")
     draw_line(axes, [run for run in runs if run["kind"] == "example"], "o-C2", "this pipeline, the example's recipe")
-    threads = {"reference": "1 torch thread a worker", "reference, default threads": "default threads"}
-    for (kind, words), style in zip(threads.items(), ("s-C7", "s-C3"), strict=True):
-        histories = values(runs, kind, "history")
-        lines = [line | {"epochs": epoch} for history in histories for epoch, line in enumerate(history, 1)]
-        draw_line(axes, lines, style, f"the example, {words}")
+    draw_line(axes, epochs_of(runs, "reference"), "s-C7", "the example, 1 torch thread a worker")
+    draw_line(axes, epochs_of(runs, "reference, default threads"), "s-C3", "the example, default threads")
     axes.set(xscale="log", xlabel="seconds from the first batch to the last", ylabel="test accuracy in percent")
     axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.xaxis.set_major_formatter(ScalarFormatter())
     axes.xaxis.set_minor_locator(NullLocator())
     axes.margins(0.08, 0.12)
     axes.grid(alpha=0.3)
-    if axes.get_legend_handles_labels()[0]:
-        figure.legend(loc="outside upper center", ncols=2, frameon=False, fontsize=9)
+    figure.legend(loc="outside upper center", ncols=2, frameon=False, fontsize=9)
     figure.savefig(path, dpi=120)
+
+
+def epochs_of(runs, kind):
+    """The epochs of the example's runs of a kind, each with its number."""
+    return [line | {"epochs": epoch} for lines in values(runs, kind, "history") for epoch, line in enumerate(lines, 1)]
 
 
 def draw_line(axes, points, style, label):

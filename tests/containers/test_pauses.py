@@ -3,53 +3,50 @@
 import time
 from signal import SIGKILL
 
-import faults
 import pytest
-from pipeline import Pipeline, docker
-from scenarios import succeeds
-from stages import TREE
+from pipeline import OFTEN, Pipeline, docker
+from stages import TREE, assert_succeeds, images_trained_on, results
 
 FLAGS = ("--epochs", "2", "--batch-size", "1000")  # such a batch takes longer than a look at it
 HANG_SECONDS, PAUSE_SECONDS = 4, 8  # half a minute in the program, which is too long to wait for
-INTERRUPTIONS = {
-    "paused by the engine": lambda train: docker("pause", train.id),
-    "all processes stopped": lambda train: train.inside("kill -STOP -1"),
-    "one worker stopped": faults.freeze_one_worker,
-}
 
 
-@pytest.fixture(scope="module")
-def interrupted(tmp_path_factory):
-    """What became of three trainings that were interrupted at the same time: their ends and their volumes."""
+@pytest.fixture
+def train(tmp_path, tmp_path_factory):
+    """A training under way, whose workers.py waits less long for a worker that hangs."""
     workers = tmp_path_factory.mktemp("app") / "workers.py"
     text = (TREE / "model-train" / "workers.py").read_text()
     assert text.count("\nHANG_SECONDS = 30") == 1
     workers.write_text(text.replace("\nHANG_SECONDS = 30", f"\nHANG_SECONDS = {HANG_SECONDS}"))
-    change = {"volumes": [f"{workers}:/opt/app/workers.py:ro"]}
-    volumes = {how: tmp_path_factory.mktemp("interrupted") for how in INTERRUPTIONS}
-    first, second, third = (Pipeline(volume, train=change) for volume in volumes.values())
-    with first, second, third:
-        trainings = [faults.start_training(project, *FLAGS) for project in (first, second, third)]
-        for train, interrupt in zip(trainings, INTERRUPTIONS.values(), strict=True):
-            interrupt(train)
-        time.sleep(PAUSE_SECONDS)
-        docker("unpause", trainings[0].id)
-        trainings[1].inside("kill -CONT -1")
-        ended = [train.end() for train in trainings]
-    return dict(zip(INTERRUPTIONS, zip(ended, volumes.values(), strict=True), strict=True))
+    with Pipeline(tmp_path, train={"volumes": [f"{workers}:/opt/app/workers.py:ro"]}) as project:
+        train = project.start("train", *FLAGS, *OFTEN)
+        train.wait_until_it_trains()
+        yield train
 
 
-@pytest.mark.parametrize("how", ["paused by the engine", "all processes stopped"])
-def test_a_training_that_stood_still_altogether_goes_on_with_all_workers(interrupted, how):
-    ended, volume = interrupted[how]
-    assert succeeds(ended)
-    assert faults.results_of(volume)["finished"]
-    assert faults.results_of(volume)["lost_workers"] == []
+def pause_by_the_engine(train):
+    docker("pause", train.id)
+    time.sleep(PAUSE_SECONDS)
+    docker("unpause", train.id)
 
 
-def test_a_worker_that_alone_stands_still_is_killed_and_the_other_does_its_work(interrupted):
-    ended, volume = interrupted["one worker stopped"]
-    assert succeeds(ended)
-    results = faults.results_of(volume)
-    assert [lost["signal"] for lost in results["lost_workers"]] == [SIGKILL]
-    assert sum(worker["images"] for worker in results["workers"]) == 2 * 55_000
+def stop_all_processes(train):
+    train.inside("kill -STOP -1")
+    time.sleep(PAUSE_SECONDS)
+    train.inside("kill -CONT -1")
+
+
+@pytest.mark.parametrize("pause", [pause_by_the_engine, stop_all_processes])
+def test_a_training_that_stood_still_altogether_goes_on_with_all_workers(train, tmp_path, pause):
+    pause(train)
+    assert_succeeds(train.end())
+    assert results(tmp_path)["finished"]
+    assert results(tmp_path)["lost_workers"] == []
+
+
+def test_a_worker_that_alone_stands_still_is_killed_and_the_other_does_its_work(train, tmp_path):
+    children = "set -- $(cat /proc/$1/task/$1/children)"
+    train.inside(f"set -- 1; {children}; {children}; kill -STOP $1")  # a child of the child of the init process
+    assert_succeeds(train.end())
+    assert [lost["signal"] for lost in results(tmp_path)["lost_workers"]] == [SIGKILL]
+    assert images_trained_on(tmp_path) == 2 * 55_000
