@@ -115,8 +115,8 @@ class Container:
         """Waits for a condition, which must come before the container's end."""
 
         def is_met():
-            is_running, value = self.state()["Running"], condition()
-            assert value or is_running, f"ended before {what}: {self.end()}"
+            has_ended, value = self.state()["Status"] == "exited", condition()
+            assert value or not has_ended, f"ended before {what}: {self.end()}"
             return value
 
         wait_until(is_met, what)
