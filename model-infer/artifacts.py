@@ -29,6 +29,7 @@ MODEL = Path("/opt/mount/model")
 WEIGHTS, CHECKPOINT, TRAIN_RESULTS, CURVES = "mnist_cnn.pt", "checkpoint.pt", "train_results.json", "training.png"
 EVAL_RESULTS, CONFUSION_MATRIX, MISTAKES = "eval_results.json", "confusion_matrix.png", "mistakes.png"
 RESULTS, PREDICTIONS, PREDICTIONS_SHEET = "results", "predictions.json", "predictions.png"
+OWN_RESULTS = "own"  # the pictures of infer and its predictions.json, for pictures of the user's own
 
 MAX_MODEL_BYTES = 1_000_000  # this network's state dict takes 90 kB
 DATA_HINT = "Download it again with: docker compose run --rm train, or: make data"
@@ -206,6 +207,8 @@ def locked_folder(folder: Path, wait: bool) -> Iterator[None]:
 
 
 # Figures --------------------------------------------------------------------------------------------------------------
+
+BLUE, VERMILION, GREY = "#0072b2", "#d55e00", "#999999"  # told apart by the colour-blind too (Okabe and Ito 2008)
 
 
 def new_figure(width: float, height: float, layout: str | None = None) -> "Figure":

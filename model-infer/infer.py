@@ -1,11 +1,16 @@
-"""Predicts a few random test images with the trained model, and draws them with their predictions.
+"""The infer stage: predicts a few random test images, or the user's own pictures, and draws the predictions.
 
 Reads   DATA/MNIST/raw: the raw test files; MODEL/mnist_cnn.pt: the model; MODEL/eval_results.json, if it is there
 Writes  MODEL/results/{predicted}_{index}.png: a picture of each sample; those of earlier runs are removed
         MODEL/predictions.json: index, prediction, true class and ten probabilities of each; the model and its accuracy
         MODEL/predictions.png: all samples on one sheet
 
+With pictures, by their paths in DATA, it reads those and the raw training files, and writes instead:
+        MODEL/own/{predicted}_{stem}.png: a picture of each prediction; those of earlier runs are removed
+        MODEL/own/predictions.json: file, prediction, probabilities and confidence of each; the model and its accuracy
+
     docker compose run --rm infer
+    docker compose run --rm infer photo.png 'scans/*.jpg'
     python model-infer/infer.py --data data --model model --samples 8 --seed 1
 """
 
@@ -16,7 +21,6 @@ if __name__ == "__main__":
     process.prepare_process("infer", needed_memory=215_000_000)  # for the default, 5 samples; main() checks again
 
 import argparse
-import json
 import math
 import sys
 from collections.abc import Callable
@@ -25,27 +29,17 @@ from pathlib import Path
 from typing import TypedDict
 
 import artifacts
+import folders
 import net
+import own
+import prediction
 import torch
-from artifacts import (
-    DATA_SET,
-    EVAL_RESULTS,
-    PREDICTIONS,
-    PREDICTIONS_SHEET,
-    RESULTS,
-    WRITE_HINTS,
-    as_png,
-    new_figure,
-    publish,
-    removal_hint,
-    remove,
-)
-from process import Failure, exit_on_failure, say
+from artifacts import DATA_SET, PREDICTIONS, PREDICTIONS_SHEET, RESULTS, as_png, new_figure, publish
+from process import exit_on_failure, say
 
+SAMPLES = 5
 MAX_SAMPLES = 100  # more would not fit on a readable sheet
-MAX_RESULTS_BYTES = 1_000_000  # eval_results.json takes 4 kB
 BASE_MEMORY, SAMPLE_MEMORY = 211_500_000, 700_000  # bytes that infer needs, in all and for each sample; measured
-CORRECT_COLOR, WRONG_COLOR = "#0072b2", "#d55e00"  # told apart by the colour-blind too (Okabe and Ito 2008)
 
 
 class Sample(TypedDict):
@@ -61,34 +55,33 @@ def main() -> int:
     """Run the stage and return its exit status."""
     args = parse_args()
     with exit_on_failure("infer"):
-        process.check_memory(BASE_MEMORY + args.samples * SAMPLE_MEMORY, f"infer with {args.samples} samples")
-        process.check_threads(2 * process.count_cores() + 2)  # torch's, those of net.predict(), and a margin
-        check_destinations(args.model)
-        torch.set_num_threads(process.count_cores())
-        model, sha256 = net.load_model(args.model)
-        images, labels = net.read_split(args.data, "t10k")
-        indices = choose(len(images), args.samples, args.seed)
-        samples = make_samples(model, images[indices], labels[indices], indices)
-        accuracy = read_accuracy(args.model / EVAL_RESULTS, sha256)
-        publish_all(args.model, samples, images[indices], sha256, accuracy)
-        say(as_text(samples, accuracy, args.model))
-    return 0
+        process.check_threads(4)  # torch starts few, since the network predicts on one thread
+        torch.set_num_threads(1)
+        status = own.predict_pictures(args.pictures, args.data, args.model) if args.pictures else predict_samples(args)
+        if args.model == artifacts.MODEL:
+            say("infer: copy all files out of the volume with: docker compose cp train:/opt/mount/model/. out")
+    return status
 
 
 def parse_args() -> argparse.Namespace:
     """Parse the command line."""
-    parser = argparse.ArgumentParser(
-        prog="infer", description="Predicts random test images with the trained model.", allow_abbrev=False
-    )
+    description = "Predicts random test images, or your own pictures, with the trained model."
+    parser = argparse.ArgumentParser(prog="infer", description=description, allow_abbrev=False)
     parser.error = partial(process.refuse_flags, "infer")  # type: ignore[method-assign]
-    text = f"number of test images (1 to {MAX_SAMPLES}; default: %(default)s)"
-    parser.add_argument("--samples", type=integer_in(1, MAX_SAMPLES), default=5, metavar="N", help=text)
+    text = "picture of one digit, by its path in the data folder; * and ? match any characters (default: test images)"
+    parser.add_argument("pictures", nargs="*", metavar="PICTURE", help=text)
+    text = f"number of test images (1 to {MAX_SAMPLES}; default: {SAMPLES})"
+    parser.add_argument("--samples", type=integer_in(1, MAX_SAMPLES), metavar="N", help=text)
     text = "seed for choosing the images (default: different images each time)"
     parser.add_argument("--seed", type=integer_in(0, 2**32 - 1), metavar="N", help=text)
     parser.add_argument("--data", type=Path, default=artifacts.DATA, help="folder of the data (default: %(default)s)")
     text = "folder of the volume's files (default: %(default)s)"
     parser.add_argument("--model", type=Path, default=artifacts.MODEL, help=text)
-    return parser.parse_args()
+    args = parser.parse_args()
+    for flag in ("samples", "seed"):
+        if args.pictures and getattr(args, flag) is not None:
+            parser.error(f"--{flag} is for test images, not for pictures")
+    return args
 
 
 def integer_in(smallest: int, largest: int) -> Callable[[str], int]:
@@ -105,12 +98,19 @@ def integer_in(smallest: int, largest: int) -> Callable[[str], int]:
     return parse
 
 
-def check_destinations(folder: Path) -> None:
-    """Raise Failure if one of infer's files is blocked by something that it does not replace."""
-    artifacts.check_destinations(folder, PREDICTIONS, PREDICTIONS_SHEET)
-    results = folder / RESULTS
-    if results.is_symlink() or (results.exists() and not results.is_dir()):
-        raise Failure(f"{results} is not a folder, but the pictures must be written there. {removal_hint(results)}")
+def predict_samples(args: argparse.Namespace) -> int:
+    """Predict random test images, publish the predictions, and return the exit status."""
+    count = args.samples or SAMPLES
+    process.check_memory(BASE_MEMORY + count * SAMPLE_MEMORY, f"infer with {count} samples")
+    artifacts.check_destinations(args.model, PREDICTIONS, PREDICTIONS_SHEET)
+    folders.check_destination(args.model / RESULTS)
+    predictor = prediction.load_predictor(args.model)
+    images, labels = net.read_split(args.data, "t10k")
+    indices = choose(len(images), count, args.seed)
+    samples = [predict(predictor, images[index], int(labels[index]), index) for index in indices.tolist()]
+    publish_all(args.model, samples, images[indices], predictor)
+    say(as_text(samples, predictor.accuracy))
+    return 0
 
 
 def choose(count: int, samples: int, seed: int | None) -> torch.Tensor:
@@ -123,68 +123,24 @@ def choose(count: int, samples: int, seed: int | None) -> torch.Tensor:
     return torch.randperm(count, generator=generator)[:samples]
 
 
-def make_samples(model: net.Net, images: torch.Tensor, labels: torch.Tensor, indices: torch.Tensor) -> list[Sample]:
-    """Predict images, uint8 [N, 28, 28], with labels and indices, int64 [N], and return the samples."""
-    probabilities = net.predict(model, images).exp()
-    rows = zip(indices.tolist(), probabilities.argmax(1).tolist(), labels.tolist(), probabilities.tolist(), strict=True)
-    return [{"index": i, "prediction": p, "truth": t, "probabilities": row} for i, p, t, row in rows]
+def predict(predictor: prediction.Predictor, image: torch.Tensor, truth: int, index: int) -> Sample:
+    """Predict a test image, uint8 [28, 28]."""
+    probabilities = predictor.predict(image)["probabilities"]
+    best = probabilities.index(max(probabilities))
+    return {"index": index, "prediction": best, "truth": truth, "probabilities": probabilities}
 
 
-def read_accuracy(path: Path, sha256: str) -> float | None:
-    """Return the accuracy (percent) that evaluate has published for this model, or None if it has not evaluated it."""
-    try:
-        results = json.loads(artifacts.read_limited(path, MAX_RESULTS_BYTES, ""))
-        if results["model_sha256"] == sha256 and 0 <= results["Accuracy"] <= 100:
-            return float(results["Accuracy"])
-    except (Failure, ValueError, KeyError, TypeError, RecursionError):
-        pass
-    return None
-
-
-def publish_all(folder: Path, samples: list[Sample], images: torch.Tensor, sha256: str, accuracy: float | None) -> None:
-    """Publish all files of this stage, and remove the pictures of earlier runs."""
+def publish_all(folder: Path, samples: list[Sample], images: torch.Tensor, predictor: prediction.Predictor) -> None:
+    """Publish all files for test images, and remove the pictures of earlier runs."""
     pictures = {
         f"{sample['prediction']}_{sample['index']}.png": draw([sample], image[None])
         for sample, image in zip(samples, images, strict=True)
     }
-    sheet = draw(samples, images)
-    content = {"model_sha256": sha256, "evaluated_accuracy": accuracy, "predictions": samples}
-    lock = folder / ".results.lock"
-    try:
-        with artifacts.open_locked(lock):  # two runs at once take turns; nothing is written to it
-            try:
-                replace_folder(folder / RESULTS, pictures)
-                publish(folder / PREDICTIONS_SHEET, sheet)
-                publish(folder / PREDICTIONS, json.dumps(content, indent=1).encode())
-            finally:
-                lock.unlink(missing_ok=True)
-    except OSError as error:
-        hint = WRITE_HINTS.get(error.errno or 0, "Fix the cause, then run it again.")
-        raise Failure(f"cannot write {error.filename or folder} ({error.strerror}). {hint}") from None
-
-
-def replace_folder(folder: Path, files: dict[str, bytes]) -> None:
-    """Replace a folder's contents by files; until all are written, the old ones stay."""
-    new, old = (folder.with_name(f".{folder.name}.{which}") for which in ("new", "old"))
-    try:
-        clean_up(folder, new, old)  # left by a crash
-        new.mkdir()
-        new.chmod(0o777)  # like the volume's root: a later run under another uid can replace it
-        for name, content in files.items():
-            publish(new / name, content)
-        if folder.exists():
-            folder.rename(old)
-        new.rename(folder)
-    finally:
-        clean_up(folder, new, old)
-
-
-def clean_up(folder: Path, new: Path, old: Path) -> None:
-    """Restore the old folder if the new one is not in place, and remove what is left over."""
-    if old.is_dir() and not old.is_symlink() and not folder.exists():
-        old.rename(folder)
-    remove(new)
-    remove(old)
+    sheet, content = draw(samples, images), predictor.as_json(samples)
+    with folders.locked(folder / RESULTS):
+        folders.replace_folder(folder / RESULTS, pictures)
+        publish(folder / PREDICTIONS_SHEET, sheet)
+        publish(folder / PREDICTIONS, content)
 
 
 def draw(samples: list[Sample], images: torch.Tensor) -> bytes:
@@ -199,7 +155,10 @@ def draw(samples: list[Sample], images: torch.Tensor) -> bytes:
         axes.imshow(image.numpy(), cmap="gray", vmin=0, vmax=255)
         axes.axis("off")
         predicted, true = (DATA_SET.classes[sample[key]] for key in ("prediction", "truth"))
-        color, confidence = CORRECT_COLOR if predicted == true else WRONG_COLOR, 100 * max(sample["probabilities"])
+        color, confidence = (
+            artifacts.BLUE if predicted == true else artifacts.VERMILION,
+            100 * max(sample["probabilities"]),
+        )
         center = left + 0.5 * width
         figure.text(
             center, top - 0.09 * height, f"predicted {predicted}", ha="center", va="center", color=color, fontsize=17
@@ -216,8 +175,8 @@ def draw(samples: list[Sample], images: torch.Tensor) -> bytes:
     return as_png(figure)
 
 
-def as_text(samples: list[Sample], accuracy: float | None, folder: Path) -> str:
-    """Format the predictions, and say how to copy the files out of the volume."""
+def as_text(samples: list[Sample], accuracy: float | None) -> str:
+    """Format the predictions for the terminal."""
     lines = []
     for sample in samples:
         predicted, true = (DATA_SET.classes[sample[key]] for key in ("prediction", "truth"))
@@ -230,8 +189,6 @@ def as_text(samples: list[Sample], accuracy: float | None, folder: Path) -> str:
         lines.append("infer: this model has not been evaluated")
     else:
         lines.append(f"infer: this model has {accuracy:.2f} % accuracy on the test images")
-    if folder == artifacts.MODEL:
-        lines.append("infer: copy all files out of the volume with: docker compose cp train:/opt/mount/model/. out")
     return "\n".join(lines)
 
 

@@ -1,0 +1,56 @@
+"""Publishes a folder of pictures atomically: until all files are written, the old ones stay.
+
+Only renaming a folder replaces all of its files at once.
+"""
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+
+from artifacts import WRITE_HINTS, open_locked, publish, removal_hint, remove
+from process import Failure
+
+
+def check_destination(folder: Path) -> None:
+    """Raise Failure if something else, such as a file, has the name of a folder to be published."""
+    if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
+        raise Failure(f"{folder} is not a folder, but pictures must be written there. {removal_hint(folder)}")
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Lock a folder while the block publishes it; other runs wait. Raise Failure if the block cannot write."""
+    lock = folder.with_name(f".{folder.name}.lock")
+    try:
+        with open_locked(lock):  # nothing is written to it
+            try:
+                yield
+            finally:
+                lock.unlink(missing_ok=True)
+    except OSError as error:
+        hint = WRITE_HINTS.get(error.errno or 0, "Fix this, then run it again.")
+        raise Failure(f"cannot write {error.filename or folder} ({error.strerror}). {hint}") from None
+
+
+def replace_folder(folder: Path, files: dict[str, bytes]) -> None:
+    """Replace the contents of a folder with these files. Until all are written, the old ones stay."""
+    new, old = (folder.with_name(f".{folder.name}.{which}") for which in ("new", "old"))
+    try:
+        clean_up(folder, new, old)  # left by a crash
+        new.mkdir()
+        new.chmod(0o777)  # like the volume's root, so that a later run under another uid can replace it
+        for name, content in files.items():
+            publish(new / name, content)
+        if folder.exists():
+            folder.rename(old)
+        new.rename(folder)
+    finally:
+        clean_up(folder, new, old)
+
+
+def clean_up(folder: Path, new: Path, old: Path) -> None:
+    """Restore the old folder if the new one is not in place, and remove temporary folders."""
+    if old.is_dir() and not old.is_symlink() and not folder.exists():
+        old.rename(folder)
+    remove(new)
+    remove(old)

@@ -1,0 +1,144 @@
+"""Predicts the user's own pictures: finds the files, predicts each, and draws the predictions."""
+
+import glob
+import os
+import warnings
+from pathlib import Path
+
+import artifacts
+import folders
+import numpy as np
+import picture
+import prediction
+import process
+import torch
+from artifacts import DATA_SET, OWN_RESULTS, PREDICTIONS, as_png, new_figure
+from PIL import Image
+from process import Failure, print_error, say
+
+warnings.filterwarnings("ignore", message="Glyph")  # matplotlib's font lacks characters of some file names
+
+MAX_PICTURES = 1_000
+MAX_PICTURE_BYTES = 200_000_000
+MEMORY = 900_000_000  # bytes that a run with a picture of 50 megapixels needs; measured
+
+
+class Result(prediction.Prediction):
+    """The prediction of a picture, with the path of its file."""
+
+    file: str
+
+
+def predict_pictures(names: list[str], data: Path, model: Path) -> int:
+    """Predict pictures, publish the predictions, and return the exit status: 1 if a picture was refused."""
+    process.check_memory(MEMORY, "infer with pictures")
+    folder = model / OWN_RESULTS
+    folders.check_destination(folder)
+    predictor = prediction.load_predictor(model, data)
+    paths = find_pictures(names, data)
+    results: list[Result] = []
+    files: dict[str, bytes] = {}
+    for path in paths:
+        try:
+            result, png = predict_picture(predictor, path)
+        except Failure as failure:
+            print_error(f"infer: {failure}")
+            continue
+        results.append(result)
+        files[new_name(result, files)] = png
+        say(f"infer: {path}: {as_text(result)}")
+    if results:
+        files[PREDICTIONS] = predictor.as_json(results)
+        with folders.locked(folder):
+            folders.replace_folder(folder, files)
+    return int(len(results) < len(paths))
+
+
+def find_pictures(names: list[str], data: Path) -> list[Path]:
+    """Return the files in the data folder that the names stand for, each once. Raise Failure if there are too many.
+
+    A name may contain wildcards: outside the container, the user's shell cannot expand them. And it may start with
+    data/, which is what the folder is called outside.
+    """
+    paths: dict[Path, None] = {}
+    for name in names:
+        if Path(name).parts[:1] == ("data",) and not (data / name).exists():
+            name = str(Path(name).relative_to("data"))
+        found = [] if (data / name).exists() else [data / match for match in sorted(glob.glob(name, root_dir=data))]
+        files = [path for path in found if not path.is_dir()]
+        paths |= dict.fromkeys(files or [data / name])  # a name without a match is refused later, like a missing file
+    if len(paths) > MAX_PICTURES:
+        raise Failure(f"{len(paths):,} pictures are too many for one run. Name at most {MAX_PICTURES:,}.", status=2)
+    return [*paths]
+
+
+def predict_picture(predictor: prediction.Predictor, path: Path) -> tuple[Result, bytes]:
+    """Predict a picture and draw the result as a PNG. Raise Failure if the file cannot be read, or has no ink."""
+    if path.is_dir():
+        raise Failure(f"{path} is a folder. Name the pictures in it: '{path.name}/*'")
+    content = artifacts.read_limited(path, MAX_PICTURE_BYTES, "Name another.")
+    try:
+        image = picture.open_picture(content)
+        digit = picture.prepare(image)
+    except Failure as failure:
+        raise Failure(f"{path}: {failure}") from None
+    result: Result = {"file": str(path), **predictor.predict(digit)}
+    return result, draw(path.name, image, digit, result)
+
+
+def new_name(result: Result, taken: dict[str, bytes]) -> str:
+    """Return the name of a picture's result, {predicted}_{stem}.png, with a number if that name is taken."""
+    predicted = "none" if result["prediction"] is None else str(result["prediction"])
+    stem = os.fsencode(Path(result["file"]).stem).decode(errors="replace")  # names need not be UTF-8
+    stem = stem.encode()[:200].decode(errors="ignore")  # a name has at most 255 bytes
+    names = (f"{predicted}_{stem}{suffix}.png" for suffix in ["", *(f"-{n}" for n in range(2, MAX_PICTURES + 1))])
+    return next(name for name in names if name not in taken)
+
+
+def as_text(result: Result) -> str:
+    """Format a prediction for the terminal."""
+    best = max(result["probabilities"])
+    most_likely = f"{DATA_SET.classes[result['probabilities'].index(best)]} ({100 * best:.1f} %)"
+    if result["confidence"] == "no digit":
+        return f"does not look like a digit; closest to {most_likely}"
+    return f"predicted {most_likely}" + (", not sure" if result["confidence"] == "unsure" else "")
+
+
+def draw(name: str, image: Image.Image, digit: torch.Tensor, result: Result) -> bytes:
+    """Draw a picture, the network's input for it, uint8 [28, 28], and the probabilities, as a PNG."""
+    figure = new_figure(10, 3.8, layout="constrained")
+    left, middle, right = figure.subplots(1, 3, width_ratios=(1, 1, 1.25))
+    left.imshow(np.asarray(thumbnail(image)))
+    left.set_title(printable(name), parse_math=False)
+    middle.imshow(digit.numpy(), cmap="gray", vmin=0, vmax=255)
+    middle.set_title("what the network sees, 28 x 28")
+    for axes in (left, middle):
+        axes.set(xticks=[], yticks=[])
+    percentages = [100 * probability for probability in result["probabilities"]]
+    colors = [artifacts.BLUE if index == result["prediction"] else artifacts.GREY for index in range(10)]
+    bars = right.barh(range(10), percentages, color=colors)
+    right.bar_label(bars, [f"{percentage:.1f}" for percentage in percentages], padding=3, fontsize=9)
+    right.set_yticks(range(10), DATA_SET.classes)
+    # Up to 118: the label of a bar of 100 % needs some room.
+    right.set(xlim=(0, 118), xticks=range(0, 101, 25), xlabel="probability in percent", ylabel="class")
+    right.invert_yaxis()
+    right.spines[["top", "right"]].set_visible(False)
+    color = artifacts.BLUE if result["confidence"] == "sure" else artifacts.VERMILION
+    figure.suptitle(as_text(result), fontsize=17, color=color)
+    return as_png(figure)
+
+
+def thumbnail(image: Image.Image) -> Image.Image:
+    """Return a picture in RGB, its longer side at most 480 pixels, with light grey where it is transparent."""
+    small = image.copy()
+    if small.mode.startswith(("I", "F")):
+        small = picture.stretch(small)
+    small.thumbnail((480, 480), reducing_gap=2)
+    small = small.convert("RGBA")
+    return Image.alpha_composite(Image.new("RGBA", small.size, "#dddddd"), small).convert("RGB")
+
+
+def printable(name: str) -> str:
+    """Return the name of a file as a title: at most 32 characters, all printable."""
+    clean = "".join(character if character.isprintable() else "?" for character in name)
+    return clean if len(clean) <= 32 else f"{clean[:14]}...{clean[-15:]}"
