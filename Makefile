@@ -4,7 +4,7 @@ PYTHON = .venv/bin/python
 STAGES = model-eval model-infer
 COPIES = net.py artifacts.py process.py
 
-.PHONY: help test data local copies lint audit bench chaos
+.PHONY: help test data local serve copies lint audit bench chaos
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /make \1 - /p' $(MAKEFILE_LIST)
 
@@ -19,6 +19,9 @@ local: .venv/for-stages ## without Docker: set up a virtual environment, and run
 	$(PYTHON) model-train/train.py --data data --model model
 	$(PYTHON) model-eval/evaluate.py --data data --model model
 	$(PYTHON) model-infer/infer.py --data data --model model
+
+serve: .venv/for-stages ## without Docker: draw on the model that `make local` has trained (FLAGS="--port 8001": elsewhere)
+	$(PYTHON) model-infer/serve.py --data data --model model $(FLAGS)
 
 bench: .venv/for-stages ## measure speed, accuracy, memory and sizes against PyTorch's example (FLAGS=--quick: shortened)
 	@python3 data/fetch.py
@@ -39,12 +42,14 @@ lint: .venv/for-tests ## format the code and report lint and type errors
 audit: .venv/for-tests ## look up known vulnerabilities of the pinned packages; needs network access
 	$(PYTHON) -m pip install --quiet pip-audit==2.10.1
 	$(PYTHON) -m pip_audit --strict --disable-pip --require-hashes --requirement model-train/requirements.txt
+	$(PYTHON) -m pip_audit --strict --disable-pip --require-hashes --requirement model-infer/requirements-serve.txt
 	$(PYTHON) -m pip_audit --strict --disable-pip --no-deps --requirement model-train/requirements-torch.txt
 
-.venv/for-stages: model-train/requirements-torch.txt model-train/requirements.txt
+.venv/for-stages: model-train/requirements-torch.txt model-train/requirements.txt model-infer/requirements-serve.txt
 	python3 -m venv .venv
 	$(PYTHON) -m pip install --quiet --no-deps --index-url $(TORCH_INDEX) --requirement model-train/requirements-torch.txt
 	$(PYTHON) -m pip install --quiet --no-deps --require-hashes --requirement model-train/requirements.txt
+	$(PYTHON) -m pip install --quiet --no-deps --require-hashes --requirement model-infer/requirements-serve.txt
 	@touch $@
 
 .venv/for-tests: .venv/for-stages tests/requirements.txt

@@ -138,6 +138,7 @@ class Pipeline:
         self.name, self.disk = f"{PREFIX}-{uuid.uuid4().hex[:6]}", disk
         self.environment = os.environ | (environment or {})
         services = {stage: {"image": image(stage), "volumes": []} | changes.get(stage, {}) for stage in STAGES}
+        services["serve"] = {"image": image("infer")} | changes.get("serve", {})
         for stage in STAGES if data else ():
             mount = f"{data}:{DATA_FOLDER}{'' if stage == 'train' else ':ro'}"
             services[stage]["volumes"] = [mount, *services[stage]["volumes"]]

@@ -25,7 +25,9 @@ def run(*command, folder=stages.TREE):
 @pytest.fixture(scope="module")
 def compose():
     """docker-compose.yml, read."""
-    return yaml.safe_load((stages.TREE / "docker-compose.yml").read_text())
+    content = yaml.safe_load((stages.TREE / "docker-compose.yml").read_text())
+    content["serve"] = content["services"].pop("serve")  # which is no stage
+    return content
 
 
 # Copies ---------------------------------------------------------------------------------------------------------------
@@ -66,7 +68,7 @@ def test_the_dockerfiles_share_their_prologue_and_so_the_layers_with_torch(stage
 
 @pytest.mark.parametrize("stage", stages.STAGES)
 def test_all_programs_of_a_stage_are_copied_into_its_image(stage):
-    (copied,) = re.findall(r"^COPY (.*) /opt/app/$", DOCKERFILES[stage].read_text(), re.MULTILINE)
+    copied = " ".join(re.findall(r"^COPY (.*) /opt/app/$", DOCKERFILES[stage].read_text(), re.MULTILINE))
     assert {*copied.split()} == {path.name for path in (stages.TREE / stages.FOLDERS[stage]).glob("*.py")}
 
 
@@ -103,6 +105,20 @@ def test_no_stage_is_restarted_or_has_more_rights_than_it_needs(compose, stage):
     assert (service["cap_drop"], service["security_opt"]) == (["ALL"], ["no-new-privileges:true"])
     assert {*service["cap_add"]} <= {"SETUID", "SETGID", "SETPCAP"}
     assert "privileged" not in service
+
+
+def test_serve_starts_only_where_it_is_named_reads_only_and_is_reached_from_this_machine_alone(compose):
+    serve = compose["serve"]
+    assert serve["profiles"] == ["serve"]
+    assert serve["build"] == compose["services"]["infer"]["build"]
+    success = {"condition": "service_completed_successfully"}
+    assert serve["depends_on"] == {"train": success, "evaluate": success}
+    assert serve["ports"] == ["127.0.0.1:${MNIST_PORT:-8000}:${MNIST_PORT:-8000}"]
+    assert all(volume.endswith(":ro") for volume in serve["volumes"])
+    assert "network_mode" not in serve
+    stage = compose["services"]["evaluate"]
+    for right in ("read_only", "cap_drop", "cap_add", "security_opt", "restart", "init"):
+        assert serve[right] == stage[right]
 
 
 # Style ----------------------------------------------------------------------------------------------------------------

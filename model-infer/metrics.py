@@ -1,0 +1,59 @@
+"""Collects the service's metrics, in Prometheus' text format."""
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, generate_latest
+from prometheus_client.exposition import CONTENT_TYPE_LATEST
+
+CONTENT_TYPE = CONTENT_TYPE_LATEST
+BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)  # seconds
+
+
+class Metrics:
+    """The metrics of one service."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        ProcessCollector(registry=self.registry)  # memory and CPU time, from /proc
+        self.requests = Counter(
+            "mnist_requests", "Requests by route and HTTP status.", ["route", "status"], registry=self.registry
+        )
+        self.duration = Histogram(
+            "mnist_request_duration_seconds",
+            "Time from a request's headers to the end of its response.",
+            ["route"],
+            buckets=BUCKETS,
+            registry=self.registry,
+        )
+        self.in_progress = Gauge("mnist_requests_in_progress", "Requests in progress.", registry=self.registry)
+        self.predictions = Counter(
+            "mnist_predictions",
+            "Predictions by outcome: sure, unsure, no digit, refused.",
+            ["outcome"],
+            registry=self.registry,
+        )
+        self.accuracy = Gauge(
+            "mnist_model_accuracy_ratio",
+            "Accuracy of the model on the test images, 0 to 1; NaN if it has not been evaluated.",
+            registry=self.registry,
+        )
+        self.model = Gauge(
+            "mnist_model_info", "Always 1; the label is the sha256 of the model.", ["sha256"], registry=self.registry
+        )
+
+        self.sha256: str | None = None  # of the served model
+
+    def count(self, route: str, status: int, seconds: float) -> None:
+        """Count a request and its duration."""
+        self.requests.labels(route, str(status)).inc()
+        self.duration.labels(route).observe(seconds)
+
+    def set_model(self, sha256: str, accuracy: float | None) -> None:
+        """Set the sha256 and the accuracy, in percent, of the served model."""
+        self.model.labels(sha256).set(1)
+        if self.sha256 not in (None, sha256):
+            self.model.remove(self.sha256)
+        self.sha256 = sha256
+        self.accuracy.set(float("nan") if accuracy is None else accuracy / 100)
+
+    def as_text(self) -> bytes:
+        """Return all metrics: the body of GET /metrics."""
+        return generate_latest(self.registry)

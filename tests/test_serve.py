@@ -1,0 +1,410 @@
+"""serve as a process on loopback: API, hostile requests, limits, metrics, reloading the model, stopping."""
+
+import base64
+import contextlib
+import http.client
+import io
+import json
+import os
+import select
+import shutil
+import signal
+import socket
+import struct
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import zlib
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import net
+import pytest
+import stages
+import torch
+from picture import prepare
+from PIL import Image
+from prediction import load_predictor
+from results import read_results
+
+PROGRAM = stages.TREE / "model-infer" / "serve.py"
+WAIT = 30  # seconds at most, for something that takes about one
+
+
+class Service:
+    """A running serve, and a client for it."""
+
+    def __init__(self, process, port):
+        self.process, self.port = process, port
+
+    def __call__(self, method, path, body=None, **headers):
+        """Send a request, with bytes or an object as JSON; return the response's status, headers and parsed content."""
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=WAIT)
+        if body is not None and not isinstance(body, bytes):
+            body = json.dumps(body).encode()
+        headers = {name.replace("_", "-"): value for name, value in headers.items()}
+        with contextlib.closing(connection):
+            connection.request(method, path, body, {"Content-Type": "application/json"} | headers)
+            response = connection.getresponse()
+            content = response.read()
+        is_json = response.getheader("Content-Type", "").startswith("application/json")
+        return response.status, response.headers, json.loads(content) if is_json else content
+
+    def predict(self, content):
+        """Request the prediction of a picture, given as the content of its file; return status and content."""
+        status, _, response = self("POST", "/predictions", {"input": {"image": data_url(content)}})
+        return status, response
+
+    def health(self):
+        return self("GET", "/health-check")[2]
+
+    def peak_memory(self):
+        """Return the peak of its resident memory, in bytes."""
+        status = Path(f"/proc/{self.process.pid}/status").read_text()
+        return 1024 * int(status.partition("VmHWM:")[2].split()[0])
+
+
+def data_url(content):
+    return "data:image/png;base64," + base64.b64encode(content).decode()
+
+
+def as_file(image, format="PNG", **options):
+    buffer = io.BytesIO()
+    image.save(buffer, format, **options)
+    return buffer.getvalue()
+
+
+def until(condition):
+    """Wait until a condition is true, and return its value."""
+    deadline = time.monotonic() + WAIT
+    while not (value := condition()):
+        assert time.monotonic() < deadline, f"the condition did not become true within {WAIT} s"
+        select.select([], [], [], 0.05)
+    return value
+
+
+@contextlib.contextmanager
+def serving(model, data=stages.DATA):
+    """Run the service on a model folder, a data folder and a free port."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    command = [sys.executable, PROGRAM, "--data", data, "--model", model, "--port", str(port)]
+    with stages.running(command) as process:
+        process.stdout.readline()  # printed once it listens
+        yield Service(process, port)
+
+
+@pytest.fixture(scope="module")
+def service(trained):
+    with serving(trained) as running:
+        until(lambda: running.health()["status"] == "READY")
+        yield running
+
+
+@pytest.fixture(scope="module")
+def digit(data):
+    """A PNG of a 7, dark on white, 280 x 280 pixels."""
+    image = Image.fromarray(255 - net.read_split(data, "t10k")[0][0].numpy()).resize((280, 280))
+    return as_file(image)
+
+
+# The API --------------------------------------------------------------------------------------------------------------
+
+
+def test_a_prediction_has_the_fields_of_cogs_api(service, digit):
+    status, response = service.predict(digit)
+    assert (status, response["status"], response["output"]["prediction"]) == (200, "succeeded", 7)
+    assert response["output"]["confidence"] in ("sure", "unsure")
+    assert sum(response["output"]["probabilities"]) == pytest.approx(1, abs=1e-5)
+    assert response["metrics"]["predict_time"] > 0
+
+
+def test_probabilities_are_those_of_infer_to_the_last_bit(service, digit, trained):
+    output = service.predict(digit)[1]["output"]
+    pixels = prepare(Image.open(io.BytesIO(digit)))
+    returned = Image.open(io.BytesIO(base64.b64decode(output.pop("image").partition(",")[2])))
+    assert returned.tobytes() == pixels.numpy().tobytes()
+    assert output == load_predictor(trained, stages.DATA).predict(pixels)
+
+
+def test_a_client_can_choose_the_id_of_a_prediction(service, digit):
+    body = {"input": {"image": data_url(digit)}}
+    assert service("PUT", "/predictions/mine-1", body)[2]["id"] == "mine-1"
+    assert service("PUT", "/predictions/mine-1", body | {"id": "other"})[0] == 422
+
+
+def test_the_page_loads_nothing_from_other_hosts_and_the_api_is_at_the_same_one(service):
+    assert service("GET", "/", Accept="text/html,*/*")[2].startswith(b"<!doctype html>")
+    assert service("GET", "/", Accept="application/json")[2]["predictions_url"] == "/predictions"
+    for path in ("/docs", "/style.css", "/page.js", "/openapi.json"):
+        status, headers, content = service("GET", path)
+        assert status == 200
+        assert b"http://" not in bytes(str(content), "utf-8").replace(b"http://www.w3.org/2000/svg", b"")
+        assert "default-src 'none'" in headers["Content-Security-Policy"]
+        assert "unsafe" not in headers["Content-Security-Policy"]
+        assert headers["X-Content-Type-Options"] == "nosniff"
+        assert "Access-Control-Allow-Origin" not in headers
+
+
+def test_results_are_read_from_the_volume(service, trained):
+    results = service("GET", "/results")[2]
+    assert results["training"]["state"] == "finished"
+    assert results["model"]["sha256"] == stages.sha256(trained / "mnist_cnn.pt")
+    assert results["evaluation"] is results["predictions"] is None  # only train has run
+
+
+def test_metrics_count_requests_and_name_the_model(service, digit, trained):
+    service.predict(digit)
+    text = service("GET", "/metrics")[2].decode()
+    for name in ('mnist_requests_total{route="/predictions",status="200"}', "mnist_requests_in_progress 1.0",
+                 'mnist_request_duration_seconds_bucket{le="0.005",route="/predictions"}',
+                 f'mnist_model_info{{sha256="{stages.sha256(trained / "mnist_cnn.pt")}"}} 1.0'):  # fmt: skip
+        assert name in text
+
+
+# Hostile requests -----------------------------------------------------------------------------------------------------
+
+
+def png_claiming(width, height):
+    """Return a PNG whose header claims a size, with hardly any pixels."""
+
+    def chunk(name, content):
+        return struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
+
+    header = struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)
+    return (
+        b"\x89PNG\r\n\x1a\n"
+        + chunk(b"IHDR", header)
+        + chunk(b"IDAT", zlib.compress(b"\0" * 1000))
+        + chunk(b"IEND", b"")
+    )
+
+
+def hostile_pictures():
+    """Yield names and contents of damaged, blank, huge and unusual pictures, and of files that are no pictures."""
+    plain = Image.linear_gradient("L")
+    for format in ("PNG", "JPEG", "GIF", "BMP", "TIFF", "WEBP", "PPM", "ICO", "TGA", "JPEG2000"):
+        whole = as_file(plain.convert("RGB"), format)
+        for share in (0.02, 0.3, 0.6, 0.9, 0.99):
+            yield f"{format} cut at {share}", whole[: int(share * len(whole))]
+        yield f"{format} altered", whole[:40] + bytes(byte ^ 0x5A for byte in whole[40:80]) + whole[80:]
+    for mode in ("1", "L", "P", "RGB", "RGBA", "CMYK", "YCbCr", "I;16", "I", "F", "LA"):
+        for color in (0, 1):
+            yield f"blank {mode} {color}", as_file(Image.new(mode, (50, 50), color), "TIFF")
+    for size in ((1, 1), (1, 5000), (5000, 1), (2, 2)):
+        yield f"{size}", as_file(Image.new("L", size))
+    for width, height in ((50_000, 50_000), (2**31 - 1, 2**31 - 1), (0, 0), (1, 2**31 - 1), (8000, 8000)):
+        yield f"claims {width} x {height}", png_claiming(width, height)
+    yield "bomb", as_file(Image.new("1", (20_000, 20_000)))
+    yield "50 megapixels", as_file(Image.new("L", (7_000, 7_000), 255))
+    yield "palette with alpha", as_file(plain.convert("P"), transparency=bytes(256))
+    yield "animated", as_file(plain, "GIF", save_all=True, append_images=[plain] * 50)
+    yield "NaN", as_file(Image.new("F", (50, 50), float("nan")), "TIFF")
+    texts = {
+        "empty": b"", "zeros": bytes(100_000), "text": b"hello", "html": b"<script>alert(1)</script>",
+        "svg": b"<svg xmlns='http://www.w3.org/2000/svg'><image href='file:///etc/passwd'/></svg>",
+        "eps": b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n(/etc/passwd) (r) file\n", "pdf": b"%PDF-1.4\n",
+        "elf": b"\x7fELF" + bytes(99), "zip": b"PK\x03\x04" + bytes(99), "path": b"/etc/passwd",
+    }  # fmt: skip
+    yield from texts.items()
+
+
+def hostile_bodies():
+    """Yield names and contents of bodies that are not a valid request for a prediction."""
+    image = '{"input": {"image": %s}}'
+    for value in ("null", "1", "NaN", "Infinity", "[]", "{}", "true", '""', '"\\ud800"', '"\\u0000"', '"x"',
+                  '"data:,x"',
+                  '"http://127.0.0.1/x.png"', '"file:///etc/passwd"', '"data:image/png;base64,%%%"', '"/etc/passwd"',
+                  '"data:image/png;base64,\u00e9"', '"data:image/png;base64,AAA"'):  # fmt: skip
+        yield f"image {value}", (image % value).encode()
+    for text in ("", "{", "[]", "null", "NaN", '"x"', "[" * 100_000, '{"input":' * 20_000, "1" * 10_000, "{}" * 9,
+                 '{"input": {}}', '{"input": {"image": "data:,"}, "webhook": "http://127.0.0.1/"}',
+                 '{"input": {"image": "x", "\\ud800": 1}}', '{"id": "../../x", "input": {"image": "x"}}'):  # fmt: skip
+        yield f"body {text[:20]}", text.encode()
+    yield "not UTF-8", b'{"input": {"image": "\xff\xfe"}}'
+    yield "UTF-16", (image % '"x"').encode("utf-16")
+
+
+@pytest.mark.parametrize("content", [pytest.param(content, id=name) for name, content in hostile_pictures()])
+def test_a_hostile_picture_is_predicted_or_refused_in_one_line(service, content):
+    status, response = service.predict(content)
+    assert status in (200, 422)
+    if status == 422:
+        assert response["detail"].strip()
+        assert len(response["detail"].splitlines()) == 1
+
+
+@pytest.mark.parametrize("body", [pytest.param(body, id=name) for name, body in hostile_bodies()])
+def test_a_hostile_body_is_refused_in_one_line(service, body):
+    status, _, response = service("POST", "/predictions", body)
+    assert status in (400, 422)
+    assert len(response["detail"].splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("status", "method", "path", "headers"),
+    [
+        (421, "GET", "/", {"Host": "evil.example"}),
+        (421, "GET", "/", {"Host": "127.0.0.1.evil.example:80"}),
+        (421, "POST", "/predictions", {"Host": ""}),
+        (415, "POST", "/predictions", {"Content-Type": "text/plain"}),
+        (413, "POST", "/predictions", {"Content-Length": "99999999999999999999"}),
+        (404, "GET", "/results/../../etc/passwd", {}),
+        (404, "GET", "/results/%2e%2e%2fmnist_cnn.pt", {}),
+        (404, "GET", "/results/checkpoint.pt", {}),
+        (404, "GET", "/nothing", {}),
+        (405, "DELETE", "/predictions", {}),
+        (405, "PUT", "/results", {"Content-Type": "text/plain"}),
+        (422, "PUT", "/predictions/" + "x" * 65, {}),
+    ],
+)
+def test_a_refused_request_gets_its_status(service, status, method, path, headers):
+    actual, response_headers, _ = service(method, path, b"{}" if method in ("POST", "PUT") else None, **headers)
+    assert actual == status
+    assert "Content-Security-Policy" in response_headers
+
+
+def send_endlessly(port, head, part):
+    """Send a request without end until the service closes the connection."""
+    with socket.create_connection(("127.0.0.1", port), timeout=WAIT) as connection:
+        connection.sendall(head)
+        with pytest.raises(OSError, match=r"reset|Broken pipe"):
+            connection.sendall(100 * part)
+
+
+def test_endless_and_slow_requests_are_cut_off(service):
+    with socket.create_connection(("127.0.0.1", service.port), timeout=WAIT) as slow:
+        head = b"POST /predictions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+        slow.sendall(head + b"Content-Length: 100\r\n\r\n{")
+        send_endlessly(
+            service.port, head + b"Transfer-Encoding: chunked\r\n\r\n", b"f4240\r\n" + b" " * 1_000_000 + b"\r\n"
+        )
+        send_endlessly(service.port, head, b"X: " + b"x" * 100_000 + b"\r\n")
+        assert b" 408 " in slow.recv(1000)
+
+
+def test_the_headers_of_a_second_request_on_a_connection_may_not_be_slow_either(service):
+    connection = http.client.HTTPConnection("127.0.0.1", service.port, timeout=WAIT)
+    with contextlib.closing(connection):
+        connection.request("GET", "/health-check")
+        assert json.load(connection.getresponse())["status"] == "READY"
+        connection.sock.sendall(b"GET /health-check HTTP/1.1\r\nHost: ")
+        assert connection.sock.recv(1000) == b""  # closed
+
+
+def test_a_body_that_no_endpoint_reads_is_not_read_to_its_end(service):
+    head = b"POST /nothing HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n"
+    send_endlessly(service.port, head, b"f4240\r\n" + b" " * 1_000_000 + b"\r\n")
+
+
+def test_an_overloaded_service_refuses_with_retry_after(service):
+    # Large bodies from many clients at once; each picture takes about a second.
+    large = {"input": {"image": data_url(as_file(Image.effect_noise((4000, 4000), 80), compress_level=1))}}
+    body = json.dumps(large).encode()
+    with ThreadPoolExecutor(12) as pool:
+        responses = [*pool.map(lambda _: service("POST", "/predictions", body), range(12))]
+    statuses = {status for status, _, _ in responses}
+    assert 503 in statuses <= {200, 422, 503}
+    assert all(headers["Retry-After"] for status, headers, _ in responses if status == 503)
+
+
+def test_responses_match_the_openapi_description(service):
+    # A generated `image` is rarely a picture, so requests that match the description may be refused all the same.
+    command = [Path(sys.executable).with_name("schemathesis"), "run", f"http://127.0.0.1:{service.port}/openapi.json"]
+    command += ["--exclude-checks", "positive_data_acceptance", "--max-examples", "30", "--generation-deterministic"]
+    result = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tempfile.gettempdir())
+    assert result.returncode == 0, result.stdout
+
+
+def test_after_the_hostile_requests_it_still_predicts_and_its_memory_is_bounded(service, digit):
+    assert service.predict(digit)[1]["output"]["prediction"] == 7
+    assert service.peak_memory() < 900_000_000  # of the container's 1 GB
+
+
+# Reloading and stopping -----------------------------------------------------------------------------------------------
+
+
+def publish_model(folder, scale):
+    """Replace the model in the folder atomically, as train does, and return its sha256."""
+    weights = torch.load(folder / "mnist_cnn.pt", weights_only=True)
+    torch.save({key: scale * value for key, value in weights.items()}, folder / "new.pt")
+    os.replace(folder / "new.pt", folder / "mnist_cnn.pt")
+    return stages.sha256(folder / "mnist_cnn.pt")
+
+
+def test_a_new_model_is_loaded_and_a_damaged_one_is_not(volume, digit):
+    first = stages.sha256(volume / "mnist_cnn.pt")
+    with serving(volume) as service:
+        until(lambda: service.health()["status"] == "READY")
+        whole = (volume / "mnist_cnn.pt").read_bytes()
+        (volume / "mnist_cnn.pt").write_bytes(whole[:50_000])
+        until(lambda: "damaged" in service.health()["setup"]["logs"])
+        assert service.health()["model"]["sha256"] == first
+        assert service.predict(digit)[0] == 200
+        (volume / "mnist_cnn.pt").write_bytes(whole)
+        second = publish_model(volume, 1.01)
+        until(lambda: service.health()["model"]["sha256"] == second)
+        assert f'mnist_model_info{{sha256="{second}"}}' in service("GET", "/metrics")[2].decode()
+
+
+def test_a_model_whose_output_is_not_finite_is_not_loaded(volume):
+    publish_model(volume, 1e30)
+    with serving(volume) as service:
+        until(lambda: service.health()["status"] == "SETUP_FAILED")
+        assert "not finite" in service.health()["setup"]["logs"]
+
+
+def test_training_images_that_come_later_are_noticed(trained, tmp_path):
+    (tmp_path / stages.RAW).mkdir(parents=True)
+    with serving(trained, data=tmp_path) as service:
+        until(lambda: service.health()["status"] == "SETUP_FAILED")
+        for name in stages.RAW_FILES:
+            (tmp_path / stages.RAW / name).symlink_to(stages.DATA / stages.RAW / name)
+        until(lambda: service.health()["status"] == "READY")
+
+
+@pytest.mark.parametrize("epochs", [0, -1, "many", None])
+def test_damaged_results_are_left_out(volume, epochs):
+    stages.edit_training(volume, lambda record: record["settings"].update(epochs=epochs))
+    assert read_results(volume, None)["training"] is None
+
+
+def test_without_a_model_it_says_how_to_train_one_and_loads_it_then(trained, tmp_path, digit):
+    with serving(tmp_path) as service:
+        until(lambda: "docker compose run" in service.health()["setup"]["logs"])
+        assert service.health()["status"] == "STARTING"
+        status, headers, response = service("POST", "/predictions", {"input": {"image": data_url(digit)}})
+        assert (status, headers["Retry-After"]) == (503, "1")
+        assert "docker compose run" in response["detail"]
+        shutil.copy(trained / "mnist_cnn.pt", tmp_path)
+        until(lambda: service.health()["status"] == "READY")
+        assert {path.name for path in tmp_path.iterdir()} == {"mnist_cnn.pt"}  # it writes nothing
+
+
+def test_on_sigterm_it_completes_requests_and_exits_within_3_s(trained, digit):
+    with serving(trained) as service:
+        until(lambda: service.health()["status"] == "READY")
+        errors, statuses, stopped = [], [], threading.Event()
+
+        def send_requests():
+            while not stopped.is_set():
+                try:
+                    statuses.append(service.predict(digit)[0])
+                except ConnectionRefusedError:
+                    return
+                except (OSError, http.client.HTTPException) as error:
+                    errors.append(error)
+
+        clients = [threading.Thread(target=send_requests) for _ in range(8)]
+        for client in clients:
+            client.start()
+        until(lambda: len(statuses) > 50)
+        service.process.send_signal(signal.SIGTERM)
+        assert service.process.wait(3) == 143
+        stopped.set()
+        for client in clients:
+            client.join()
+        assert {*statuses} == {200}
+        assert len(errors) <= len(clients)  # connections opened just as it stopped
