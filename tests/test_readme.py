@@ -13,7 +13,19 @@ ALL = "\n".join(path.read_text() for path in DOCUMENTS)
 OF_TOOLS = {
     *("--build", "--rm", "--volumes", "--build-arg", "--no-deps", "--remove-orphans", "--detach", "--help"),
     *("--signal", "--entrypoint", "--project-name", "--mount", "--volume", "--name", "--cpus", "--memory", "--user"),
-    *("--cap-add", "--init", "--network", "--quiet", "--force", "--tag", "--file", "--platform", "--recursive"),
+    *(
+        "--json",
+        "--wait",
+        "--cap-add",
+        "--init",
+        "--network",
+        "--quiet",
+        "--force",
+        "--tag",
+        "--file",
+        "--platform",
+        "--recursive",
+    ),
 }
 
 
@@ -23,8 +35,9 @@ def flags_in(text):
 
 
 def of_programs(tmp_path):
-    """The flags of the three programs, from their own help."""
-    return set().union(*(flags_in(stages.call(stage, "--help", model=tmp_path).stdout) for stage in stages.STAGES))
+    """The flags of the three programs, from their own help, and those of serve."""
+    serve = re.findall(r'add_argument\("(--[a-z-]+)"', (stages.TREE / "model-infer/serve.py").read_text())
+    return {*serve}.union(*(flags_in(stages.call(stage, "--help", model=tmp_path).stdout) for stage in stages.STAGES))
 
 
 def test_every_flag_of_a_program_is_documented(tmp_path):
@@ -68,7 +81,7 @@ def test_every_target_that_a_document_calls_is_in_the_makefile():
 
 def test_every_service_is_run_in_a_document_and_no_other():
     services = {*yaml.safe_load((stages.TREE / "docker-compose.yml").read_text())["services"]}
-    assert {*re.findall(r"docker compose run (?:-\S+ )*([a-z]+)", ALL)} == services
+    assert {*re.findall(r"docker compose (?:run|up) (?:--?\S+ )*([a-z]+)", ALL)} == services
 
 
 def test_the_readme_is_short_and_begins_with_the_main_commands():

@@ -19,6 +19,7 @@ from pathlib import Path
 import containers  # puts the folders of the next ones in the path
 import pipeline
 import report
+import serving
 from artifacts import publish
 from pipeline import Pipeline
 from stages import STAGES
@@ -111,6 +112,7 @@ def plan_runs(args):
         "one worker": partial(run_training, one_worker),
         "two threads": partial(run_training, one_worker, program="/opt/tests/bench/two_threads.py"),
         "stages": run_stages,
+        "serve": run_serve,
         "reference, default threads": partial(run_reference, 1, []),
     }
     if args.quick:
@@ -161,6 +163,14 @@ def run_stages(seed):
                 seconds[name].append(containers.run(project, *words)["container_seconds"])
         predicting = containers.run(project, "evaluate", "/opt/tests/bench/predicting.py")
     return {name: statistics.median(times) for name, times in seconds.items()} | json.loads(predicting["output"])
+
+
+def run_serve(seed):
+    """The service: latency, requests/s, start to ready beside the mere import of torch, memory."""
+    with Pipeline() as project:
+        containers.run(project, "train", "/opt/app/train.py", *RECIPES["one epoch"].split(), f"--seed={seed}")
+        containers.run(project, "evaluate", "/opt/app/evaluate.py", "--min-accuracy=0")
+        return serving.measure(project)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,12 @@ def make_rows(results):
     it takes.
     """
     runs, recipes = results["runs"], results["recipes"]
-    rows = [*recipe_rows(runs, recipes), *worker_rows(runs, results["compared"], recipes), *resource_rows(runs)]
+    rows = [
+        *recipe_rows(runs, recipes),
+        *worker_rows(runs, results["compared"], recipes),
+        *resource_rows(runs),
+        *serve_rows(runs),
+    ]
     sizes = [make_row(what, [size], [], "MB") | {"seeds": ""} for what, size in results["sizes"].items()]
     return [row for row in rows if row["ours"] is not None] + sizes
 
@@ -54,6 +59,20 @@ def resource_rows(runs):
     yield make_row("predicting the test images alone", values(runs, "stages", "predicted_per_second"), [], "images/s")
     for what, name in (("peak memory of the train container", "peak_bytes"), ("its part in /dev/shm", "shm_bytes")):
         yield make_row(what, values(runs, "default", name), values(runs, "reference", name), "MB", cost=True)
+
+
+def serve_rows(runs):
+    """The service's latency, throughput, start and memory."""
+    for clients in (1, 32):
+        for name in ("p50", "p99"):
+            what = f"serve: a request, {clients} client{'s' * (clients > 1)}, {name}"
+            yield make_row(what, values(runs, "serve", f"{name}, {clients} clients"), [], "ms")
+        figures = values(runs, "serve", f"requests/s, {clients} clients")
+        yield make_row(f"serve: requests/s, {clients} client{'s' * (clients > 1)}", figures, [], "requests/s")
+    yield make_row("serve: the network alone, one image", values(runs, "serve", "network_seconds"), [], "ms")
+    ours, other = values(runs, "serve", "ready_seconds"), values(runs, "serve", "import in serve")
+    yield make_row("serve: container's start to ready, against `import torch`", ours, other, "s", cost=True)
+    yield make_row("serve: memory of the process", values(runs, "serve", "serve_bytes"), [], "MB")
 
 
 def values(runs, kind, name):
@@ -101,6 +120,10 @@ def format_figure(value, unit):
     """A figure with its unit."""
     if value is None:
         return ""
+    if unit == "ms":
+        return f"{1000 * value:.2f} ms"
+    if unit == "ms":
+        return f"{1000 * value:.2f} ms"
     if unit == "s":
         return f"{value:.{2 if value < 10 else 1}f} s"
     return f"{value / 1e6:,.0f} MB" if unit == "MB" else f"{value:,.0f} {unit}"
