@@ -141,7 +141,8 @@ def run(todo: plan.Plan, args: argparse.Namespace) -> int:
         publish_model(record, shared, folder)
     if stop.number:
         name = process.signal_name(stop.number)
-        print_error(f"train: stopped by {name}, but the training had finished: the model is published")
+        outcome = "the model is published" if folder else "a dry run publishes nothing"
+        print_error(f"train: stopped by {name}, but the training had finished: {outcome}")
         return 128 + stop.number
     return 0
 
