@@ -60,6 +60,8 @@ def main() -> int:
         model, sha256 = net.load_model(args.model)
         images, labels = net.read_split(args.data, "t10k")
         log_probabilities = net.predict(model, images)
+        if not log_probabilities.isfinite().all():
+            raise Failure(f"the output of {args.model / WEIGHTS} is not finite. {artifacts.FRESH_HINT}")
         results = evaluate(log_probabilities, labels)
         say(as_table(results))
         if results["Accuracy"] < args.min_accuracy:

@@ -10,6 +10,7 @@ import fcntl
 import hashlib
 import io
 import os
+import shlex
 import shutil
 import stat
 from collections.abc import Iterator
@@ -134,7 +135,7 @@ def removal_hint(path: Path) -> str:
     """Return the command that removes what is in the way, in the volume or in a local folder."""
     # Without DAC_OVERRIDE, root may not remove another user's files.
     inside = "docker compose run --rm --no-deps --cap-add DAC_OVERRIDE --entrypoint rm train -r"
-    return f"Remove it with: {inside if MODEL in path.parents else 'rm -r'} {path}"
+    return f"Remove it with: {inside if MODEL in path.parents else 'rm -r'} {shlex.quote(str(path))}"
 
 
 def publish(path: Path, content: bytes) -> None:

@@ -35,7 +35,7 @@ def predict_pictures(names: list[str], data: Path, model: Path) -> int:
     folder = model / OWN_RESULTS
     folders.check_destination(folder)
     predictor = prediction.load_predictor(model, data)
-    paths = find_pictures(names, data)
+    paths = find_pictures(names, data, folder)
     results: list[Result] = []
     files: dict[str, bytes] = {}
     for path in paths:
@@ -54,19 +54,24 @@ def predict_pictures(names: list[str], data: Path, model: Path) -> int:
     return int(len(results) < len(paths))
 
 
-def find_pictures(names: list[str], data: Path) -> list[Path]:
-    """Return the files in the data folder that the names stand for, each once. Raise Failure if there are too many.
+def find_pictures(names: list[str], data: Path, results: Path) -> list[Path]:
+    """Return the files in the data folder that the names stand for, each once.
 
     A name may contain wildcards: outside the container, the user's shell cannot expand them. And it may start with
-    data/, which is what the folder is called outside.
+    data/, which is what the folder is called outside. Raise Failure if there are too many files, or if one is in the
+    folder of the results, which is replaced.
     """
     paths: dict[Path, None] = {}
     for name in names:
-        if Path(name).parts[:1] == ("data",) and not (data / name).exists():
+        if Path(name).parts[:1] == ("data",) and not os.path.exists(data / name):
             name = str(Path(name).relative_to("data"))
-        found = [] if (data / name).exists() else [data / match for match in sorted(glob.glob(name, root_dir=data))]
+        found = (
+            [] if os.path.exists(data / name) else [data / match for match in sorted(glob.glob(name, root_dir=data))]
+        )
         files = [path for path in found if not path.is_dir()]
         paths |= dict.fromkeys(files or [data / name])  # a name without a match is refused later, like a missing file
+    if any(path.resolve().is_relative_to(results.resolve()) for path in paths):
+        raise Failure(f"{results} is replaced by the results. Move the pictures elsewhere.", status=2)
     if len(paths) > MAX_PICTURES:
         raise Failure(f"{len(paths):,} pictures are too many for one run. Name at most {MAX_PICTURES:,}.", status=2)
     return [*paths]
@@ -75,7 +80,7 @@ def find_pictures(names: list[str], data: Path) -> list[Path]:
 def predict_picture(predictor: prediction.Predictor, path: Path) -> tuple[Result, bytes]:
     """Predict a picture and draw the result as a PNG. Raise Failure if the file cannot be read, or has no ink."""
     if path.is_dir():
-        raise Failure(f"{path} is a folder. Name the pictures in it: '{path.name}/*'")
+        raise Failure(f"{path} is a folder. Name the pictures in it.")
     content = artifacts.read_limited(path, MAX_PICTURE_BYTES, "Name another.")
     try:
         image = picture.open_picture(content)

@@ -52,7 +52,9 @@ def open_picture(content: bytes) -> Image.Image:
         Image.init()
         formats = [name for name in Image.OPEN if name != "EPS"]  # a program, which Pillow has Ghostscript run
         with Image.open(io.BytesIO(content), formats=formats) as image:
-            if image.width * image.height > MAX_PIXELS:
+            # 32 bits a pixel take four times the memory, and more while they are scaled.
+            limit = MAX_PIXELS // 4 if image.mode in ("I", "F") else MAX_PIXELS
+            if image.width * image.height > limit:
                 raise Image.DecompressionBombError
             # Of a JPEG only as many pixels are decoded as will be looked at.
             image.draft(None, (WORKING_SIDE, WORKING_SIDE))
@@ -95,7 +97,7 @@ def to_grey(image: Image.Image) -> Ink:
     alpha = None
     if image.mode in ("RGBA", "LA"):
         alpha = shrink(image.getchannel("A"), factor) / np.float32(255)
-    grey = shrink(image.convert("L"), factor)
+    grey = shrink(image.getchannel("L") if image.mode == "LAB" else image.convert("L"), factor)
     return grey if alpha is None or alpha.min() == 1 else fill_transparent(grey, alpha)
 
 
@@ -320,7 +322,7 @@ def tight_box(ink: Ink, full: float) -> Box:
     sides = []
     for rows in (ink, ink.T):
         sums = np.pad(rows, ((0, 0), (span, span))).cumsum(1)
-        inked = (sums[:, span:] - sums[:, :-span]).max(1) >= BOX_LEVEL * full * span
+        inked = (sums[:, span:] - sums[:, :-span]).max(1) >= min(BOX_LEVEL * span, 1) * full
         sides.append(np.nonzero(inked)[0].tolist())
     return sides[0][0], sides[1][0], sides[0][-1] + 1, sides[1][-1] + 1
 

@@ -6,6 +6,7 @@ All three images contain identical copies of this file. Edit the one in model-tr
 import gc
 import hashlib
 import io
+import os
 import pickletools
 import warnings
 import zipfile
@@ -108,6 +109,8 @@ def load_model(folder: Path) -> tuple[Net, str]:
     another network, not finite, or would run code when it is loaded.
     """
     path, hint = folder / WEIGHTS, "Train a new one with: docker compose run --rm train --fresh"
+    if not os.path.lexists(path):  # perhaps of an unfinished training, which --fresh would discard
+        raise Failure(f"{path} does not exist. Train or resume with: docker compose run --rm train")
     content = read_limited(path, MAX_MODEL_BYTES, hint)
     model = Net()
     load_weights(model, load_tensors(content, path, hint), path, hint)

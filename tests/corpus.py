@@ -336,7 +336,7 @@ HARMLESS_RECORDS = {
 
 TRAIN_ON = ("--epochs", "9999")  # has train go on where it would say that it is finished: it reads data and checkpoint
 TRAINING_IMAGES, TRAINING_LABELS, TEST_IMAGES, TEST_LABELS = (f"{stages.RAW}/{name}" for name in stages.RAW_FILES)
-FIXES = ("--fresh", "make data", "rm ")  # a failure is to name one of these commands
+FIXES = ("--fresh", "make data", "rm ", "run --rm train")  # a failure is to name one of these commands
 
 
 def cases():

@@ -91,6 +91,13 @@ def test_a_model_under_the_smallest_accuracy_fails_and_leaves_the_old_results(vo
     assert stages.contents(volume) == before
 
 
+def test_a_model_whose_output_is_not_finite_fails(volume):
+    weights = torch.load(volume / "mnist_cnn.pt", weights_only=True)
+    torch.save({name: 1e30 * tensor for name, tensor in weights.items()}, volume / "mnist_cnn.pt")
+    stages.assert_fails(stages.call("evaluate", "--min-accuracy", "0", model=volume), 1, "not finite", "--fresh")
+    assert not (volume / "eval_results.json").exists()
+
+
 def test_an_untrained_network_fails_by_default(tmp_path, data):
     torch.save(example.untrained().state_dict(), tmp_path / "mnist_cnn.pt")
     stages.assert_fails(stages.call("evaluate", model=tmp_path), 1, "--min-accuracy")

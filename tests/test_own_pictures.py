@@ -89,6 +89,14 @@ def test_file_names_in_any_script_and_of_any_bytes_are_drawn_and_published(volum
     assert len(own(volume)[0]) == 3
 
 
+def test_pictures_in_the_folder_that_the_results_replace_are_refused_and_kept(volume, folder):
+    (volume / "own").mkdir()
+    shutil.copy(folder / "photo.png", volume / "own")
+    (volume / "MNIST").symlink_to(folder / "MNIST")
+    stages.assert_fails(stages.run("infer", "own/*.png", model=volume, data=volume), 2, volume / "own")
+    assert (volume / "own/photo.png").exists()
+
+
 def test_earlier_results_stay_if_all_pictures_are_refused(volume, folder):
     assert stages.run("infer", "photo.png", model=volume, data=folder).returncode == 0
     before = stages.contents(volume)

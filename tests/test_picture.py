@@ -148,6 +148,18 @@ def test_a_thin_stroke_keeps_its_ink():
     assert int((digit > 200).any(1).sum()) == 20
 
 
+@pytest.mark.parametrize(("side", "length", "width"), [(1000, 600, 1), (2000, 1800, 2), (600, 440, 1)])
+def test_a_very_thin_stroke_is_no_failure(side, length, width):
+    pixels = np.full((side, side), 255, dtype=np.uint8)
+    pixels[side // 10 : side // 10 + length, side // 2 : side // 2 + width] = 0
+    assert picture.prepare(Image.fromarray(pixels)).max() == 255
+
+
+def test_lab_colours_are_read(three):
+    lab = Image.merge("LAB", [three, *[Image.new("L", three.size, 128)] * 2])
+    assert difference(picture.prepare(lab), picture.prepare(three)) < 0.5
+
+
 @pytest.mark.parametrize("noise", [0, 3, 8])
 @pytest.mark.parametrize("level", [0, 128, 255])
 def test_a_blank_picture_is_refused(level, noise):
