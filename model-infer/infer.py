@@ -155,10 +155,8 @@ def draw(samples: list[Sample], images: torch.Tensor) -> bytes:
         axes.imshow(image.numpy(), cmap="gray", vmin=0, vmax=255)
         axes.axis("off")
         predicted, true = (DATA_SET.classes[sample[key]] for key in ("prediction", "truth"))
-        color, confidence = (
-            artifacts.BLUE if predicted == true else artifacts.VERMILION,
-            100 * max(sample["probabilities"]),
-        )
+        color = artifacts.BLUE if predicted == true else artifacts.VERMILION
+        confidence = 100 * max(sample["probabilities"])
         center = left + 0.5 * width
         figure.text(
             center, top - 0.09 * height, f"predicted {predicted}", ha="center", va="center", color=color, fontsize=17
@@ -180,10 +178,8 @@ def as_text(samples: list[Sample], accuracy: float | None) -> str:
     lines = []
     for sample in samples:
         predicted, true = (DATA_SET.classes[sample[key]] for key in ("prediction", "truth"))
-        confidence, verdict = (
-            100 * max(sample["probabilities"]),
-            "correct" if predicted == true else f"wrong (true class: {true})",
-        )
+        confidence = 100 * max(sample["probabilities"])
+        verdict = "correct" if predicted == true else f"wrong (true class: {true})"
         lines.append(f"infer: test image {sample['index']:4}: predicted {predicted} ({confidence:.1f} %), {verdict}")
     if accuracy is None:
         lines.append("infer: this model has not been evaluated")

@@ -65,10 +65,8 @@ def find_pictures(names: list[str], data: Path, results: Path) -> list[Path]:
     for name in names:
         if Path(name).parts[:1] == ("data",) and not os.path.exists(data / name):
             name = str(Path(name).relative_to("data"))
-        found = (
-            [] if os.path.exists(data / name) else [data / match for match in sorted(glob.glob(name, root_dir=data))]
-        )
-        files = [path for path in found if not path.is_dir()]
+        matches = [] if os.path.exists(data / name) else sorted(glob.glob(name, root_dir=data))
+        files = [data / match for match in matches if not os.path.isdir(data / match)]
         paths |= dict.fromkeys(files or [data / name])  # a name without a match is refused later, like a missing file
     if any(path.resolve().is_relative_to(results.resolve()) for path in paths):
         raise Failure(f"{results} is replaced by the results. Move the pictures elsewhere.", status=2)
@@ -79,7 +77,7 @@ def find_pictures(names: list[str], data: Path, results: Path) -> list[Path]:
 
 def predict_picture(predictor: prediction.Predictor, path: Path) -> tuple[Result, bytes]:
     """Predict a picture and draw the result as a PNG. Raise Failure if the file cannot be read, or has no ink."""
-    if path.is_dir():
+    if os.path.isdir(path):  # unlike Path.is_dir(), it is False for a name that is too long
         raise Failure(f"{path} is a folder. Name the pictures in it.")
     content = artifacts.read_limited(path, MAX_PICTURE_BYTES, "Name another.")
     try:

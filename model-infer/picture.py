@@ -44,10 +44,11 @@ Box = tuple[int, int, int, int]  # top, left, bottom, right; the last two are ex
 
 
 def open_picture(content: bytes) -> Image.Image:
-    """The picture in a file of any format that Pillow decodes by itself: the first, if it has several; upright.
+    """Return the picture in a file, upright, of any format that Pillow decodes by itself; the first of several.
 
-    Raises Failure if there is none, or it is damaged, or has more than MAX_PIXELS.
+    Raise Failure if there is none, or it is damaged, or has more than MAX_PIXELS.
     """
+    limit = MAX_PIXELS
     try:
         Image.init()
         formats = [name for name in Image.OPEN if name != "EPS"]  # a program, which Pillow has Ghostscript run
@@ -59,17 +60,17 @@ def open_picture(content: bytes) -> Image.Image:
             # Of a JPEG only as many pixels are decoded as will be looked at.
             image.draft(None, (WORKING_SIDE, WORKING_SIDE))
             image.load()
-            return upright(image)
+            return upright(image.getchannel("L") if image.mode == "LAB" else image)  # Pillow cannot convert Lab colours
     except UnidentifiedImageError:
         raise Failure("not a picture of a known format") from None
     except Image.DecompressionBombError:
-        raise Failure(f"a picture of more than {MAX_PIXELS:,} pixels") from None
+        raise Failure(f"a picture of more than {limit:,} pixels") from None
     except Exception:  # a damaged file ends Pillow's decoders in any of a dozen ways
         raise Failure("a damaged picture, which cannot be decoded") from None
 
 
 def upright(image: Image.Image) -> Image.Image:
-    """A picture turned and mirrored as its EXIF says; as it is if that cannot be read."""
+    """Turn and mirror a picture as its EXIF says; return it as it is if that cannot be read."""
     try:
         return ImageOps.exif_transpose(image)
     except Exception:
@@ -77,7 +78,7 @@ def upright(image: Image.Image) -> Image.Image:
 
 
 def prepare(image: Image.Image) -> torch.Tensor:
-    """The network's input for a picture of one digit: uint8 [28, 28]. Raises Failure if nothing is on it."""
+    """Return the network's input, uint8 [28, 28], for a picture of one digit. Raise Failure if it is blank."""
     grey = to_grey(image)
     ink, full = level(grey)
     ink = keep_digit(ink, full)
@@ -88,7 +89,7 @@ def prepare(image: Image.Image) -> torch.Tensor:
 
 
 def to_grey(image: Image.Image) -> Ink:
-    """The grey levels of a picture, 0 to 255, float32 [height, width], at most WORKING_SIDE long."""
+    """Return the grey levels of a picture, 0 to 255, float32 [height, width], at most WORKING_SIDE long."""
     if image.mode.startswith(("I", "F")):
         image = stretch(image)
     if image.mode in ("P", "PA", "La", "RGBa") or "transparency" in image.info:
@@ -97,12 +98,12 @@ def to_grey(image: Image.Image) -> Ink:
     alpha = None
     if image.mode in ("RGBA", "LA"):
         alpha = shrink(image.getchannel("A"), factor) / np.float32(255)
-    grey = shrink(image.getchannel("L") if image.mode == "LAB" else image.convert("L"), factor)
+    grey = shrink(image.convert("L"), factor)
     return grey if alpha is None or alpha.min() == 1 else fill_transparent(grey, alpha)
 
 
 def stretch(image: Image.Image) -> Image.Image:
-    """A picture of 16 or 32 bits a pixel as one of 8, from its darkest to its lightest pixel."""
+    """Scale a picture of 16 or 32 bits a pixel to 8 bits, from its darkest to its lightest pixel."""
     values = np.asarray(image)
     if values.dtype.kind == "f":
         values = np.nan_to_num(values, posinf=0, neginf=0)
@@ -112,12 +113,12 @@ def stretch(image: Image.Image) -> Image.Image:
 
 
 def shrink(image: Image.Image, factor: int) -> Ink:
-    """A picture of one channel, reduced by a whole factor, each pixel being the average of those it stands for."""
+    """Reduce a picture of one channel by a whole factor, averaging, to float32 [height, width]."""
     return np.asarray(image.reduce(factor) if factor > 1 else image, dtype=np.float32)
 
 
 def fill_transparent(grey: Ink, alpha: Ink) -> Ink:
-    """A picture laid over a background, by its opacity, 0 to 1, of each pixel.
+    """Lay a picture over a background, by the opacity of each pixel, 0 to 1.
 
     Where most of it is opaque, the background is on it, and is what the transparent rest gets too. Otherwise it is ink
     alone, and the background is what ink stands out from.
@@ -131,7 +132,7 @@ def fill_transparent(grey: Ink, alpha: Ink) -> Ink:
 
 
 def level(grey: Ink) -> tuple[Ink, float]:
-    """The ink of a picture, its background being 0, and the level of full ink. Raises Failure for a blank picture."""
+    """Return the ink of a picture, with background 0, and the level of full ink. Raise Failure if it is blank."""
     if np.count_nonzero(grey == grey[0, 0]) > grey.size / 2:  # a flat background, as in drawings, is level already
         ink = np.abs(grey - grey[0, 0])
     elif has_dark_ink(grey):
@@ -165,12 +166,12 @@ def has_dark_ink(grey: Ink) -> bool:
 
 
 def median(values: NDArray[np.float32]) -> float:
-    """The median; of many values, that of every seventh, which takes a seventh of the time."""
+    """Return the median; of many values, that of every seventh, which takes a seventh of the time."""
     return float(np.median(values[::7] if values.size > 10_000 else values))
 
 
 def background(grey: Ink) -> Ink:
-    """What a picture with dark ink would be without it: a grey closing, by the greatest and then the smallest level.
+    """Return what a picture with dark ink would be without it: a grey closing, a maximum and then a minimum filter.
 
     A shadow, which is wider than the window, stays; so do the edges of light and shadow.
     """
@@ -184,7 +185,7 @@ def background(grey: Ink) -> Ink:
 
 
 def grid_factor(values: Ink) -> int:
-    """How many pixels a side of a cell of the grid takes."""
+    """Return the side of a grid cell in pixels."""
     return 1 + (int(max(values.shape)) - 1) // GRID_SIDE
 
 
@@ -202,7 +203,7 @@ def largest(values: Ink, factor: int) -> Ink:
 
 
 def window_max(values: Ink, radius: int) -> Ink:
-    """The greatest value in the square of 2 * radius + 1 around each; what is outside does not count."""
+    """Return the maximum of the square of 2 * radius + 1 around each value, without what is outside."""
     for _ in ("down", "along"):
         values = np.pad(values, [(radius, radius), (0, 0)], constant_values=-np.inf)
         width = 1  # of the windows whose maxima are known: two of them make one of up to twice the width
@@ -217,7 +218,7 @@ def window_max(values: Ink, radius: int) -> Ink:
 
 
 def keep_digit(ink: Ink, full: float) -> Ink:
-    """The part of a picture that has the digit, without specks, frames, and what lies beside the paper."""
+    """Return the part of a picture that has the digit, without specks, frames, and what lies beside the paper."""
     factor = grid_factor(ink)
     cells = largest(ink, factor)
     labels, boxes = find_pieces(cells >= PIECE_LEVEL * full)
@@ -254,13 +255,13 @@ def choose_pieces(cells: Ink, labels: NDArray[np.int64], boxes: list[Box]) -> li
 
 
 def bounds(mask: NDArray[np.bool_]) -> Box:
-    """The smallest box with all that is in a mask."""
+    """Return the smallest box that contains a mask."""
     rows, columns = (np.nonzero(mask.any(axis))[0].tolist() for axis in (1, 0))
     return rows[0], columns[0], rows[-1] + 1, columns[-1] + 1
 
 
 def find_pieces(mask: NDArray[np.bool_]) -> tuple[NDArray[np.int64], list[Box]]:
-    """The pieces of a mask that hang together, also by corners: the number of each cell's, from 1, and their boxes.
+    """Return the connected pieces of a mask, corners included: the number of each cell's piece, from 1, and the boxes.
 
     Runs of cells in a row are joined with those that they touch in the row above, by union-find.
     """
@@ -316,7 +317,7 @@ def is_frame(piece: NDArray[np.bool_], box: Box) -> bool:
 
 
 def tight_box(ink: Ink, full: float) -> Box:
-    """The smallest box with all the ink. Ink is what is so on average over a twentieth of the digit along its side."""
+    """Return the smallest box with all ink: what is ink on average over a twentieth of the digit along its side."""
     top, left, bottom, right = bounds(ink >= PIECE_LEVEL * full)
     span = max(1, max(bottom - top, right - left) // 20)
     sides = []
@@ -328,7 +329,7 @@ def tight_box(ink: Ink, full: float) -> Box:
 
 
 def to_mnist(ink: Ink, box: Box) -> NDArray[np.uint8]:
-    """Yadav and Bottou's steps, from the ink and its tight box to an image of MNIST, uint8 [28, 28]."""
+    """Turn ink and its tight box into an image like MNIST's, uint8 [28, 28], by the steps of Yadav and Bottou."""
     top, left, bottom, right = box
     side = max(bottom - top, right - left, MIN_SIDE)
     rows, columns = overlaps(bottom - top, side), overlaps(right - left, side)
@@ -343,7 +344,7 @@ def to_mnist(ink: Ink, box: Box) -> NDArray[np.uint8]:
 
 
 def overlaps(length: int, side: int) -> Ink:
-    """How much of each of 20 pixels, which share a side, each of `length` pixels in its middle covers: [20, length].
+    """Return how much of each of 20 cells along a side each of the `length` pixels in its middle covers: [20, length].
 
     The middle is rounded to one of the 20 pixels: so a picture of an image of MNIST gives back that image's own pixels.
     """

@@ -65,7 +65,7 @@ def test_a_file_gets_the_same_probabilities_as_its_prepared_pixels(volume, folde
 
 
 def test_unreadable_pictures_are_named_and_the_others_predicted(volume, folder):
-    wrong = ("blank.png", "broken.png", "missing.png", "no/*.png", "scans")
+    wrong = ("blank.png", "broken.png", "missing.png", "no/*.png", "scans", "x" * 300)
     result = stages.run("infer", *wrong[:2], "photo.png", *wrong[2:], model=volume, data=folder)
     assert result.returncode == 1
     lines = result.stderr.splitlines()
@@ -87,6 +87,14 @@ def test_file_names_in_any_script_and_of_any_bytes_are_drawn_and_published(volum
     names = ["七.png", os.fsdecode(b"\xff" * 100 + b"*"), "my[[]1]/*"]
     stages.assert_succeeds(stages.run("infer", *names, model=volume, data=folder))
     assert len(own(volume)[0]) == 3
+
+
+def test_a_picture_in_lab_colours_is_predicted_and_drawn(volume, folder):
+    grey = Image.open(folder / "photo.png")
+    Image.merge("LAB", [grey, *[Image.new("L", grey.size, 128)] * 2]).save(folder / "lab.tif")
+    stages.assert_succeeds(stages.run("infer", "photo.png", "lab.tif", model=volume, data=folder))
+    one, other = own(volume)[1]
+    assert one["probabilities"] == other["probabilities"]
 
 
 def test_pictures_in_the_folder_that_the_results_replace_are_refused_and_kept(volume, folder):
