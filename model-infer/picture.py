@@ -133,7 +133,7 @@ def fill_transparent(grey: Ink, alpha: Ink) -> Ink:
 
 def level(grey: Ink) -> tuple[Ink, float]:
     """Return the ink of a picture, with background 0, and the level of full ink. Raise Failure if it is blank."""
-    if np.count_nonzero(grey == grey[0, 0]) > grey.size / 2:  # a flat background, as in drawings, is level already
+    if is_flat(grey):
         ink = np.abs(grey - grey[0, 0])
     elif has_dark_ink(grey):
         paper = background(grey)
@@ -151,18 +151,25 @@ def level(grey: Ink) -> tuple[Ink, float]:
     return ink.clip(0, full), full
 
 
+def is_flat(grey: Ink) -> bool:
+    """Return whether the background is level already, as in drawings: all along the edges, and in most of the rest."""
+    same = grey == grey[0, 0]
+    edges = same[0].all() and same[-1].all() and same[:, 0].all() and same[:, -1].all()
+    return bool(edges and np.count_nonzero(same) > same.size / 2)
+
+
 def has_dark_ink(grey: Ink) -> bool:
     """Return whether what stands out from its surroundings is darker than they are, on the whole.
 
     The surroundings are the median of a large window. Levels are compared by their logarithms, in which half the light
-    is the same step everywhere; cubed, since steps of the light itself, on either side of their edge, then add up to 0.
+    is the same step everywhere. The fifth power lets ink, whose steps are larger, outweigh the edges of shadows.
     """
     factor = grid_factor(grey)
     cells = np.log(average(grey, factor) + 16)
-    coarse = np.pad(average(cells, 9), 3, mode="reflect")
-    medians = np.asarray(Image.fromarray(coarse).filter(ImageFilter.MedianFilter(7)))[3:-3, 3:-3]
+    coarse = np.pad(average(cells, 9), 2, mode="reflect")
+    medians = np.asarray(Image.fromarray(coarse).filter(ImageFilter.MedianFilter(5)))[2:-2, 2:-2]
     around = medians.repeat(9, 0).repeat(9, 1)[: cells.shape[0], : cells.shape[1]]
-    return bool(((cells - around) ** 3).sum() < 0)
+    return bool(((cells - around) ** 5).sum() < 0)
 
 
 def median(values: NDArray[np.float32]) -> float:

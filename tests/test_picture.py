@@ -79,8 +79,8 @@ def test_rendered_pictures_are_predicted_almost_as_well_as_the_raw_images(digits
         for name, image in (("raw", images[index]), ("rendered", prepared)):
             correct[name] += predictor.predict(image)["prediction"] == labels[index]
     print(f"raw {100 * correct['raw'] / RENDERED:.1f} %, rendered {100 * correct['rendered'] / RENDERED:.1f} %")
-    # A finished model loses about half a point (docs/drawing.md); this one is of a single epoch, and loses more.
-    assert correct["rendered"] >= correct["raw"] - 0.03 * RENDERED
+    # A finished model loses less than half a point (docs/drawing.md); this one is of a single epoch, and loses more.
+    assert correct["rendered"] >= correct["raw"] - 0.02 * RENDERED
 
 
 # Each step ------------------------------------------------------------------------------------------------------------
@@ -131,6 +131,15 @@ def test_uneven_light_is_removed(three):
     pixels = np.pad(np.asarray(three), 60, constant_values=255)
     shaded = Image.fromarray((pixels * np.linspace(1, 0.5, len(pixels))).astype(np.uint8))
     assert difference(picture.prepare(shaded), picture.prepare(three)) < 3
+
+
+@pytest.mark.parametrize("edge", [300, 560])  # left or right of the digit
+@pytest.mark.parametrize(("left", "right"), [(1, 0.6), (0.6, 1)])
+def test_the_edge_of_a_shadow_is_removed_although_most_of_the_picture_is_flat(three, edge, left, right):
+    pixels = np.pad(np.asarray(three), [(60, 60), (340, 60)], constant_values=255)
+    pixels = np.concatenate([pixels[:, :edge] * left, pixels[:, edge:] * right], axis=1)
+    prepared = picture.prepare(Image.fromarray(pixels.astype(np.uint8)))
+    assert difference(prepared, picture.prepare(three)) < 3
 
 
 def test_specks_and_frames_are_dropped(three):
