@@ -30,6 +30,7 @@ PIECE_LEVEL = 0.25  # of full ink, in the darkest pixel of a grid's cell: what b
 BOX_LEVEL = 0.05  # of full ink, averaged over a twentieth of the digit: what belongs to its tight box
 SPECK = 0.03  # of the cells of the main piece: what is smaller is dropped
 PEAK = 0.5  # of the darkest level of the main piece: a piece all lighter is a shadow
+FLAT_PEAK = 0.75  # of the darkest level: what reaches the edges of a flat background and is all lighter is a shadow
 EDGE_STRIP = 0.1  # of the picture's shorter side: ink no further from the edge is a frame
 EDGE_SHARE = 0.25  # of the picture's edge: ink along as much of it is a frame, or what lies beside the paper
 DIGIT_SHARE = 0.1  # of the picture's shorter side: a piece of ink as long as that can be the digit in a frame
@@ -133,7 +134,7 @@ def fill_transparent(grey: Ink, alpha: Ink) -> Ink:
 
 def level(grey: Ink) -> tuple[Ink, float]:
     """Return the ink of a picture, with background 0, and the level of full ink. Raise Failure if it is blank."""
-    if is_flat(grey):
+    if has_flat_background(grey):
         ink = np.abs(grey - grey[0, 0])
     elif has_dark_ink(grey):
         paper = background(grey)
@@ -151,25 +152,29 @@ def level(grey: Ink) -> tuple[Ink, float]:
     return ink.clip(0, full), full
 
 
-def is_flat(grey: Ink) -> bool:
-    """Return whether the background is level already, as in drawings: all along the edges, and in most of the rest."""
-    same = grey == grey[0, 0]
-    edges = same[0].all() and same[-1].all() and same[:, 0].all() and same[:, -1].all()
-    return bool(edges and np.count_nonzero(same) > same.size / 2)
+def has_flat_background(grey: Ink) -> bool:
+    """Return whether most of a picture has one level, as in drawings, and no shadow reaches its edges, only ink."""
+    ink = np.abs(grey - grey[0, 0])
+    darkest = max(edge.max() for edge in (ink[0], ink[-1], ink[:, 0], ink[:, -1]))
+    return bool(np.count_nonzero(ink) < ink.size / 2 and not 0 < darkest < FLAT_PEAK * ink.max())
 
 
 def has_dark_ink(grey: Ink) -> bool:
     """Return whether what stands out from its surroundings is darker than they are, on the whole.
 
-    The surroundings are the median of a large window. Levels are compared by their logarithms, in which half the light
-    is the same step everywhere. The fifth power lets ink, whose steps are larger, outweigh the edges of shadows.
+    The surroundings are the medians of two windows: a shadow's edge misleads the larger one more, a digit that fills
+    the picture the smaller one. Levels are compared by their logarithms, in which half the light is the same step
+    everywhere. The seventh power lets ink, whose steps are larger, outweigh the edges of shadows.
     """
     factor = grid_factor(grey)
     cells = np.log(average(grey, factor) + 16)
-    coarse = np.pad(average(cells, 9), 2, mode="reflect")
-    medians = np.asarray(Image.fromarray(coarse).filter(ImageFilter.MedianFilter(5)))[2:-2, 2:-2]
-    around = medians.repeat(9, 0).repeat(9, 1)[: cells.shape[0], : cells.shape[1]]
-    return bool(((cells - around) ** 5).sum() < 0)
+    coarse = np.pad(average(cells, 9), 3, mode="reflect")
+    total = 0.0
+    for size in (5, 7):
+        medians = np.asarray(Image.fromarray(coarse).filter(ImageFilter.MedianFilter(size)))[3:-3, 3:-3]
+        around = medians.repeat(9, 0).repeat(9, 1)[: cells.shape[0], : cells.shape[1]]
+        total += float(((cells - around) ** 7).sum())
+    return total < 0
 
 
 def median(values: NDArray[np.float32]) -> float:

@@ -10,7 +10,7 @@ import prediction
 import pytest
 import rendering
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw
 from process import Failure
 
 RENDERED = 300
@@ -140,6 +140,21 @@ def test_the_edge_of_a_shadow_is_removed_although_most_of_the_picture_is_flat(th
     pixels = np.concatenate([pixels[:, :edge] * left, pixels[:, edge:] * right], axis=1)
     prepared = picture.prepare(Image.fromarray(pixels.astype(np.uint8)))
     assert difference(prepared, picture.prepare(three)) < 3
+
+
+def test_ink_is_dark_although_the_edge_of_a_shadow_goes_through_the_digit(digits):
+    for digit in digits[0][:50]:
+        pixels = np.pad(60 + np.asarray(paint(digit, 100)) * (195 / 255), [(60, 60), (60, 250)], constant_values=255)
+        pixels[:, 110:] *= 0.5
+        assert picture.has_dark_ink(pixels.astype(np.float32))
+
+
+def test_a_drawing_without_a_margin_is_prepared_like_one_with_it():
+    drawing = Image.new("L", (260, 260), 255)
+    ImageDraw.Draw(drawing).line([(150, 30), (150, 229)], fill=0, width=50)
+    ImageDraw.Draw(drawing).line([(60, 55), (150, 55)], fill=0, width=50)
+    cropped = drawing.crop((60, 30, 200, 230))
+    assert difference(picture.prepare(cropped), picture.prepare(drawing)) < 1
 
 
 def test_specks_and_frames_are_dropped(three):
