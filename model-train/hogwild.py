@@ -88,12 +88,6 @@ class Trainer:
         self.shared, self.settings = shared, shared.settings
         self.velocity = shared.velocities[rank]
         self.permutation_epoch, self.permutation = -1, torch.empty(0)
-        # One flat gradient: each .grad is a view of it, just as each parameter is a view of the shared vector.
-        self.gradient = torch.zeros_like(shared.parameters)
-        for parameter, view in zip(
-            shared.model.parameters(), parameter_views(self.gradient, shared.model), strict=True
-        ):
-            parameter.grad = view
 
     def train_batch(self, number: int) -> tuple[int, float]:
         """Do one step of SGD on a batch; return the number of images and the sum of their losses.
@@ -106,18 +100,15 @@ class Trainer:
         # which seeds the generators of all devices.)
         torch.default_generator.manual_seed(self.seed_of(number))
         x = augment(net.to_input(images), settings.augmentation)
-        self.gradient.zero_()
-        loss = F.nll_loss(self.forward(x), labels)
-        loss.backward()  # type: ignore[no-untyped-call]
-        if not math.isfinite(loss.item()):
-            raise ArithmeticError(f"the loss is {loss.item()} at batch {number}")
+        loss, gradient = self.loss_and_gradient(x, labels)
+        if not math.isfinite(loss):
+            raise ArithmeticError(f"the loss is {loss} at batch {number}")
         # Gradient clipping. Without it, 1 in 10 one-epoch runs with 2 workers diverged, and most with 4.
-        norm = self.gradient.norm().item()
-        self.gradient.mul_(settings.max_grad_norm / max(settings.max_grad_norm, norm))
-        self.gradient.add_(shared.parameters, alpha=settings.weight_decay)
-        self.velocity.mul_(settings.momentum).add_(self.gradient)
+        gradient.mul_(settings.max_grad_norm / max(settings.max_grad_norm, gradient.norm().item()))
+        gradient.add_(shared.parameters, alpha=settings.weight_decay)
+        self.velocity.mul_(settings.momentum).add_(gradient)
         shared.parameters.sub_(self.velocity, alpha=self.learning_rate(number))
-        return len(images), loss.item() * len(images)
+        return len(images), loss * len(images)
 
     def load_batch(self, number: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the images, uint8 [N, 28, 28], and labels, int64 [N], of a batch in the epoch's permutation."""
@@ -137,11 +128,15 @@ class Trainer:
         """
         return (self.settings.seed * 0x9E3779B1 + number) % 2**32
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Return the log-probabilities of a batch, computed by layers.py or, with dropout, by Net itself."""
+    def loss_and_gradient(self, x: torch.Tensor, labels: torch.Tensor) -> tuple[float, torch.Tensor]:
+        """Return the mean loss of a batch and its gradient, float32 [21,840]; with dropout, Net itself computes them."""
+        model = self.shared.model
         if self.settings.dropout:
-            return self.shared.model.train().forward(x)
-        return layers.forward(self.shared.model, x, PRECISION)
+            loss = F.nll_loss(model.train().forward(x), labels)
+            gradients = torch.autograd.grad(loss, list(model.parameters()))
+        else:
+            loss, gradients = layers.loss_and_gradients(model, x, labels, PRECISION)
+        return loss.item(), torch.cat([gradient.flatten() for gradient in gradients])
 
     def learning_rate(self, number: int) -> float:
         """Return the learning rate of a batch: constant, or linearly up to its peak, then linearly down to 0."""

@@ -83,22 +83,28 @@ def test_an_epoch_has_every_image_once_in_an_order_of_its_own():
     assert one != two
 
 
-def test_without_dropout_a_batch_is_the_arithmetic_of_layers_py():
+def test_without_dropout_the_gradient_is_that_of_layers_py():
     trainer = new_trainer()
-    x = net.to_input(trainer.load_batch(0)[0])
-    assert trainer.forward(x).equal(layers.forward(trainer.shared.model, x, hogwild.PRECISION))
+    images, labels = trainer.load_batch(0)
+    x = net.to_input(images)
+    loss, gradient = trainer.loss_and_gradient(x, labels)
+    expected_loss, expected = layers.loss_and_gradients(trainer.shared.model, x, labels, hogwild.PRECISION)
+    assert loss == expected_loss.item()
+    assert gradient.equal(torch.cat([each.flatten() for each in expected]))
 
 
-def test_with_dropout_a_batch_is_the_examples_network_in_training():
+def test_with_dropout_the_gradient_is_that_of_the_examples_network_in_training():
     trainer, model = new_trainer(dropout=0.5), example.ExampleNet().train()
     model.load_state_dict(trainer.shared.state_dict())
-    x = net.to_input(trainer.load_batch(0)[0])
-    outputs = []
-    for forward in (trainer.forward, model):
-        torch.manual_seed(6)
-        outputs.append(forward(x))
-    torch.testing.assert_close(*outputs)
-    assert not trainer.forward(x).equal(outputs[0])  # other units are dropped the next time
+    images, labels = trainer.load_batch(0)
+    x = net.to_input(images)
+    torch.manual_seed(6)
+    functional.nll_loss(model(x), labels).backward()
+    expected = torch.cat([parameter.grad.flatten() for parameter in model.parameters()])
+    torch.manual_seed(6)
+    gradient = trainer.loss_and_gradient(x, labels)[1]
+    torch.testing.assert_close(gradient, expected)
+    assert not trainer.loss_and_gradient(x, labels)[1].equal(gradient)  # other units are dropped the next time
 
 
 @pytest.fixture

@@ -7,54 +7,58 @@ import torch
 from torch.nn import functional
 
 
-def gradients(log_probabilities, labels, model):
-    """The gradients of the loss of these log-probabilities, one for each of the model's parameters."""
-    return torch.autograd.grad(functional.nll_loss(log_probabilities, labels), list(model.parameters()))
+def of_torch(model, images, labels):
+    """The loss of the network as torch computes it, and its gradients, one for each parameter."""
+    loss = functional.nll_loss(model(images), labels)
+    return loss, torch.autograd.grad(loss, list(model.parameters()))
 
 
-@pytest.fixture(params=["noise", "blank in part"])
+@pytest.fixture(params=["noise", "blank in part", "one image"])
 def batch(request):
-    """Images, float32 [7, 1, 28, 28], and labels. In what is blank, the values that are pooled into one are equal."""
+    """Images, float32 [N, 1, 28, 28], and labels. In what is blank, the values that are pooled into one are equal."""
     torch.manual_seed(2)
-    images = torch.randn(7, 1, 28, 28)
+    images = torch.randn(1 if request.param == "one image" else 7, 1, 28, 28)
     if request.param == "blank in part":
         images[:, :, 9:, :11] = -0.4242
-    return images, torch.randint(10, (7,))
+    return images, torch.randint(10, (len(images),))
 
 
-def test_the_log_probabilities_are_those_of_the_examples_network(batch):
-    model, (images, _) = example.untrained(), batch
-    torch.testing.assert_close(layers.forward(model, images, torch.float32), model(images))
-
-
-def test_the_gradients_are_those_of_the_examples_network(batch):
-    model, (images, labels) = example.untrained(), batch
-    ours = gradients(layers.forward(model, images, torch.float32), labels, model)
-    expected = gradients(model(images), labels, model)
+def test_loss_and_gradients_are_those_of_the_examples_network(batch):
+    model, before = example.untrained(), batch[0].clone()
+    (loss, ours), (expected_loss, expected) = (
+        layers.loss_and_gradients(model, *batch, torch.float32),
+        of_torch(model, *batch),
+    )
+    torch.testing.assert_close(loss, expected_loss)
     for name, one, other in zip(model.state_dict(), ours, expected, strict=True):
         torch.testing.assert_close(one, other, atol=1e-6, rtol=1e-4, msg=lambda text, name=name: f"{name}: {text}")
+    assert batch[0].equal(before)
 
 
 def test_in_bfloat16_the_gradients_point_the_same_way(batch):
-    model, (images, labels) = example.untrained(), batch
-    ours = gradients(layers.forward(model, images, torch.bfloat16), labels, model)
-    expected = gradients(model(images), labels, model)
+    model = example.untrained()
+    ours, expected = layers.loss_and_gradients(model, *batch, torch.bfloat16)[1], of_torch(model, *batch)[1]
     for name, one, other in zip(model.state_dict(), ours, expected, strict=True):
         assert one.dtype == torch.float32
         assert functional.cosine_similarity(one.flatten(), other.flatten(), dim=0) > 0.97, name
 
 
+@pytest.mark.parametrize("batch_size", [1, 4])
 @pytest.mark.parametrize(("inputs", "size"), [(1, 28), (10, 12), (2, 6)])
-def test_of_equal_values_the_first_one_gets_the_gradient(inputs, size):
+def test_of_equal_values_the_first_one_gets_the_gradient(inputs, size, batch_size):
     torch.manual_seed(3)
     # Whole numbers, so that sums are exact in whichever order they are added up, and many are the same.
-    x = torch.randint(-1, 2, (4, inputs, size, size)).float().requires_grad_()
+    x = torch.randint(-1, 2, (batch_size, inputs, size, size)).float().requires_grad_()
     weight = torch.randint(-1, 2, (3, inputs, 5, 5)).float().requires_grad_()
     bias = torch.tensor([-1.0, 0.0, 1.0]).requires_grad_()
     expected = functional.relu(functional.max_pool2d(functional.conv2d(x, weight, bias), 2))
-    ours = layers.ConvPoolRelu.apply(x.permute(1, 2, 3, 0).contiguous(), weight, bias).permute(3, 0, 1, 2)
-    assert torch.equal(ours, expected)
     grad = torch.randint(-3, 4, expected.shape).float()
-    inputs = [x, weight, bias]
-    for one, other in zip(*(torch.autograd.grad(output, inputs, grad) for output in (ours, expected)), strict=True):
-        assert torch.equal(one, other)
+    expected_gradients = torch.autograd.grad(expected, [x, weight, bias], grad)
+
+    to_ours, from_ours = (2, 1, 3, 0), (3, 1, 0, 2)  # [N, C, H, W] to [H, C, W, N], and back
+    layer = layers.ConvPoolRelu(*(tensor.detach() for tensor in (x.permute(to_ours), weight, bias)))
+    assert layer.output.permute(from_ours).equal(expected)
+    grad_weight, grad_bias = layer.parameter_gradients(grad.permute(to_ours))
+    grad_x = layer.input_gradient().permute(from_ours)
+    for one, other in zip((grad_x, grad_weight, grad_bias), expected_gradients, strict=True):
+        assert one.equal(other)
