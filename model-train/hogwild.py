@@ -129,7 +129,7 @@ class Trainer:
         return (self.settings.seed * 0x9E3779B1 + number) % 2**32
 
     def loss_and_gradient(self, x: torch.Tensor, labels: torch.Tensor) -> tuple[float, torch.Tensor]:
-        """Return the mean loss of a batch and its gradient, float32 [21,840], from layers.py or, with dropout, autograd."""
+        """Return the mean loss of a batch and its gradient, float32 [21,840]. With dropout, autograd computes them."""
         model = self.shared.model
         if self.settings.dropout:
             loss = F.nll_loss(model.train().forward(x), labels)
