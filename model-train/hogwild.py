@@ -133,7 +133,7 @@ class Trainer:
         model = self.shared.model
         if self.settings.dropout:
             loss = F.nll_loss(model.train().forward(x), labels)
-            gradients = torch.autograd.grad(loss, list(model.parameters()))
+            gradients = [*torch.autograd.grad(loss, list(model.parameters()))]
         else:
             loss, gradients = layers.loss_and_gradients(model, x, labels, PRECISION)
         return loss.item(), torch.cat([gradient.flatten() for gradient in gradients])

@@ -95,7 +95,7 @@ def to_both_places(weight: Tensor) -> Tensor:
 
 def from_both_places(grad: Tensor, channels: int) -> Tensor:
     """Return the gradient of kernels, [K, C, 5, 5], from the gradient of to_both_places(kernels)."""
-    first, second = grad.reshape(2, -1, 5, channels, 6)
+    first, second = grad.reshape(2, -1, 5, channels, 6).unbind()
     return (first[..., :5] + second[..., 1:]).transpose(1, 2)
 
 
