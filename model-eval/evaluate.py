@@ -19,7 +19,6 @@ if __name__ == "__main__":
 
 import argparse
 import json
-import sys
 from functools import partial
 from pathlib import Path
 from typing import TypedDict
@@ -174,4 +173,4 @@ def draw_mistakes(images: torch.Tensor, labels: torch.Tensor, log_probabilities:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    process.end_process(main())

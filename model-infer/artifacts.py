@@ -90,7 +90,7 @@ WRITE_HINTS = {
 def read_raw(data: Path, name: str) -> bytearray:
     """Read and verify one raw file of the data set. Raise Failure if it is missing or has the wrong sha256."""
     path, size = data / DATA_SET.folder / name, DATA_SET.size(name)
-    content = bytearray(read_limited(path, size, DATA_HINT))
+    content = read_limited(path, size, DATA_HINT)
     if len(content) < size:
         raise Failure(f"{path} has {len(content):,} bytes instead of {size:,}. {DATA_HINT}")
     if not has_right_sha256(name, content):
@@ -103,7 +103,7 @@ def has_right_sha256(name: str, content: bytes | bytearray) -> bool:
     return hashlib.sha256(content).hexdigest() == DATA_SET.sha256[name]
 
 
-def read_limited(path: Path, limit: int, hint: str) -> bytes:
+def read_limited(path: Path, limit: int, hint: str) -> bytearray:
     """Read a file of at most `limit` bytes. Raise Failure, with the hint, if that is not possible."""
     try:
         if path.is_dir():
@@ -111,7 +111,8 @@ def read_limited(path: Path, limit: int, hint: str) -> bytes:
         if path.exists() and not path.is_file():
             raise Failure(f"{path} is not a regular file. {hint}")  # reading a pipe would never end
         with open(path, "rb") as file:
-            content = file.read(limit + 1)
+            content = bytearray(limit + 1)
+            del content[file.readinto(content) :]
     except FileNotFoundError:
         raise Failure(f"{path} does not exist. {hint}") from None
     except OSError as error:

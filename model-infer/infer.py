@@ -22,7 +22,6 @@ if __name__ == "__main__":
 
 import argparse
 import math
-import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -189,4 +188,4 @@ def as_text(samples: list[Sample], accuracy: float | None) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    process.end_process(main())

@@ -138,7 +138,7 @@ def check_tensor(tensor: Any, name: str, shape: torch.Size, path: Path, hint: st
         raise Failure(f"{path} contains values that are not finite (in {name}). {hint}")
 
 
-def load_tensors(content: bytes, path: Path, hint: str) -> Any:
+def load_tensors(content: bytes | bytearray, path: Path, hint: str) -> Any:
     """Load what torch.save wrote: dicts of float32 tensors, numbers and text. Raise Failure if it is anything else.
 
     No code in it is run, and it takes no more memory than a few times its size.
@@ -150,7 +150,7 @@ def load_tensors(content: bytes, path: Path, hint: str) -> Any:
         raise Failure(f"{path} is damaged, or not a file of plain float32 tensors. {hint}") from None
 
 
-def repack(content: bytes) -> io.BytesIO:
+def repack(content: bytes | bytearray) -> io.BytesIO:
     """Check the contents of a zip, and return a new zip with the same contents. Raise an exception if a check fails.
 
     torch reads the new one: in a forged zip, its own reader may find other entries than Python's.

@@ -44,7 +44,7 @@ Ink = NDArray[np.float32]  # [height, width]
 Box = tuple[int, int, int, int]  # top, left, bottom, right; the last two are excluded
 
 
-def open_picture(content: bytes) -> Image.Image:
+def open_picture(content: bytes | bytearray) -> Image.Image:
     """Return the picture in a file, upright, of any format that Pillow decodes by itself; the first of several.
 
     Raise Failure if there is none, or it is damaged, or has more than MAX_PIXELS.

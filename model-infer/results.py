@@ -120,6 +120,6 @@ def read_picture(folder: Path, name: str) -> bytes | None:
     else:
         return None
     try:
-        return read_limited(path, MAX_PICTURE_BYTES, "")
+        return bytes(read_limited(path, MAX_PICTURE_BYTES, ""))
     except Failure:
         return None

@@ -127,7 +127,7 @@ def read_record(folder: Path) -> Record | None:
         raise Failure(f"{path} cannot be used: {error}. {FRESH_HINT}") from None
 
 
-def parse_record(text: str | bytes) -> Record:
+def parse_record(text: str | bytes | bytearray) -> Record:
     """Return the record from its text. Raise ValueError unless everything that resuming needs is valid.
 
     A missing key, which an older version did not write, gets its default.

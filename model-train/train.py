@@ -23,8 +23,8 @@ if __name__ == "__main__":
 import argparse
 import hashlib
 import io
-import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -110,12 +110,13 @@ def parse_count(text: str) -> int:
 def run(todo: plan.Plan, args: argparse.Namespace) -> int:
     """Train according to the plan, publish the model, and return the exit status."""
     check_limits(todo.settings)
-    raw = read_data(args.data)
-
-    import net  # these import torch
-    from checkpoint import Checkpoints, start_or_resume
-    from progress import Progress
-    from workers import Stopped, StopRequest, Workers
+    with ThreadPoolExecutor(1) as executor:  # verifying the data takes 0.1 s, and importing torch leaves a core idle
+        reading = executor.submit(read_data, args.data)
+        import net  # these import torch
+        from checkpoint import Checkpoints, start_or_resume
+        from progress import Progress
+        from workers import Stopped, StopRequest, Workers
+    raw = reading.result()
 
     images, labels = net.to_tensors(raw["train-images-idx3-ubyte"], raw["train-labels-idx1-ubyte"])
     validation = images[TRAINING_IMAGES:], labels[TRAINING_IMAGES:]
@@ -234,4 +235,4 @@ def check_limits(wanted: settings.Settings) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    process.end_process(main())
