@@ -23,7 +23,7 @@ local: .venv/for-stages ## without Docker: set up a virtual environment, and run
 serve: .venv/for-stages ## without Docker: draw on the model that `make local` has trained (FLAGS="--port 8001": elsewhere)
 	$(PYTHON) model-infer/serve.py --data data --model model $(FLAGS)
 
-bench: .venv/for-stages ## measure speed, accuracy, memory and sizes against PyTorch's example (FLAGS=--quick: shortened)
+bench: .venv/for-bench ## measure speed, accuracy, memory and sizes against PyTorch's example (FLAGS=--quick: shortened)
 	@python3 data/fetch.py
 	$(PYTHON) tests/bench/bench.py $(FLAGS)
 
@@ -54,4 +54,8 @@ audit: .venv/for-tests ## look up known vulnerabilities of the pinned packages; 
 
 .venv/for-tests: .venv/for-stages tests/requirements.txt
 	$(PYTHON) -m pip install --quiet --no-deps --require-hashes --requirement tests/requirements.txt
+	@touch $@
+
+.venv/for-bench: .venv/for-stages tests/bench/requirements.txt
+	$(PYTHON) -m pip install --quiet --no-deps --require-hashes --requirement tests/bench/requirements.txt
 	@touch $@

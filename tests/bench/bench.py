@@ -12,6 +12,7 @@ import os
 import re
 import signal
 import statistics
+import subprocess
 import sys
 from functools import partial
 from pathlib import Path
@@ -22,13 +23,13 @@ import report
 import serving
 from artifacts import publish
 from pipeline import Pipeline
-from stages import STAGES
+from stages import STAGES, TREE
 
 OUTPUT = Path(__file__).parent / "out"
 # The flags of train: what reaches the example's accuracy soonest, the defaults, and the example's own recipe, with as
 # many passes over the images as its 10 epochs with 2 workers that each walk the whole data set.
 RECIPES = {
-    "one epoch": "--epochs 1 --batch-size 32 --lr 0.07",
+    "one epoch": "--epochs 1 --batch-size 48 --lr 0.09",
     "default": "",
     "example": "--dropout 0.5 --batch-size 64 --lr 0.01 --momentum 0.5 --schedule constant --weight-decay 0 "
     "--max-grad-norm 1000000 --augmentation 0 --epochs 20",
@@ -52,6 +53,7 @@ def main():
         pipeline.remove_images()
     print(report.describe_machine(results))
     print(report.as_table(report.make_rows(results)))
+    print(report.describe_limit(results["runs"]))
     report.warn_of_load(results["runs"])
     report.draw(results["runs"], path.with_suffix(".png"))
 
@@ -111,6 +113,8 @@ def plan_runs(args):
         **{name: partial(run_training, flags) for name, flags in RECIPES.items()},
         "one worker": partial(run_training, one_worker),
         "two threads": partial(run_training, one_worker, program="/opt/tests/bench/two_threads.py"),
+        "matrices": run_matrices,
+        **{peer: partial(run_peer, peer) for peer in report.PEERS},
         "stages": run_stages,
         "serve": run_serve,
         "reference, default threads": partial(run_reference, 1, []),
@@ -147,9 +151,23 @@ def run_training(flags, seed, program="/opt/app/train.py"):
     return run | {"epochs": record["settings"]["epochs"], "accuracy": evaluation["Accuracy"]}
 
 
+def run_matrices(seed):
+    """The speed of matrix products on one core, which no training can exceed."""
+    with Pipeline() as project:
+        return json.loads(containers.run(project, "train", "/opt/tests/bench/matrices.py")["output"])
+
+
+def run_peer(peer, seed):
+    """A peer, which no image contains: it runs in the virtual environment of the benchmark."""
+    program = Path(__file__).with_name("peers.py")
+    command = [sys.executable, program, peer, f"--data={TREE / 'data'}"]
+    return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+
+
 def run_stages(seed):
     """Evaluate and infer, each beside the mere import of torch in its container, and predicting alone."""
     commands = {
+        "import in train": ("train", "-c", "import torch"),
         "evaluate": ("evaluate", "/opt/app/evaluate.py", "--min-accuracy=0"),
         "import in evaluate": ("evaluate", "-c", "import torch"),
         "infer": ("infer", "/opt/app/infer.py"),

@@ -6,6 +6,14 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator, ScalarFormatter
 
 EPOCHS = 10  # of the example
+PEERS = {  # what peers.py measures, in words
+    "pytorch": "plain PyTorch, channels_last, 2 threads",
+    "compile": "the same with torch.compile",
+    "jax": "JAX, 2 threads",
+}
+# What training on an image takes, a multiplication and an addition counted as two: the forward pass, and backwards as
+# many for the gradients of the weights and of the inputs of each layer, except those of the images.
+FLOP_PER_IMAGE = 2 * (3 * (24 * 24 * 10 * 25 + 8 * 8 * 20 * 250 + 320 * 50 + 50 * 10) - 24 * 24 * 10 * 25)
 COLUMNS = ("what", "ratio", "ours", "the other's", "seeds", "test accuracy")
 
 
@@ -43,16 +51,24 @@ def recipe_rows(runs, recipes):
 
 
 def worker_rows(runs, kind, recipes):
-    """Two workers against one, and against one with two threads, with the same recipe."""
+    """Two workers against one, against one with two threads, with the same recipe, and against the peers."""
     two, one, threads = (values(runs, name, "images_per_second") for name in (kind, "one worker", "two threads"))
     accuracies = [values(runs, name, "accuracy") for name in (kind, "one worker")]
     words = " and ".join(f"{mean(each):.2f} %" for each in accuracies if each)
     yield make_row(f"{recipe_name(kind, recipes)} with 2 workers against 1", two, one, "images/s", words)
     yield make_row("the same, against 1 with two threads", two, threads, "images/s")
+    for peer, name in PEERS.items():
+        other, first = (values(runs, peer, figure) for figure in ("images_per_second", "first_step_seconds"))
+        note = f"the other's first step takes {median(first):.1f} s" if first else ""
+        yield make_row(f"the same, against {name}", two, other, "images/s", note)
 
 
 def resource_rows(runs):
-    """The time of evaluate and infer, and the memory of a train container, with two workers."""
+    """The time of a stage beside its work, and the memory of a train container, with two workers."""
+    runs_of_one_epoch = [run for run in runs if run["kind"] == "one epoch"]
+    around = [run["container_seconds"] - run["seconds"] for run in runs_of_one_epoch]
+    what = "what is not training in `train`, against `import torch`"
+    yield make_row(what, around, values(runs, "stages", "import in train"), "s", cost=True)
     for stage in ("evaluate", "infer"):
         ours, other = (values(runs, "stages", name) for name in (stage, f"import in {stage}"))
         yield make_row(f"`{stage}` against `import torch`, container's start to exit", ours, other, "s", cost=True)
@@ -133,6 +149,20 @@ def describe_machine(results):
     """What the figures depend on, in a line."""
     trained = [f"{run['precision']}, torch {run['versions']['torch']}" for run in results["runs"] if "precision" in run]
     return ", ".join([f"{results['cores']} cores of {results['cpu']}", *trained[:1]])
+
+
+def describe_limit(runs):
+    """How near one worker comes to the speed of its core's matrix products, in a line for each dtype."""
+    speed = median(values(runs, "one worker", "images_per_second"))
+    lines = []
+    for dtype in ("float32", "bfloat16"):
+        matrix_speed = median(values(runs, "matrices", dtype))
+        share = speed * FLOP_PER_IMAGE / (matrix_speed * 1e9)
+        lines.append(
+            f"1 worker trains on {speed:,.0f} images/s, {100 * share:.0f} % of what a core that multiplies {dtype} "
+            f"matrices at {matrix_speed:.0f} GFLOP/s allows ({FLOP_PER_IMAGE / 1e6:.2f} MFLOP an image)"
+        )
+    return "\n".join(lines)
 
 
 def warn_of_load(runs):
