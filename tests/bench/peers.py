@@ -43,9 +43,9 @@ def measure(step, images, labels, batches):
         if number == 0:
             first_seconds = time.monotonic() - began
         if number == WARM_UP_STEPS:
-            float(loss)  # JAX does not wait for the results of a step
+            loss.item()  # JAX does not wait for the results of a step
             began = time.monotonic()
-    assert float(loss) < 0.5, f"it does not learn: the last loss is {float(loss):.2f}"
+    assert loss.item() < 0.5, f"it does not learn: the last loss is {loss.item():.2f}"
     count = (len(batches) - WARM_UP_STEPS - 1) * BATCH_SIZE
     return {"images_per_second": count / (time.monotonic() - began), "first_step_seconds": first_seconds}
 
