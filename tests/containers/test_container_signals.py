@@ -18,9 +18,14 @@ SECONDS = 20  # more than a stage that was asked to stop takes, with another one
 FLAGS = {"train": ("--epochs", "9999"), "evaluate": (), "infer": ()}
 
 
+def names_of(volume):
+    """The files in a volume, but for the predictions: an infer that finishes before the signal makes others."""
+    return {name for name in contents(volume) if not name.startswith("results/")}
+
+
 def stop_at_moments(stage, init, number, volume):
     """Starts a stage again and again, under an init process or as PID 1, and stops it at other moments of its start."""
-    names = {*contents(volume)}
+    names = names_of(volume)
     with Pipeline(volume, **{stage: {"command": [*FLAGS[stage]], "init": init}}) as project:
         project.compose("up", "--no-start", "--no-deps", stage)
         container = project.container(stage)
@@ -34,7 +39,7 @@ def stop_at_moments(stage, init, number, volume):
             assert finished or ended.returncode == 128 + number, f"{number.name} after {delay} s: {ended}"
     assert "Traceback" not in ended.stderr
     assert_whole(volume)
-    assert {*contents(volume)} <= names
+    assert names_of(volume) <= names
 
 
 @pytest.mark.parametrize("init", [True, False], ids=["under an init", "as PID 1"])

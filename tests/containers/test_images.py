@@ -7,7 +7,7 @@ from pipeline import docker, image, image_size, in_image, inspect
 from stages import STAGES, TREE
 
 # Steps of the Dockerfile: the one that removes and strips, and the one that imports.
-STRIP, IMPORT = "RUN rm -rf torch/include", "RUN MPLCONFIGDIR=/tmp"
+STRIP, IMPORT = "RUN rm -rf torch/include", "RUN MPLCONFIGDIR="
 
 # Tells of every library in the image that is not torch's whether it is, to the byte, what its package brought along.
 COMPARE = """
@@ -59,6 +59,15 @@ def test_torchvision_can_be_imported_where_only_memory_can_be_written_to(first_r
     project, _ = first_run
     imported = project.run("train", "-c", "import torchvision.datasets", options=("--entrypoint", "python"))
     assert imported.returncode == 0, imported
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_matplotlib_finds_a_list_of_fonts_in_a_folder_that_it_can_write_to(first_run, stage):
+    project, _ = first_run
+    program = "import matplotlib, os; folder = matplotlib.get_cachedir(); print(folder, *os.listdir(folder))"
+    listed = project.run(stage, "-c", program, options=("--entrypoint", "/opt/entrypoint.sh"))
+    folder, name = listed.stdout.split()
+    assert (folder, name.startswith("fontlist-")) == ("/dev/shm/matplotlib", True)
 
 
 def build(scripts):
