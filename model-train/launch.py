@@ -1,8 +1,8 @@
 """Runs train on one of several nodes, under torchrun: the entry point of the train image in a cluster.
 
-Every node starts it with the same flags. torchrun, PyTorch's launcher, lets the nodes find each other at the rendezvous,
-tells each its rank, and starts them again, from the last checkpoint, when a node is lost or one joins. Flags that are
-not in --help are those of train. The exit status is that of train, whatever torchrun's own would be.
+Every node starts it with the same flags. torchrun, PyTorch's launcher, lets the nodes find each other at the
+rendezvous, tells each its rank, and starts them again, from the last checkpoint, when a node is lost or one joins. Flags
+that are not in --help are those of train. The exit status is that of train, whatever torchrun's own would be.
 
     launch.py --nnodes 1:2 --rdzv-endpoint train:29400 --epochs 20
     launch.py --epochs 20       # where PET_NNODES, PET_NODE_RANK, PET_MASTER_ADDR and PET_MASTER_PORT say the rest
@@ -103,7 +103,7 @@ def launch(args: argparse.Namespace) -> int:
     from torch.distributed.elastic.rendezvous import api as rendezvous
     from torch.distributed.launcher.api import elastic_launch
 
-    config, _, _ = torchrun.config_from_args(torchrun.parse_args(torchrun_words(args)))
+    config, _, _ = torchrun.config_from_args(torchrun.parse_args(torchrun_words(args)))  # type: ignore[no-untyped-call]
     where = config.rdzv_endpoint
     try:
         statuses = elastic_launch(config, train_on_this_node)()
@@ -130,7 +130,7 @@ def torchrun_words(args: argparse.Namespace) -> list[str]:
     if args.local_addr:
         words += ["--local-addr", args.local_addr]
     if args.rdzv_endpoint:
-        # After the least number of nodes is there, others have 5 more seconds to come; a lost node delays the rest by it.
+        # Once the least number of nodes is there, others have 5 seconds to come; so much a lost node delays the rest.
         limits = f"last_call_timeout=5,join_timeout={args.join_timeout},read_timeout={args.timeout}"
         words += ["--rdzv-backend", "c10d", "--rdzv-endpoint", args.rdzv_endpoint, "--rdzv-conf", limits]
         words += ["--rdzv-id", args.rdzv_id, "--max-restarts", str(args.max_restarts)]
@@ -140,7 +140,7 @@ def torchrun_words(args: argparse.Namespace) -> list[str]:
 def train_on_this_node() -> int:
     """Run train in a process that torchrun has started, and return its exit status, for torchrun to hand over.
 
-    Only the loss of another node is a failure to torchrun, which then starts the nodes again.
+    To torchrun, only the loss of another node is a failure: it then starts the nodes again.
     """
     process.prepare_process("train")
     _, sys.argv[1:] = parse_args()
@@ -148,7 +148,7 @@ def train_on_this_node() -> int:
         status = train.main()
     except SystemExit as end:
         status = int(end.code or 0)
-    if status == cluster.LOST_NODE:
+    if status == cluster.LOST_NODE or status > 128:  # torchrun, which sent the signal, does not wait for a result
         sys.exit(status)
     return status
 
