@@ -87,7 +87,7 @@ class WorkerState(ctypes.Structure):
 
 
 class BatchQueue:
-    """Batches are numbered consecutively over all epochs. Workers may take those in [next, limit).
+    """Batches are numbered consecutively over all epochs. Workers may take those in [next, limit), every `step`-th one.
 
     The parent raises the limit to the end of an epoch to start the workers, sets it to `next` to drain the queue, and
     sets `closed` to 1 to end the workers.
@@ -96,6 +96,7 @@ class BatchQueue:
     def __init__(self, next_batch: int, workers: list[WorkerRecord]) -> None:
         self.next, self.limit, self.closed = (ctypes.c_int64.from_buffer(mmap.mmap(-1, 8)) for _ in range(3))
         self.next.value = self.limit.value = next_batch
+        self.step = 1  # or the number of nodes, each of which has a queue of its own (cluster.py)
         self.workers = (WorkerState * len(workers)).from_buffer(
             mmap.mmap(-1, ctypes.sizeof(WorkerState) * len(workers))
         )
@@ -172,7 +173,7 @@ class BatchQueue:
 
     def skip_taken(self) -> None:
         """Move `next` past every batch that a worker is busy with."""
-        taken = [state.current_batch + 1 for state in self.workers if state.is_busy()]
+        taken = [state.current_batch + self.step for state in self.workers if state.is_busy()]
         self.next.value = max(self.next.value, *taken) if taken else self.next.value
 
     def first_available(self) -> int | None:

@@ -53,7 +53,12 @@ class Checkpoints:
 
 def load_checkpoint(path: Path) -> tuple[Any, Any, Record]:
     """Return the state dict, velocities and record of a checkpoint. Raise Failure if it is missing or damaged."""
-    content = net.load_tensors(read_limited(path, MAX_CHECKPOINT_BYTES, FRESH_HINT), path, FRESH_HINT)
+    return parse_checkpoint(read_limited(path, MAX_CHECKPOINT_BYTES, FRESH_HINT), path)
+
+
+def parse_checkpoint(file: bytes, path: Path) -> tuple[Any, Any, Record]:
+    """Return the state dict, velocities and record in a checkpoint's bytes. Raise Failure if it is damaged."""
+    content = net.load_tensors(file, path, FRESH_HINT)
     try:
         parts = dict(dict.items(content))  # a TypeError if it is no dict; its attributes could shadow its methods
         return parts["model"], parts["velocities"], parse_record(parts["results"])
@@ -98,10 +103,15 @@ def resume(plan: Plan, images: torch.Tensor, labels: torch.Tensor, folder: Path)
     check_progress(record, plan, path)
     record = record_for_resuming(record, plan)
     shared = SharedState(record, images, labels)
+    load_tensors(shared, state_dict, velocities, path)
+    return record, shared
+
+
+def load_tensors(shared: SharedState, state_dict: Any, velocities: Any, path: Path) -> None:
+    """Load the parameters and velocities of a checkpoint. Raise Failure if they are not those of this network."""
     net.load_weights(shared.model, state_dict, path, FRESH_HINT)
     net.check_tensor(velocities, "velocities", shared.velocities.shape, path, FRESH_HINT)
     shared.velocities.copy_(velocities.detach())
-    return record, shared
 
 
 def check_progress(record: Record, plan: Plan, path: Path) -> None:

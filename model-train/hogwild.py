@@ -54,6 +54,7 @@ class SharedState:
         # a finished training was continued.
         self.schedule_start = record.start
         self.schedule_end = self.settings.epochs * self.batches_per_epoch
+        self.peak_lr = self.settings.lr  # higher with several nodes (cluster.py)
         torch.manual_seed(self.settings.seed)
         self.model = net.Net(self.settings.dropout)
         # The parameters are views of one vector in shared memory: one call, not eight, updates them all.
@@ -141,10 +142,10 @@ class Trainer:
     def learning_rate(self, number: int) -> float:
         """Return the learning rate of a batch: constant, or linearly up to its peak, then linearly down to 0."""
         if self.settings.schedule == "constant":
-            return self.settings.lr
+            return self.shared.peak_lr
         start, end = self.shared.schedule_start, self.shared.schedule_end
         progress = (number + 0.5 - start) / (end - start)  # of the batch's middle, so that no batch has rate 0
-        return self.settings.lr * min(progress / WARMUP_FRACTION, (1 - progress) / (1 - WARMUP_FRACTION))
+        return self.shared.peak_lr * min(progress / WARMUP_FRACTION, (1 - progress) / (1 - WARMUP_FRACTION))
 
 
 PIXEL_CENTERS = (torch.arange(28) * 2 + 1) / 28 - 1  # of the pixels of a row, from -1 to 1

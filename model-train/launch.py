@@ -1,8 +1,8 @@
 """Runs train on one of several nodes, under torchrun: the entry point of the train image in a cluster.
 
 Every node starts it with the same flags. torchrun, PyTorch's launcher, lets the nodes find each other at the
-rendezvous, tells each its rank, and starts them again, from the last checkpoint, when a node is lost or one joins. Flags
-that are not in --help are those of train. The exit status is that of train, whatever torchrun's own would be.
+rendezvous, tells each its rank, and starts them again, from the last checkpoint, when a node is lost or one joins. All
+flags that --help does not list are those of train. The exit status is that of train, whatever torchrun's own would be.
 
     launch.py --nnodes 1:2 --rdzv-endpoint train:29400 --epochs 20
     launch.py --epochs 20       # where PET_NNODES, PET_NODE_RANK, PET_MASTER_ADDR and PET_MASTER_PORT say the rest
@@ -39,7 +39,8 @@ def main() -> int:
         if not args.rdzv_endpoint and "PET_MASTER_ADDR" not in os.environ:
             raise Failure("give --rdzv-endpoint HOST:PORT, the same on every node. See: launch --help", status=2)
         check_flags_of_train(flags)
-        os.environ[cluster.TIMEOUT_VARIABLE] = str(args.timeout)
+        for (name, _), seconds in ((cluster.TIMEOUT, args.timeout), (cluster.JOIN_TIMEOUT, args.join_timeout)):
+            os.environ[name] = str(seconds)
         end_when_stopped()
         return launch(args)
     return 1
@@ -63,10 +64,13 @@ def parse_args() -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--local-addr", metavar="HOST", help=text)
     text = "how often to go on from the last checkpoint after a node was lost (default: %(default)s)"
     parser.add_argument("--max-restarts", type=int, default=3, metavar="N", help=text)
-    text = "seconds to wait for the rendezvous, and for another node in each step (default: %(default)s)"
-    parser.add_argument("--timeout", type=train.parse_count, default=cluster.TIMEOUT, metavar="S", help=text)
-    text = "seconds to wait for the least number of nodes (default: %(default)s)"
-    parser.add_argument("--join-timeout", type=train.parse_count, default=300, metavar="S", help=text)
+    for name, (variable, default), text in (
+        ("--timeout", cluster.TIMEOUT, "seconds to wait for the rendezvous, and for another node while training"),
+        ("--join-timeout", cluster.JOIN_TIMEOUT, "seconds to wait for the least number of nodes, and their data"),
+    ):
+        seconds = os.environ.get(variable, default)
+        text = f"{text} (default: {variable}, or {default})"
+        parser.add_argument(name, type=train.parse_count, default=seconds, metavar="S", help=text)
     return parser.parse_known_args()
 
 
@@ -140,15 +144,16 @@ def torchrun_words(args: argparse.Namespace) -> list[str]:
 def train_on_this_node() -> int:
     """Run train in a process that torchrun has started, and return its exit status, for torchrun to hand over.
 
-    To torchrun, only the loss of another node is a failure: it then starts the nodes again.
+    A failure in the training, such as the loss of another node, ends this process: torchrun then starts it again.
     """
     process.prepare_process("train")
     _, sys.argv[1:] = parse_args()
     try:
         status = train.main()
-    except SystemExit as end:
-        status = int(end.code or 0)
-    if status == cluster.LOST_NODE or status > 128:  # torchrun, which sent the signal, does not wait for a result
+    except Exception as error:  # torch would write it to a file
+        process.report_crash(type(error), error, error.__traceback__)
+        sys.exit(1)
+    if status > 128:  # torchrun has sent the signal, and does not wait for a result
         sys.exit(status)
     return status
 

@@ -39,6 +39,7 @@ class Settings:
     max_grad_norm: float = number_field(2.0, "clip gradients to this norm", 1e-6, 1e9)
     augmentation: float = number_field(1.0, "strength of random rotation, scaling and shift; 0 is none", 0, 4)
     dropout: float = number_field(0.0, "dropout probability of the network's two dropout layers", 0, 0.99)
+    sync_every: int = number_field(20, "batches of a node between averagings; only with several nodes", 1, 10_000)
 
     def as_flags(self) -> str:
         """Return the settings that are not defaults, as command-line flags."""

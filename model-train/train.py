@@ -23,6 +23,7 @@ if __name__ == "__main__":
 import argparse
 import hashlib
 import io
+import os
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -60,6 +61,10 @@ def main() -> int:
     fresh = args.fresh or args.dry_run  # a dry run neither reads nor changes the volume
     decide = partial(plan.decide, requested, fresh=fresh, folder=args.model)
     with exit_on_failure("train"):
+        if "TORCHELASTIC_RUN_ID" in os.environ:  # this is one of several nodes
+            import cluster
+
+            return cluster.train_on_node(args, requested)
         if args.dry_run:
             return run(replace(decide(), message="dry run"), args)
         args.model.mkdir(parents=True, exist_ok=True)

@@ -98,18 +98,26 @@ class Workers:
                 process.join()
 
     def drain(self) -> None:
-        """Wait until all workers are idle, and bring the record up to date.
-
-        Raise Stopped if that takes too long after a request to stop.
-        """
+        """Hand out no more batches, wait until all workers are idle, and bring the record up to date."""
         self.queue.stop_handing_out()
+        self.wait_until_idle()
+        self.record.update(self.queue.next.value, self.queue.worker_records(), self.seconds())
+
+    def wait_until_idle(self) -> None:
+        """Wait until all batches below the queue's limit are finished."""
         while not self.queue.is_drained():
-            if self.stop.is_overdue():
-                raise Stopped(self.stop.number, saved=False)
-            time.sleep(0.0005)
-            self.watch()
-        seconds = time.monotonic() - self.started_at
-        self.record.update(self.queue.next.value, self.queue.worker_records(), seconds)
+            self.watch_unless_overdue()
+            time.sleep(0.0005 if self.queue.all_handed_out() else 0.005)
+
+    def watch_unless_overdue(self) -> None:
+        """Do watch(), or raise Stopped if a request to stop has taken too long."""
+        if self.stop.is_overdue():
+            raise Stopped(self.stop.number, saved=False)
+        self.watch()
+
+    def seconds(self) -> float:
+        """Return the seconds of the training so far, earlier runs included."""
+        return time.monotonic() - self.started_at
 
     def watch(self) -> None:
         """Notice workers that were killed, so that others redo their batches, and kill workers that hang.
