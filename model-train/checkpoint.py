@@ -10,8 +10,8 @@ import net
 import torch
 from artifacts import CHECKPOINT, FRESH_HINT, TRAIN_RESULTS, publish, read_limited
 from hogwild import PRECISION, SharedState
-from plan import Plan, check_epochs, check_same_training
-from process import Failure
+from plan import MAY_CHANGE, Plan, check_epochs, check_same_training
+from process import Failure, say
 from record import Record, package_versions, parse_record, read_record
 
 CHECKPOINT_SECONDS = 3  # between two checkpoints; saving takes 1 to 2 % of the time
@@ -75,7 +75,7 @@ def start_or_resume(
         record, shared = resumed
     else:
         record = Record.new(plan.settings)
-        record.precision = precision_of(plan)
+        record.precision, record.nodes = precision_of(plan), plan.nodes
         shared = SharedState(record, images, labels)
     if folder:
         record.publish(folder)  # if train is killed before the first checkpoint, the settings are known
@@ -101,26 +101,45 @@ def resume(plan: Plan, images: torch.Tensor, labels: torch.Tensor, folder: Path)
             raise
         return None
     check_progress(record, plan, path)
+    workers = len(record.workers)
+    say_what_changes(record, plan)
     record = record_for_resuming(record, plan)
     shared = SharedState(record, images, labels)
-    load_tensors(shared, state_dict, velocities, path)
+    load_tensors(shared, state_dict, velocities, workers, path)
     return record, shared
 
 
-def load_tensors(shared: SharedState, state_dict: Any, velocities: Any, path: Path) -> None:
-    """Load the parameters and velocities of a checkpoint. Raise Failure if they are not those of this network."""
+def load_tensors(shared: SharedState, state_dict: Any, velocities: Any, workers: int, path: Path) -> None:
+    """Load the parameters, and the velocities of that many workers, of a checkpoint.
+
+    Raise Failure if they are not those of this network.
+    """
     net.load_weights(shared.model, state_dict, path, FRESH_HINT)
-    net.check_tensor(velocities, "velocities", shared.velocities.shape, path, FRESH_HINT)
-    shared.velocities.copy_(velocities.detach())
+    net.check_tensor(velocities, "velocities", torch.Size([workers, len(shared.parameters)]), path, FRESH_HINT)
+    kept = min(workers, len(shared.velocities))
+    shared.velocities[:kept].copy_(velocities[:kept].detach())
+
+
+def say_what_changes(record: Record, plan: Plan) -> None:
+    """Tell the user what becomes of the velocities if there are other nodes or workers than before."""
+    before, now = (record.nodes, len(record.workers)), (plan.nodes, plan.settings.num_processes)
+    if before == now:
+        return
+    kept = min(before[1], now[1])
+    others = ", the others with 0" if now[1] > kept else ""
+    say(
+        "train: {} nodes x {} workers go on where {} x {} stopped: ".format(*now, *before)
+        + f"on each node, {kept} start with velocities of the checkpoint{others}"
+    )
 
 
 def check_progress(record: Record, plan: Plan, path: Path) -> None:
     """Raise Failure if a checkpoint is inconsistent, or has other settings than the published record."""
-    if replace(record.settings, epochs=plan.settings.epochs) != plan.settings:
+    if replace(record.settings, **{name: getattr(plan.settings, name) for name in MAY_CHANGE}) != plan.settings:
         raise Failure(f"{path} and {TRAIN_RESULTS} have different settings. {FRESH_HINT}")
     if not 0 <= record.epochs_done() - len(record.history) <= 1 or record.start > record.batches:
         raise Failure(f"{path} is damaged (progress and history are inconsistent). {FRESH_HINT}")
-    check_same_training(record, {}, path.parent)
+    check_same_training(record, {}, path.parent, MAY_CHANGE)
     check_epochs(record, plan.settings.epochs, path.parent)
 
 
@@ -129,6 +148,7 @@ def record_for_resuming(record: Record, plan: Plan) -> Record:
     is_longer = plan.settings.epochs > record.settings.epochs
     if is_longer and len(record.history) == record.settings.epochs:
         record.start = record.batches  # the learning rate has decayed to 0: restart its schedule
+    record.set_workers(plan.settings.num_processes)
     now = Record.new(plan.settings)
     return replace(
         record,
@@ -138,6 +158,7 @@ def record_for_resuming(record: Record, plan: Plan) -> Record:
         began=now.began,
         finished=False,
         precision=precision_of(plan),
+        nodes=plan.nodes,
         versions=package_versions(),
     )
 

@@ -13,6 +13,7 @@ import contextlib
 import hashlib
 import json
 import math
+import os
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -35,8 +36,9 @@ if TYPE_CHECKING:  # torch takes a second to import
     from progress import Progress
     from workers import StopRequest, Workers
 
-# Variables that launch.py sets, and their defaults: seconds to wait for another node while training, and before.
+# Variables that launch.py sets. Two have defaults: seconds to wait for another node while training, and before.
 TIMEOUT, JOIN_TIMEOUT = ("NODE_TIMEOUT", "30"), ("NODE_JOIN_TIMEOUT", "300")
+HAS_BEGUN = "NODE_HAS_BEGUN"  # names a file that a node makes once it trains: restarted, it resumes despite --fresh
 STOP_SECONDS = 5  # from the first to the last of the signals that stop all nodes
 VOLUME_SECONDS = 60  # until other nodes see a file that node 0 has written: so long NFS may show what was there before
 
@@ -48,6 +50,8 @@ def train_on_node(args: argparse.Namespace, requested: dict[str, Any]) -> int:
     """
     from distributed import Node, SharedFailure
 
+    if HAS_BEGUN not in os.environ:
+        raise Failure("torchrun must start launch.py, not train.py: see docs/cluster.md", status=2)
     node = Node()
     with contextlib.ExitStack() as lock:  # of the volume, until the end
         try:
@@ -67,6 +71,7 @@ class Preparation:
     ) -> None:
         self.node, self.args, self.requested, self.lock = node, args, requested, lock
         self.folder = None if args.dry_run else args.model
+        self.has_begun = Path(os.environ[HAS_BEGUN])
         self.raw: dict[str, bytearray] = {}
         self.started: tuple[Record, SharedState] | None = None
 
@@ -78,19 +83,23 @@ class Preparation:
         leads = self.node.rank == 0
         descriptions = [json.loads(text) for text in self.node.exchange("description", self.describe)]
         self.node.exchange("comparison", lambda: check_same(descriptions, self.node.rank))
-        start, *_ = self.node.exchange("start", self.decide if leads else bytes)
+        fresh = all(description["starts over"] for description in descriptions)
+        start, *_ = self.node.exchange("start", (lambda: self.decide(fresh)) if leads else bytes)
         if start:
             self.node.exchange("following", bytes if leads else lambda: self.follow(start))
+            self.has_begun.touch()
         return self.started
 
     def describe(self) -> bytes:
         """Read the data, and return what must be the same on all nodes: flags, and the sha256 of data and programs."""
         self.raw = read_data(self.args.data)
         flags = {flag(name): str(value) for name, value in self.requested.items()}
-        flags |= {name: "given" for name in ("--fresh", "--dry-run") if getattr(self.args, name[2:].replace("-", "_"))}
+        flags |= {"--dry-run": "given"} if self.args.dry_run else {}
         files = Path(__file__).parent.glob("*.py")
         programs = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
-        return json.dumps({"flags": flags, "data": DATA_SET.sha256, "programs": programs}).encode()
+        parts = {"flags": flags, "data": DATA_SET.sha256, "programs": programs}
+        starts_over = self.args.dry_run or (self.args.fresh and not self.has_begun.exists())
+        return json.dumps(parts | {"starts over": starts_over}).encode()
 
     def images(self, first: int, last: int) -> "tuple[torch.Tensor, torch.Tensor]":
         """Return some of the training images, uint8 [N, 28, 28], and their labels."""
@@ -99,19 +108,20 @@ class Preparation:
         images, labels = net.to_tensors(self.raw["train-images-idx3-ubyte"], self.raw["train-labels-idx1-ubyte"])
         return images[first:last], labels[first:last]
 
-    def decide(self) -> bytes:
+    def decide(self, fresh: bool) -> bytes:
         """On node 0: decide what to do, as on one machine; return the checkpoint to start from, empty for nothing."""
         from checkpoint import Checkpoints, start_or_resume
 
         if self.folder:
             self.folder.mkdir(parents=True, exist_ok=True)
             self.lock.enter_context(plan.volume_lock(self.folder))
-        todo = plan.decide(self.requested, self.args.fresh or self.args.dry_run, self.args.model)
+        todo = plan.decide(self.requested, fresh, self.args.model)
         if todo.action == "nothing":
             say(f"train: {todo.message}")
             return b""
         if self.args.dry_run:
             todo = replace(todo, message="dry run", settings=replace(todo.settings, epochs=1))
+        todo = replace(todo, nodes=self.node.world)
         train.check_limits(todo.settings)
         record, shared = start_or_resume(todo, *self.images(0, self.count_images(todo.settings)), self.folder)
         say(f"train: {todo.message} on {self.node.world} nodes ({todo.settings.as_flags()})")
@@ -139,7 +149,7 @@ class Preparation:
         if self.folder:
             check_volume(self.folder, record, self.node)
         shared = SharedState(record, *self.images(0, self.count_images(record.settings)))
-        load_tensors(shared, state_dict, velocities, path)
+        load_tensors(shared, state_dict, velocities, len(record.workers), path)
         self.started = record, shared
         return b""
 
@@ -313,8 +323,7 @@ class Averaging:
         del self.record.lost_workers[self.known_losses :]
         for node, rows in enumerate(numbers):
             for worker, (images, steps, loss_sum, waited, number, batch) in zip(self.record.workers, rows, strict=True):
-                worker.images, worker.steps = worker.images + int(images), worker.steps + int(steps)
-                worker.loss_sum, worker.waited_seconds = worker.loss_sum + loss_sum, worker.waited_seconds + waited
+                worker.add(int(images), int(steps), loss_sum, waited)
                 if number:
                     at = self.record.batches + int(batch) - 1 if batch else None
                     self.record.lost_workers.append(LostWorker(node * len(rows) + worker.rank, int(number), at))

@@ -20,9 +20,11 @@ import logging
 import os
 import signal
 import sys
+import tempfile
 import threading
 import time
 from functools import partial
+from pathlib import Path
 
 import cluster
 import train
@@ -41,6 +43,7 @@ def main() -> int:
         check_flags_of_train(flags)
         for (name, _), seconds in ((cluster.TIMEOUT, args.timeout), (cluster.JOIN_TIMEOUT, args.join_timeout)):
             os.environ[name] = str(seconds)
+        os.environ[cluster.HAS_BEGUN] = str(Path(tempfile.mkdtemp()) / "begun")
         end_when_stopped()
         return launch(args)
     return 1

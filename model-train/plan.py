@@ -6,6 +6,7 @@
 | an unfinished training  | no settings, or the same                     | resume                               |
 | an unfinished training  | another number of epochs, more than are done | resume, with the schedule recomputed |
 | an unfinished training  | no more epochs than are done                 | refuse                               |
+| an unfinished training  | another number of workers                    | resume, and say what that changes    |
 | a finished model        | no settings, or no more epochs               | do nothing                           |
 | a finished model        | more epochs                                  | resume                               |
 | either                  | other settings, or other data                | refuse, and name the difference      |
@@ -39,6 +40,8 @@ from process import Failure
 from record import Record, read_record
 from settings import Settings, flag
 
+MAY_CHANGE = ("epochs", "num_processes")  # settings that an unfinished training may resume with other values of
+
 
 @dataclass
 class Plan:
@@ -47,6 +50,7 @@ class Plan:
     action: str
     message: str
     settings: Settings
+    nodes: int = 1  # machines that train together
 
 
 def decide(requested: dict[str, Any], fresh: bool, folder: Path) -> Plan:
@@ -72,26 +76,27 @@ def decide(requested: dict[str, Any], fresh: bool, folder: Path) -> Plan:
 
 def decide_on(record: Record, requested: dict[str, Any], model: Path) -> Plan:
     """Return the plan if there is the record of a training, finished or not."""
-    check_same_training(record, requested, model.parent)
-    wanted = replace(record.settings, epochs=requested.get("epochs", record.settings.epochs))
-    done = len(record.history)
-    if not (record.finished and model.exists()):  # a deleted model is published again from the checkpoint
+    wanted = replace(record.settings, **{name: requested[name] for name in MAY_CHANGE if name in requested})
+    done, is_finished = len(record.history), record.finished and model.exists()
+    trains = wanted.epochs > done or not is_finished
+    check_same_training(record, requested, model.parent, MAY_CHANGE if trains else ("epochs",))
+    if not is_finished:  # a deleted model is published again from the checkpoint
         check_epochs(record, wanted.epochs, model.parent)
         return Plan("resume", f"resuming after {done} of {wanted.epochs} epochs", wanted)
     if hashlib.sha256(read_limited(model, MAX_MODEL_BYTES, FRESH_HINT)).hexdigest() != record.model_sha256:
         message = f"{model} does not match the sha256 in {TRAIN_RESULTS}; leaving it unchanged. {FRESH_HINT}"
         return Plan("nothing", message, wanted)
-    if wanted.epochs > done:
+    if trains:
         return Plan("resume", f"continuing from {done} to {wanted.epochs} epochs", wanted)
     message = f"{model} is already trained for {done} epochs; nothing to do. To train longer: --epochs N. {FRESH_HINT}"
     return Plan("nothing", message, wanted)
 
 
-def check_same_training(record: Record, requested: dict[str, Any], folder: Path) -> None:
-    """Raise Failure if the training in the volume used other data, or settings other than those requested."""
+def check_same_training(record: Record, requested: dict[str, Any], folder: Path, but: tuple[str, ...]) -> None:
+    """Raise Failure if the training in the volume used other data, or other settings, `but` some, than requested."""
     if record.data_sha256 != DATA_SET.sha256:
         raise Failure(f"the training in {folder} used other data than this {DATA_SET.name}. {FRESH_HINT}", status=2)
-    names = record.settings.differences(requested)
+    names = [name for name in record.settings.differences(requested) if name not in but]
     if names:
         has = ", ".join(f"{flag(name)} {getattr(record.settings, name)}" for name in names)
         wants = ", ".join(f"{flag(name)} {requested[name]}" for name in names)

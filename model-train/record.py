@@ -43,6 +43,11 @@ class WorkerRecord:
     loss_sum: float = 0.0
     waited_seconds: float = 0.0
 
+    def add(self, images: int, steps: int, loss_sum: float, waited_seconds: float) -> None:
+        """Add what has been done."""
+        self.images, self.steps = self.images + images, self.steps + steps
+        self.loss_sum, self.waited_seconds = self.loss_sum + loss_sum, self.waited_seconds + waited_seconds
+
 
 @dataclass
 class LostWorker:
@@ -70,6 +75,7 @@ class Record:
     images_per_second: float = 0.0
     history: list[EpochRecord] = field(default_factory=list)
     lost_workers: list[LostWorker] = field(default_factory=list)
+    nodes: int = 1  # machines that train together, or did so last; workers of the same rank share a WorkerRecord
     precision: str = "float32"  # of the convolutions
     data_sha256: dict[str, str] = field(default_factory=lambda: dict(DATA_SET.sha256))
     model_sha256: str = ""
@@ -83,6 +89,12 @@ class Record:
     def to_json(self) -> str:
         """Return the text of train_results.json."""
         return json.dumps(asdict(self), indent=1)
+
+    def set_workers(self, count: int) -> None:
+        """Set the number of workers; what those that are no longer there have done is added to the others."""
+        old, self.workers = self.workers, [WorkerRecord(rank) for rank in range(count)]
+        for place, worker in enumerate(old):
+            self.workers[place % count].add(worker.images, worker.steps, worker.loss_sum, worker.waited_seconds)
 
     def update(self, batches: int, workers: list[WorkerRecord], seconds: float) -> None:
         """Copy the totals of the workers, which must be idle."""

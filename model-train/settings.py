@@ -51,9 +51,9 @@ class Settings:
         return bool(getattr(self, item.name) == item.default)
 
     def differences(self, requested: dict[str, Any]) -> list[str]:
-        """Return the names of requested settings that differ, except epochs: more epochs train the same model."""
+        """Return the names of requested settings that differ."""
         settings = asdict(self)
-        return [name for name, value in requested.items() if name != "epochs" and value != settings[name]]
+        return [name for name, value in requested.items() if value != settings[name]]
 
 
 SETTINGS = {item.name: item for item in fields(Settings)}
