@@ -40,7 +40,6 @@ if TYPE_CHECKING:  # torch takes a second to import
 TIMEOUT, JOIN_TIMEOUT = ("NODE_TIMEOUT", "30"), ("NODE_JOIN_TIMEOUT", "300")
 HAS_BEGUN = "NODE_HAS_BEGUN"  # names a file that a node makes once it trains: restarted, it resumes despite --fresh
 STOP_SECONDS = 5  # from the first to the last of the signals that stop all nodes
-VOLUME_SECONDS = 60  # until other nodes see a file that node 0 has written: so long NFS may show what was there before
 
 
 def train_on_node(args: argparse.Namespace, requested: dict[str, Any]) -> int:
@@ -173,7 +172,7 @@ def check_same(descriptions: list[dict[str, dict[str, str]]], rank: int) -> byte
 
 def check_volume(folder: Path, record: Record, node: "Node") -> None:
     """Raise Failure if train_results.json is not what node 0 has just written."""
-    path, deadline = folder / TRAIN_RESULTS, time.monotonic() + VOLUME_SECONDS
+    path, deadline = folder / TRAIN_RESULTS, time.monotonic() + node.timeout
     while not (path.exists() and path.read_text() == record.to_json()):
         if time.monotonic() > deadline:
             hint = "Mount one volume on all nodes"

@@ -96,6 +96,10 @@ class Container:
         """Its state, as the engine has it."""
         return inspect(self.id)["State"]
 
+    def logs(self):
+        """What it has printed so far."""
+        return docker("logs", self.id).stdout
+
     def send(self, number):
         """Sends a signal to its first process."""
         docker("kill", "--signal", int(number), self.id)
@@ -123,7 +127,7 @@ class Container:
 
     def wait_until_it_trains(self):
         """Waits for the first line of progress, which comes soon with the flags OFTEN."""
-        self.wait_until(lambda: "images/s" in docker("logs", self.id).stdout, "a line of progress")
+        self.wait_until(lambda: "images/s" in self.logs(), "a line of progress")
 
 
 class Pipeline:
@@ -133,6 +137,8 @@ class Pipeline:
     that size, such as "300k". data: another folder with the data set. environment: variables that the compose file
     reads, such as MNIST_MEMORY. changes: what is to be different for a service, such as train={"user": "1000"}.
     """
+
+    files = (COMPOSE_FILE,)
 
     def __init__(self, volume=None, data=None, disk=None, environment=None, **changes):
         self.name, self.disk = f"{PREFIX}-{uuid.uuid4().hex[:6]}", disk
@@ -170,7 +176,8 @@ class Pipeline:
     def compose(self, *words, seconds=300):
         """Runs a Compose command, which has the changes to the compose file from standard input."""
         # Compose's own words on standard error are not to be taken for a stage's.
-        options = ("--progress", "quiet", "--project-name", self.name, "--file", COMPOSE_FILE, "--file", "-")
+        files = [word for file in (*self.files, "-") for word in ("--file", file)]
+        options = ("--progress", "quiet", "--project-name", self.name, *files)
         changes = json.dumps(self.override)
         return docker("compose", *options, *words, input=changes, env=self.environment, timeout=seconds)
 

@@ -1,0 +1,168 @@
+"""Training on several nodes: their shares of the batches, what keeps them from training together, and two of them."""
+
+import json
+import signal
+from types import SimpleNamespace
+
+import cluster
+import hogwild
+import nodes
+import pytest
+import record
+import stages
+import torch
+from process import Failure
+from settings import Settings
+
+DESCRIPTION = {"flags": {"--lr": "0.1"}, "data": {"train": "1" * 64}, "programs": {"net.py": "2" * 64}}
+
+
+def share(rank, world, done):
+    """The numbers of the batches that a node takes, of three epochs of 7 of which some are done."""
+    new = record.Record.new(Settings(epochs=3, batch_size=10, num_processes=1))
+    new.batches = done
+    shared = hogwild.SharedState(new, torch.zeros(65, 28, 28, dtype=torch.uint8), torch.zeros(65, dtype=torch.int64))
+    cluster.take_share(SimpleNamespace(rank=rank, world=world), new, shared)
+    shared.queue.set_limit(shared.schedule_end)
+    numbers = []
+    while (number := shared.queue.take(0)) is not None:
+        numbers.append(number)
+        shared.queue.workers[0].finish(10, 0.0)
+    return numbers
+
+
+@pytest.mark.parametrize("done", [0, 5, 7])
+@pytest.mark.parametrize("world", [1, 2, 3, 7])
+def test_the_shares_of_the_nodes_are_disjoint_and_together_all_batches_that_are_left(world, done):
+    shares = [share(rank, world, done) for rank in range(world)]
+    assert sorted(number for numbers in shares for number in numbers) == [*range(done, 21)]
+    assert max(map(len, shares)) - min(map(len, shares)) <= 1
+
+
+def test_the_learning_rate_is_multiplied_by_the_number_of_nodes():
+    new = record.Record.new(Settings(lr=0.1, schedule="constant"))
+    shared = hogwild.SharedState(new, torch.zeros(960, 28, 28, dtype=torch.uint8), torch.zeros(960, dtype=torch.int64))
+    cluster.take_share(SimpleNamespace(rank=1, world=4), new, shared)
+    assert hogwild.Trainer(0, shared).learning_rate(5) == pytest.approx(0.4)
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "value"),
+    [("flags", "--lr", "0.2"), ("flags", "--seed", "7"), ("data", "train", "3" * 64), ("programs", "net.py", "4" * 64)],
+)
+def test_a_node_that_differs_from_node_0_is_refused_and_the_difference_named(kind, name, value):
+    other = json.loads(json.dumps(DESCRIPTION))
+    other[kind][name] = value
+    assert cluster.check_same([DESCRIPTION, DESCRIPTION], 1) == b""
+    with pytest.raises(Failure, match=f"the {kind} of the nodes differ: {name} is {value[:12]} on node 1") as refusal:
+        cluster.check_same([DESCRIPTION, other], 1)
+    assert refusal.value.status == 2
+
+
+def test_on_one_machine_nothing_of_this_is_imported(volume):
+    words = stages.command("train", "--epochs", "2", model=volume)
+    words.insert(1, "-Ximporttime")
+    with stages.running(words) as process:
+        result = stages.finish(process)
+    imported = {line.rpartition("|")[2].strip() for line in result.stderr.splitlines()}
+    assert result.returncode == 0
+    assert "hogwild" in imported
+    assert not {"cluster", "distributed", "launch", "torch.distributed.run"} & imported
+
+
+# Two nodes ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def pair(data, tmp_path_factory):
+    """How both nodes of a training of one epoch ended, and its volume, to look at."""
+    folder, port = tmp_path_factory.mktemp("pair"), nodes.free_port()
+    return nodes.run(*[nodes.command(*nodes.SMALL, port=port, model=folder)] * 2), folder
+
+
+def test_two_nodes_train_a_model_on_every_image_once(pair):
+    ends, folder = pair
+    assert [(end.returncode, end.stderr) for end in ends] == [(0, ""), (0, "")]
+    results = stages.results(folder)
+    assert (results["finished"], results["nodes"]) == (True, 2)
+    assert stages.images_trained_on(folder) == 55_000
+    assert results["history"][0]["validation_accuracy"] > 90
+    stages.assert_whole(folder)
+
+
+def test_two_nodes_have_equal_parameters_after_the_last_averaging(pair):
+    ends, _ = pair
+    found = nodes.digests(ends)
+    assert {*found} == {"0", "1"}
+    assert found["0"] == found["1"]
+
+
+def test_the_training_loss_is_that_of_all_nodes(pair):
+    _, folder = pair
+    results = stages.results(folder)
+    (worker,), (epoch,) = results["workers"], results["history"]
+    assert worker["steps"] == results["batches"] == 110
+    assert epoch["train_loss"] == pytest.approx(worker["loss_sum"] / 55_000)
+    assert 0.2 < epoch["train_loss"] < 2
+
+
+def test_nodes_with_different_flags_end_at_once_each_in_one_line(data, tmp_path):
+    port = nodes.free_port()
+    one, other = (nodes.command(*nodes.SMALL, "--lr", lr, port=port, model=tmp_path) for lr in ("0.1", "0.2"))
+    for end in nodes.run(one, other):
+        stages.assert_fails(end, 2, "--lr", "0.2", "0.1")
+    assert stages.contents(tmp_path) == {}
+
+
+def test_nodes_whose_volume_is_not_shared_end_each_in_one_line(data, tmp_path, monkeypatch):
+    monkeypatch.setenv("NODE_TIMEOUT", "2")
+    port = nodes.free_port()
+    folders = [tmp_path / "one", tmp_path / "other"]
+    for end in nodes.run(*(nodes.command(*nodes.SMALL, port=port, model=folder) for folder in folders)):
+        stages.assert_fails(end, 1, "volume", "train_results.json")
+    assert not [*tmp_path.rglob("mnist_cnn.pt")]
+
+
+def test_more_nodes_than_batches_are_refused(data, tmp_path):
+    port = nodes.free_port()
+    words = nodes.command("--epochs", "1", "--batch-size", "55000", "--num-processes", "1", port=port, model=tmp_path)
+    for end in nodes.run(words, words):
+        stages.assert_fails(end, 2, "1 batches", "2 nodes", "--batch-size")
+
+
+def test_two_nodes_that_are_stopped_save_a_checkpoint_from_which_one_machine_goes_on(data, tmp_path):
+    words = nodes.command("--epochs", "9", "--num-processes", "1", port=nodes.free_port(), model=tmp_path)
+    with nodes.running(words, words) as processes:
+        stages.wait_until(lambda: stages.batches_saved(tmp_path) > 0, "a checkpoint")
+        before = stages.batches_saved(tmp_path)
+        for process in processes:
+            process.send_signal(signal.SIGTERM)
+        ends = nodes.finish(processes)
+    assert [end.returncode for end in ends] == [143, 143]
+    assert stages.batches_saved(tmp_path) > before
+    stages.assert_whole(tmp_path)
+    done = len(stages.results(tmp_path)["history"])
+    resumed = stages.run("train", "--epochs", str(done + 2), "--num-processes", "2", model=tmp_path)
+    stages.assert_succeeds(resumed)
+    assert "velocities" in resumed.stdout
+    assert stages.images_trained_on(tmp_path) == 55_000 * (done + 2)
+    assert stages.results(tmp_path)["nodes"] == 1
+
+
+def test_a_node_that_does_not_reach_the_rendezvous_ends_in_one_line(data, tmp_path):
+    port = nodes.free_port()
+    words = nodes.command(*nodes.SMALL, "--timeout", "1", port=port, model=tmp_path)
+    words[words.index(f"127.0.0.1:{port}")] = f"192.0.2.1:{port}"  # an address that is nobody's (RFC 5737)
+    (end,) = nodes.run(words)
+    stages.assert_fails(end, 1, "192.0.2.1", "rendezvous")
+
+
+def test_a_node_that_stays_alone_ends_in_one_line(data, tmp_path):
+    words = nodes.command(*nodes.SMALL, "--join-timeout", "1", port=nodes.free_port(), model=tmp_path)
+    (end,) = nodes.run(words)
+    stages.assert_fails(end, 1, "too few nodes")
+
+
+def test_a_wrong_flag_of_train_ends_a_node_with_status_2_before_torchrun_starts(tmp_path):
+    (end,) = nodes.run(nodes.command("--epochs", "0", port=nodes.free_port(), model=tmp_path))
+    stages.assert_fails(end, 2, "--epochs")
