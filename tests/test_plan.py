@@ -47,6 +47,20 @@ def test_an_unfinished_training_resumes_with_its_settings_up_to_the_epochs_reque
     assert decide(unfinished, **requested) == ("resume", expected)
 
 
+@pytest.mark.parametrize("workers", [1, 3])
+def test_an_unfinished_training_resumes_with_another_number_of_workers(unfinished, workers, capsys):
+    before, velocities = stages.results(unfinished), stages.load_checkpoint(unfinished)["velocities"]
+    decided = plan.decide({"num_processes": workers}, False, unfinished)
+    record, shared = checkpoint.start_or_resume(
+        decided, torch.zeros(55_000, 28, 28, dtype=torch.uint8), torch.zeros(55_000, dtype=torch.int64), unfinished
+    )
+    assert len(record.workers) == len(shared.velocities) == record.settings.num_processes == workers
+    assert sum(worker.images for worker in record.workers) == sum(worker["images"] for worker in before["workers"])
+    expected = torch.cat([velocities, torch.zeros_like(velocities[:1])])[:workers]
+    assert shared.velocities.equal(expected)
+    assert "velocities" in capsys.readouterr().out
+
+
 def test_a_training_whose_model_is_missing_is_unfinished(volume):
     (volume / "mnist_cnn.pt").unlink()
     assert decide(volume)[0] == "resume"
@@ -99,8 +113,10 @@ def test_a_model_from_elsewhere_is_left_as_it_is_and_settings_for_it_are_refused
     assert_refused(tmp_path, 2, "--fresh", epochs=5)
 
 
-@pytest.mark.parametrize("name", OTHERS)
-@pytest.mark.parametrize("state", ["unfinished", "volume"])
+@pytest.mark.parametrize(
+    ("state", "name"),
+    [("volume", name) for name in OTHERS] + [("unfinished", name) for name in OTHERS if name != "num_processes"],
+)
 def test_settings_that_differ_are_refused_and_the_difference_named(request, state, name):
     folder = request.getfixturevalue(state)
     assert_refused(folder, 2, f"{settings.flag(name)} {OTHERS[name]}", "--fresh", **{name: OTHERS[name]})

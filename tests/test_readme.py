@@ -1,6 +1,8 @@
 """The documents, README.md and docs/*.md, compared with the code: flags, variables, files, targets, links."""
 
 import re
+import subprocess
+import sys
 
 import pytest
 import stages
@@ -35,9 +37,13 @@ def flags_in(text):
 
 
 def of_programs(tmp_path):
-    """The flags of the three programs, from their own help, and those of serve."""
+    """The flags of the three programs and of launch.py, from their own help, and those of serve."""
     serve = re.findall(r'add_argument\("(--[a-z-]+)"', (stages.TREE / "model-infer/serve.py").read_text())
-    return {*serve}.union(*(flags_in(stages.call(stage, "--help", model=tmp_path).stdout) for stage in stages.STAGES))
+    launch = [sys.executable, stages.TREE / "model-train" / "launch.py", "--help"]
+    launch = flags_in(subprocess.run(launch, capture_output=True, text=True, check=True).stdout)
+    return {*serve, *launch}.union(
+        *(flags_in(stages.call(stage, "--help", model=tmp_path).stdout) for stage in stages.STAGES)
+    )
 
 
 def test_every_flag_of_a_program_is_documented(tmp_path):
@@ -50,8 +56,9 @@ def test_every_flag_in_a_document_is_one_of_a_programs_or_a_tools(tmp_path):
     assert flags_in(ALL) <= ours | OF_TOOLS
 
 
-def test_every_variable_of_the_compose_file_is_documented_and_no_other():
-    variables = {*re.findall(r"MNIST_[A-Z_]+", (stages.TREE / "docker-compose.yml").read_text())}
+def test_every_variable_of_the_compose_files_is_documented_and_no_other():
+    files = [stages.TREE / "docker-compose.yml", *(stages.TREE / "deploy").glob("compose.*.yml")]
+    variables = {*re.findall(r"MNIST_[A-Z_]+", "".join(file.read_text() for file in files))}
     assert {*re.findall(r"MNIST_[A-Z_]+", ALL)} == variables
 
 
