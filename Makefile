@@ -4,7 +4,7 @@ PYTHON = .venv/bin/python
 STAGES = model-eval model-infer
 COPIES = net.py artifacts.py process.py
 
-.PHONY: help test data local serve copies lint audit bench chaos
+.PHONY: help test data local serve copies lint audit bench chaos cluster-test
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /make \1 - /p' $(MAKEFILE_LIST)
 
@@ -29,6 +29,9 @@ bench: .venv/for-bench ## measure speed, accuracy, memory and sizes against PyTo
 
 chaos: .venv/for-tests ## try failures at many moments, and all broken files (FLAGS="-k accurate --kills 2": fewer)
 	REQUIRE_CONTAINERS=1 $(PYTHON) -m pytest tests/containers/chaos.py $(FLAGS)
+
+cluster-test: .venv/for-tests ## what faults do to a training on two nodes (FLAGS="-k network": some; takes 10 minutes)
+	REQUIRE_CONTAINERS=1 $(PYTHON) -m pytest tests/containers/cluster_faults.py $(FLAGS)
 
 copies: ## copy what the three images share from model-train to the others
 	@for stage in $(STAGES); do cp $(addprefix model-train/,$(COPIES)) model-train/requirements*.txt $$stage/; done

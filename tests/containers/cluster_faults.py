@@ -1,0 +1,256 @@
+"""What happens to a node or to the network while two nodes train, and how long the other node takes to go on or to end.
+
+make cluster-test                       # each test prints its figures
+make cluster-test FLAGS="-k network"
+"""
+
+import re
+import shutil
+import threading
+import time
+from pathlib import Path
+from signal import SIGKILL
+
+import nodes
+import pytest
+import stages
+from nodes import Cluster
+from pipeline import DATA_FOLDER, statuses
+
+LONG = ("--epochs", "200", "--num-processes", "1")  # flags for a training that is still going on after the fault
+APP = "/opt/app"
+
+# Takes a container's network interface down for some seconds, as if the cable had been pulled.
+CUT = """
+import fcntl, socket, struct, time
+SIOCGIFFLAGS, SIOCSIFFLAGS, IFF_UP = 0x8913, 0x8914, 1
+def set_up(up):
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as any_socket:
+        request = struct.pack("16sH14x", b"eth0", 0)
+        _, flags = struct.unpack("16sH14x", fcntl.ioctl(any_socket, SIOCGIFFLAGS, request))
+        flags = flags | IFF_UP if up else flags & ~IFF_UP
+        fcntl.ioctl(any_socket, SIOCSIFFLAGS, struct.pack("16sH14x", b"eth0", flags))
+set_up(False)
+time.sleep(SECONDS)
+set_up(True)
+"""
+# Kills a Hogwild worker of a node: the one process that has a grandparent of its own command and no children.
+KILL_WORKER = """
+import os, pathlib
+parent, spawned = {}, set()
+for folder in pathlib.Path("/proc").glob("[0-9]*"):
+    pid = int(folder.name)
+    parent[pid] = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
+    if b"spawn_main" in (folder / "cmdline").read_bytes():
+        spawned.add(pid)
+os.kill(max(pid for pid in spawned if parent[pid] in spawned), 9)
+"""
+
+
+@pytest.fixture
+def report(capsys):
+    """A function that prints a figure at once."""
+
+    def say(text):
+        with capsys.disabled():
+            print(f"\n  {text}", end="")
+
+    return say
+
+
+@pytest.fixture
+def volume(tmp_path):
+    """A folder for the volume."""
+    return tmp_path / "volume"
+
+
+@pytest.fixture
+def two(volume):
+    """Two nodes that train for long: the project, the containers of train, which has the rendezvous, and train-2."""
+    with Cluster(volume, LONG) as project:
+        containers = project.start_nodes()
+        nodes.wait_until_they_train(containers)
+        yield project, *containers
+
+
+def seconds_until(condition, what):
+    """Waits for a condition; returns the seconds that took."""
+    began = time.monotonic()
+    stages.wait_until(condition, what)
+    return time.monotonic() - began
+
+
+def seconds_until_progress(volume):
+    """Waits until a new checkpoint has more batches than the one there is; returns the seconds that took."""
+    before = stages.batches_saved(volume)
+    return seconds_until(lambda: stages.batches_saved(volume) > before, "progress")
+
+
+def starts(container):
+    """How many times a node has been node 0: what it said it does."""
+    return re.findall(r"train: (starting|resuming).* on (\d) nodes", container.logs())
+
+
+def is_running(container):
+    return container.state()["Status"] == "running"
+
+
+def run_inside(container, script):
+    done = container.inside(f"/opt/venv/bin/python - <<'EOF'\n{script}\nEOF")
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_killed_node_leaves_the_other_to_go_on_alone_and_joins_when_it_comes_back(two, volume, report):
+    project, train, other = two
+    other.send(SIGKILL)
+    taken = seconds_until(lambda: ("resuming", "1") in starts(train), "a training of one node")
+    report(f"node killed: the other went on alone after {taken:.1f} s")
+    assert taken < 60
+    seconds_until_progress(volume)
+    project.start_nodes("train-2")
+
+    def trains_with_two():
+        return any(("resuming", "2") in starts(container) for container in map(project.container, project.nodes))
+
+    report(f"node started again: both trained together after {seconds_until(trains_with_two, 'two nodes'):.1f} s")
+    seconds_until_progress(volume)
+    assert is_running(train)
+
+
+def test_the_loss_of_the_rendezvous_ends_the_other_node_in_one_clear_line_and_both_resume(two, volume, report):
+    project, train, other = two
+    killed = time.time()
+    train.send(SIGKILL)
+    ended = other.end(60)
+    report(f"node with the rendezvous killed: the other ended after {ended.ended - killed:.1f} s")
+    assert ended.returncode == 1
+    assert [line for line in ended.stderr.splitlines() if "launch: cannot reach the rendezvous" in line]
+    assert "Traceback" not in ended.stderr
+    stages.assert_whole(volume)
+    assert not (volume / "mnist_cnn.pt").exists()
+    project.start_nodes()
+    seconds_until_progress(volume)
+
+
+def test_a_killed_worker_costs_nothing_but_its_time(volume, report):
+    with Cluster(volume, ("--epochs", "12", "--num-processes", "2")) as project:
+        containers = project.start_nodes()
+        nodes.wait_until_they_train(containers)
+        _, follower = nodes.by_rank(containers)
+        run_inside(follower, KILL_WORKER)
+        ends = project.end_nodes()
+    assert [end.returncode for end in ends] == [0, 0], ends
+    results = stages.results(volume)
+    (lost,) = results["lost_workers"]
+    report(f"worker of node 1 killed: recorded as {lost}")
+    assert (lost["signal"], lost["rank"] >= 2) == (SIGKILL, True)
+    assert stages.images_trained_on(volume) == 12 * 55_000
+
+
+def test_the_only_worker_of_a_node_is_killed_and_all_nodes_go_on_from_the_checkpoint(two, volume, report):
+    _, *containers = two
+    leader, follower = nodes.by_rank(containers)
+    run_inside(follower, KILL_WORKER)
+
+    def resumes():
+        return any(("resuming", "2") in starts(container) for container in containers)
+
+    report(f"only worker of node 1 killed: both went on after {seconds_until(resumes, 'a restart'):.1f} s")
+    seconds_until_progress(volume)
+    assert is_running(leader)
+
+
+def test_a_network_that_is_cut_for_5_seconds_is_waited_for(two, volume, report):
+    _, train, other = two
+    before = starts(train) + starts(other)
+    run_inside(other, CUT.replace("SECONDS", "5"))
+    report(f"network cut for 5 s: progress {seconds_until_progress(volume):.1f} s after its end")
+    assert starts(train) + starts(other) == before
+
+
+def test_a_network_that_is_cut_for_60_seconds_loses_a_node_for_a_while_at_most(two, volume, report):
+    project, train, other = two
+    began = time.monotonic()
+    cutting = threading.Thread(target=run_inside, args=(other, CUT.replace("SECONDS", "60")))
+    cutting.start()
+    seconds_until(lambda: ("resuming", "1") in starts(train), "a training of one node")
+    report(f"network cut for 60 s: the node with the rendezvous went on alone after {time.monotonic() - began:.1f} s")
+    cutting.join()
+    after = time.monotonic()
+
+    def has_joined_or_ended():
+        joined = any(("resuming", "2") in starts(container) for container in (train, other))
+        return "joined" if joined else not is_running(other) and f"ended with {other.end().returncode}"
+
+    outcome = stages.wait_until(has_joined_or_ended, "the end of the other node")
+    report(f"the other one {outcome} {time.monotonic() - after:.1f} s after the cut")
+    seconds_until_progress(volume)
+    assert is_running(train)
+
+
+def test_a_late_node_joins(volume, report):
+    with Cluster(volume, LONG) as project:
+        (train,) = project.start_nodes("train")
+        began = time.monotonic()
+        stages.wait_until(lambda: ("starting", "1") in starts(train), "a training of one node")
+        report(f"one node alone: trained after {time.monotonic() - began:.1f} s")
+        seconds_until_progress(volume)
+        (other,) = project.start_nodes("train-2")
+
+        def trains_with_two():
+            return any(("resuming", "2") in starts(container) for container in (train, other))
+
+        report(f"late node: both trained together after {seconds_until(trains_with_two, 'two nodes'):.1f} s")
+        seconds_until_progress(volume)
+
+
+def other_recipe(folder):
+    """A node that is started with other flags."""
+    return {"command": [*LONG, "--lr", "0.2"]}
+
+
+def other_code(folder):
+    """A node whose image has another program."""
+    program = folder / "net.py"
+    program.write_text((stages.TREE / "model-train" / "net.py").read_text() + "\n# another one\n")
+    return {"volumes": [f"{program}:{APP}/net.py:ro"]}
+
+
+def other_data(folder):
+    """A node whose image is for other data, which it has."""
+    shutil.copytree(stages.DATA / "MNIST", folder / "data" / "MNIST")
+    labels = folder / "data" / stages.RAW / "t10k-labels-idx1-ubyte"
+    sha256 = stages.sha256(labels)
+    labels.write_bytes(labels.read_bytes()[:-1] + b"\0")
+    program = folder / "artifacts.py"
+    text = (stages.TREE / "model-train" / "artifacts.py").read_text()
+    program.write_text(text.replace(sha256, stages.sha256(labels)))
+    return {"volumes": [f"{program}:{APP}/artifacts.py:ro", f"{folder / 'data'}:{DATA_FOLDER}"]}
+
+
+def damaged_data(folder):
+    """A node whose data is damaged, and cannot be downloaded."""
+    shutil.copytree(stages.DATA / "MNIST", folder / "data" / "MNIST")
+    Path(folder / "data" / stages.RAW / "train-labels-idx1-ubyte").write_bytes(b"")
+    return {"volumes": [f"{folder / 'data'}:{DATA_FOLDER}"]}
+
+
+@pytest.mark.parametrize(
+    ("make", "names"),
+    [
+        (other_recipe, ["flags", "--lr", "0.2"]),
+        (other_code, ["programs", "net.py"]),
+        (other_data, ["data", "t10k-labels"]),
+        (damaged_data, ["train-labels-idx1-ubyte"]),
+    ],
+)
+def test_a_node_that_differs_keeps_both_from_training(volume, tmp_path, report, make, names):
+    with Cluster(volume, LONG, **{"train-2": make(tmp_path)}) as project:
+        project.start_nodes()
+        ends = dict(zip(project.nodes, project.end_nodes(120), strict=True))
+    report(f"{make.__name__}: both ended after {max(end.seconds for end in ends.values()):.1f} s")
+    assert 0 not in statuses(ends).values()
+    for end in ends.values():
+        (line,) = end.stderr.splitlines()
+        assert all(name in line for name in names), line
+    assert not (volume / "mnist_cnn.pt").exists()
