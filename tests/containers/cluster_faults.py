@@ -169,7 +169,7 @@ def test_a_network_that_is_cut_for_5_seconds_is_waited_for(two, volume, report):
 
 
 def test_a_network_that_is_cut_for_60_seconds_loses_a_node_for_a_while_at_most(two, volume, report):
-    project, train, other = two
+    _, train, other = two
     began = time.monotonic()
     cutting = threading.Thread(target=run_inside, args=(other, CUT.replace("SECONDS", "60")))
     cutting.start()

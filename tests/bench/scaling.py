@@ -1,0 +1,240 @@
+"""How far training on several nodes carries: measured for one and two nodes, modelled for more. See docs/cluster.md.
+
+    make scaling                            # measures, simulates, and draws docs/scaling.png
+    make scaling FLAGS=measure              # pairs of trainings in containers, on one node and on two, a core each
+    make scaling FLAGS=simulate             # the accuracy of up to 64 nodes, with real SGD in one process
+    make scaling FLAGS=draw                 # the table and the plot from the results of both
+
+Results are kept in tests/bench/out/scaling.json: what is there is not done again.
+"""
+
+import argparse
+import json
+import re
+import statistics
+import sys
+import tempfile
+import time
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from types import SimpleNamespace
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+import pipeline
+import stages
+from nodes import Cluster
+from pipeline import Pipeline
+
+RESULTS, PLOT = Path(__file__).parent / "out" / "scaling.json", stages.TREE / "docs" / "scaling.png"
+SEEDS = range(1, 6)
+NODES, SYNC_EVERY, SIMULATED_SEEDS, SIMULATED_EPOCHS = (1, 2, 4, 8, 16, 32, 64), (5, 20, 100), (1, 2), 5
+LATENCY, BANDWIDTH = 100e-6, 1e9 / 8  # of the modelled network: seconds a message, bytes a second (1 Gbit/s)
+VECTOR_BYTES = 4 * 21_840
+EPOCHS, BATCHES, VALIDATION_SECONDS = 15, 573, 0.1
+
+
+def main():
+    parser = argparse.ArgumentParser()
+    parser.add_argument("steps", nargs="*", default=["measure", "simulate", "draw"])
+    results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {"measured": {}, "simulated": {}}
+    for step in parser.parse_args().steps:
+        {"measure": measure, "simulate": simulate, "draw": draw}[step](results)
+
+
+def save(results):
+    """Keeps what has been measured so far."""
+    RESULTS.parent.mkdir(exist_ok=True)
+    RESULTS.write_text(json.dumps(results, indent=1))
+
+
+# Measured -------------------------------------------------------------------------------------------------------------
+
+
+def measure(results):
+    """Trains pairs: on one node and on two, with the default recipe, one worker and one core a node."""
+    pipeline.build()
+    try:
+        for seed in SEEDS:
+            if str(seed) not in results["measured"]:
+                flags = ("--num-processes", "1", "--seed", str(seed))
+                results["measured"][str(seed)] = {"1": train_on_one(flags), "2": train_on_two(flags)}
+                save(results)
+                print(seed, results["measured"][str(seed)], flush=True)
+    finally:
+        pipeline.remove_images()
+
+
+def train_on_one(flags):
+    """Trains without any of this, as on one machine, and evaluates."""
+    with tempfile.TemporaryDirectory() as folder, Pipeline(Path(folder) / "volume", train={"cpuset": "0"}) as project:
+        ended = project.run("train", *flags)
+        return figures(project, [ended], Path(folder) / "volume")
+
+
+def train_on_two(flags):
+    """Trains on two nodes, and evaluates."""
+    cores = {"train": {"cpuset": "0"}, "train-2": {"cpuset": "1"}}
+    with tempfile.TemporaryDirectory() as folder, Cluster(Path(folder) / "volume", flags, **cores) as project:
+        containers = project.start_nodes()
+        sent = 0
+        while all(container.state()["Status"] == "running" for container in containers):
+            sent = bytes_sent(containers[0]) or sent
+            time.sleep(0.5)
+        return figures(project, project.end_nodes(), Path(folder) / "volume") | {"bytes_sent": sent}
+
+
+def bytes_sent(container):
+    """The bytes that a container has sent over its network so far."""
+    found = re.search(r"eth0:(.*)", container.inside("cat /proc/net/dev").stdout)
+    return int(found[1].split()[8]) if found else 0
+
+
+def figures(project, ends, volume):
+    """What is kept of a training; the accuracy is that on the test images."""
+    if any(end.returncode for end in ends):
+        sys.exit(f"scaling: a training failed: {ends}")
+    if project.run("evaluate").returncode:
+        sys.exit("scaling: evaluate failed")
+    record, evaluation = stages.results(volume), stages.read_json(volume / "eval_results.json")
+    said = re.findall(r"(\d+) averagings took ([\d.]+) s", "".join(end.stdout for end in ends))
+    return {
+        "seconds": record["seconds"],
+        "container_seconds": max(end.ended for end in ends) - min(end.began for end in ends),
+        "images_per_second": record["images_per_second"],
+        "validation": record["history"][-1]["validation_accuracy"],
+        "test": evaluation["Accuracy"],
+        "averagings": [int(count) for count, _ in said],
+        "averaging_seconds": [float(seconds) for _, seconds in said],
+    }
+
+
+# Simulated ------------------------------------------------------------------------------------------------------------
+
+
+def simulate(results):
+    """Trains as N nodes would, one after the other in one process: the arithmetic needs no network."""
+    wanted = [
+        (world, sync, seed)
+        for seed in SIMULATED_SEEDS
+        for world in NODES
+        for sync in (SYNC_EVERY if world > 1 else SYNC_EVERY[1:2])
+        if f"{world} {sync} {seed}" not in results["simulated"]
+    ]
+    with ProcessPoolExecutor(2) as pool:
+        for (world, sync, seed), accuracy in zip(wanted, pool.map(train_as_nodes, wanted), strict=True):
+            results["simulated"][f"{world} {sync} {seed}"] = accuracy
+            save(results)
+            print(world, sync, seed, accuracy, flush=True)
+
+
+def train_as_nodes(wanted):
+    """The validation accuracy, in percent, that N nodes of one worker reach; None if they diverge."""
+    import cluster
+    import hogwild
+    import net
+    import torch
+    import train
+    from record import Record
+    from settings import TRAINING_IMAGES, Settings
+
+    world, sync, seed = wanted
+    raw = train.read_data(stages.DATA)
+    images, labels = net.to_tensors(raw["train-images-idx3-ubyte"], raw["train-labels-idx1-ubyte"])
+    record = Record.new(Settings(epochs=SIMULATED_EPOCHS, num_processes=1, sync_every=sync, seed=seed))
+    nodes = []
+    for rank in range(world):
+        shared = hogwild.SharedState(record, images[:TRAINING_IMAGES], labels[:TRAINING_IMAGES])
+        cluster.take_share(SimpleNamespace(rank=rank, world=world), record, shared)
+        nodes.append(hogwild.Trainer(0, shared))
+    end, per_epoch, batch = nodes[0].shared.schedule_end, nodes[0].shared.batches_per_epoch, 0
+    try:
+        while batch < end:
+            limit = min((batch // per_epoch + 1) * per_epoch, batch + sync * world)
+            for number in range(batch, limit):
+                nodes[number % world].train_batch(number)
+            mean = torch.stack([node.shared.parameters for node in nodes]).mean(0)
+            for node in nodes:
+                node.shared.parameters.copy_(mean)
+            batch = limit
+        validation = images[TRAINING_IMAGES:], labels[TRAINING_IMAGES:]
+        return train.validate(record, nodes[0].shared, validation)[1]
+    except (ArithmeticError, train.Failure):
+        return None
+
+
+# Both ---------------------------------------------------------------------------------------------------------------
+
+
+def model_seconds(results, world, sync):
+    """The seconds that N nodes would train, from the costs measured here and the stated network."""
+    batch_seconds, pause_seconds = measured_costs(results)
+    pauses = -(-BATCHES // (sync * world)) * EPOCHS if world > 1 else 0
+    # gloo's ring: 2 (N - 1) messages one after the other, each of 1/N of the vector.
+    network = 2 * (world - 1) * (LATENCY + VECTOR_BYTES / world / BANDWIDTH)
+    return -(-BATCHES // world) * EPOCHS * batch_seconds + pauses * (pause_seconds + network)
+
+
+def measured_costs(results):
+    """Seconds of a batch on one core, and of a pause of two nodes for an averaging, waiting for each other included."""
+    pairs = results["measured"].values()
+    batch = statistics.median(pair["1"]["seconds"] for pair in pairs) / (EPOCHS * BATCHES)
+    two = statistics.median(pair["2"]["seconds"] for pair in pairs)
+    pauses = -(-BATCHES // 40) * EPOCHS
+    return batch, max(0.0, (two - -(-BATCHES // 2) * EPOCHS * batch) / pauses)
+
+
+def mean_accuracy(results, world, sync):
+    """The mean of the simulated seeds; None if one diverged or there is none."""
+    found = [results["simulated"].get(f"{world} {sync if world > 1 else 20} {seed}") for seed in SIMULATED_SEEDS]
+    return None if None in found else statistics.mean(found)
+
+
+def draw(results):
+    """Prints the tables and draws the plot."""
+    pairs = [*results["measured"].values()]
+    ratios = sorted(pair["1"]["seconds"] / pair["2"]["seconds"] for pair in pairs)
+    print("ratios", [round(ratio, 3) for ratio in ratios], "median", round(statistics.median(ratios), 3))
+    for world in ("1", "2"):
+        for name in ("seconds", "container_seconds", "images_per_second"):
+            print(world, name, round(statistics.median(pair[world][name] for pair in pairs), 2))
+        for name in ("validation", "test"):
+            print(world, name, round(statistics.mean(pair[world][name] for pair in pairs), 3))
+    two = [pair["2"] for pair in pairs]
+    print("averagings", two[0]["averagings"], "s", [statistics.median(pair["averaging_seconds"]) for pair in two])
+    print("bytes/s", [round(pair["bytes_sent"] / pair["seconds"]) for pair in two])
+    print("costs: batch, pause", measured_costs(results))
+    for world in NODES:
+        row = [
+            f"{model_seconds(results, world, sync):.1f} s {mean_accuracy(results, world, sync)}" for sync in SYNC_EVERY
+        ]
+        print(world, *row, sep=" | ")
+    plot(results)
+
+
+def plot(results):
+    """Draws accuracy and speed by the number of nodes."""
+    import artifacts
+
+    figure = artifacts.new_figure(9, 3.6, layout="constrained")
+    accuracy, speed = figure.subplots(1, 2)
+    one = model_seconds(results, 1, 20)
+    for sync, marker in zip(SYNC_EVERY, "osv", strict=True):
+        label = f"--sync-every {sync}"
+        points = [(world, mean_accuracy(results, world, sync)) for world in NODES]
+        accuracy.plot(*zip(*[point for point in points if point[1]], strict=True), marker + "-", label=label)
+        speed.plot(NODES, [one / model_seconds(results, world, sync) for world in NODES], marker + "-", label=label)
+    measured = statistics.median(pair["1"]["seconds"] / pair["2"]["seconds"] for pair in results["measured"].values())
+    speed.plot([1, 2], [1, measured], "k*", markersize=12, label="measured")
+    speed.plot(NODES, NODES, "--", color=artifacts.GREY, label="ideal")
+    accuracy.set(title=f"Validation accuracy after {SIMULATED_EPOCHS} epochs", ylabel="percent")
+    speed.set(title="Speed of training, modelled", ylabel="times that of one node", yscale="log")
+    for axes in (accuracy, speed):
+        axes.set(xscale="log", xlabel="nodes", xticks=NODES, xticklabels=NODES)
+        axes.minorticks_off()
+        axes.grid(alpha=0.3)
+        axes.legend()
+    PLOT.write_bytes(artifacts.as_png(figure))
+
+
+if __name__ == "__main__":
+    main()
