@@ -106,6 +106,14 @@ def test_the_training_loss_is_that_of_all_nodes(pair):
     assert 0.2 < epoch["train_loss"] < 2
 
 
+def test_two_nodes_leave_a_finished_model_as_it_is(pair):
+    _, folder = pair
+    before = stages.contents(folder)
+    for end in nodes.run(*[nodes.command(port=nodes.free_port(), model=folder)] * 2):
+        stages.assert_succeeds(end)
+    assert stages.contents(folder) == before
+
+
 def test_nodes_with_different_flags_end_at_once_each_in_one_line(data, tmp_path):
     port = nodes.free_port()
     one, other = (nodes.command(*nodes.SMALL, "--lr", lr, port=port, model=tmp_path) for lr in ("0.1", "0.2"))
