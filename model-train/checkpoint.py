@@ -56,7 +56,7 @@ def load_checkpoint(path: Path) -> tuple[Any, Any, Record]:
     return parse_checkpoint(read_limited(path, MAX_CHECKPOINT_BYTES, FRESH_HINT), path)
 
 
-def parse_checkpoint(file: bytes, path: Path) -> tuple[Any, Any, Record]:
+def parse_checkpoint(file: bytes | bytearray, path: Path) -> tuple[Any, Any, Record]:
     """Return the state dict, velocities and record in a checkpoint's bytes. Raise Failure if it is damaged."""
     content = net.load_tensors(file, path, FRESH_HINT)
     try:

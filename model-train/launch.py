@@ -162,4 +162,4 @@ def train_on_this_node() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    process.end_process(main())
