@@ -60,12 +60,12 @@ class Node:
     def exchange(self, step: str, work: Callable[[], bytes]) -> list[bytes]:
         """Do this node's part of a step, tell the others what came of it, and return what came of it on each node.
 
-        Raise SharedFailure on all nodes if the part of one has raised Failure.
+        Raise SharedFailure on all nodes if the part of one has raised Failure or OSError.
         """
         try:
             message = b"+" + work()
-        except Failure as failure:
-            message = b"-" + json.dumps([str(failure), failure.status]).encode()
+        except (Failure, OSError) as failure:
+            message = b"-" + json.dumps([str(failure), getattr(failure, "status", 1)]).encode()
         self.tell(step, message)
         messages = [self.hear(step, rank) for rank in range(self.world)]
         self.tell(f"{step}, heard", b"+")
