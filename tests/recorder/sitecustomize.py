@@ -4,25 +4,42 @@ import os
 import socket
 import sys
 
-if os.path.exists("/opt/app/launch.py"):
-    sys.path.insert(0, "/opt/app")
+
+def write(line):
+    """Adds a line to the record, after the name of the container."""
+    with open("/opt/recorded/log", "a") as file:
+        file.write(f"{socket.gethostname()} {line}\n")
+
+
+def record_files():
+    """Records the names of published files."""
     import artifacts
+
+    publish = artifacts.publish
+
+    def recording(path, content):
+        write(f"file {path.name}")
+        publish(path, content)
+
+    artifacts.publish = recording
+
+
+def record_batches():
+    """Records the numbers of the batches that workers take."""
     import batch_queue
 
-    take, publish = batch_queue.BatchQueue.take, artifacts.publish
+    take = batch_queue.BatchQueue.take
 
-    def write(line):
-        with open("/opt/recorded/log", "a") as file:
-            file.write(f"{socket.gethostname()} {line}\n")
-
-    def recording_take(self, rank):
+    def recording(self, rank):
         number = take(self, rank)
         if number is not None:
             write(f"batch {number}")
         return number
 
-    def recording_publish(path, content):
-        write(f"file {path.name}")
-        publish(path, content)
+    batch_queue.BatchQueue.take = recording
 
-    batch_queue.BatchQueue.take, artifacts.publish = recording_take, recording_publish
+
+if os.path.exists("/opt/app/launch.py"):
+    sys.path.insert(0, "/opt/app")
+    record_files()  # first: other programs import publish() by its name
+    record_batches()
