@@ -270,7 +270,8 @@ class Averaging:
 
         self.node, self.record, self.shared, self.workers = node, record, shared, workers
         self.worker_records = shared.queue.worker_records()  # at the last averaging
-        self.known_losses = len(record.lost_workers)
+        # How many of the lost workers in the record all nodes know of, and how many this one has told them of.
+        self.known_losses = self.told_losses = len(record.lost_workers)
         # What is summed: the parameters; six numbers for each worker of each node, where each node fills in its own, so
         # that all nodes get all; and how many nodes are asked to stop.
         self.sizes = [len(shared.parameters), node.world * len(self.worker_records) * 6, 1]
@@ -312,6 +313,7 @@ class Averaging:
         for row, old, new in zip(numbers, before, self.worker_records, strict=True):
             done = new.images - old.images, new.steps - old.steps, new.loss_sum - old.loss_sum
             row[:4] = torch.tensor([*done, new.waited_seconds - old.waited_seconds])
+        self.told_losses = len(self.record.lost_workers)
         for lost in self.record.lost_workers[self.known_losses :]:
             batch = 0 if lost.batch is None else lost.batch - self.record.batches + 1
             numbers[lost.rank, 4:] = torch.tensor([lost.signal, batch])
@@ -319,6 +321,7 @@ class Averaging:
 
     def update_record(self, numbers: list[list[list[float]]]) -> None:
         """Add to the record what the workers of all nodes have done. Those of equal rank share a line in it."""
+        untold = self.record.lost_workers[self.told_losses :]  # killed while this node waited for the others
         del self.record.lost_workers[self.known_losses :]
         for node, rows in enumerate(numbers):
             for worker, (images, steps, loss_sum, waited, number, batch) in zip(self.record.workers, rows, strict=True):
@@ -327,6 +330,7 @@ class Averaging:
                     at = self.record.batches + int(batch) - 1 if batch else None
                     self.record.lost_workers.append(LostWorker(node * len(rows) + worker.rank, int(number), at))
         self.known_losses = len(self.record.lost_workers)
+        self.record.lost_workers += untold
         self.record.update(self.shared.queue.limit.value, self.record.workers, self.workers.seconds())
 
     def totals(self) -> tuple[int, int, float]:

@@ -1,8 +1,12 @@
 """Training on several nodes: their shares of the batches, what keeps them from training together, and two of them."""
 
+import functools
 import json
 import signal
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
+from unittest import mock
 
 import cluster
 import hogwild
@@ -68,6 +72,81 @@ def test_on_one_machine_nothing_of_this_is_imported(volume):
     assert result.returncode == 0
     assert "hogwild" in imported
     assert not {"cluster", "distributed", "launch", "torch.distributed.run"} & imported
+
+
+class Nodes:
+    """Two nodes of two workers each as threads of this process, whose sum() adds their vectors up."""
+
+    def __init__(self):
+        self.barrier, self.vectors = threading.Barrier(2), [None, None]
+        self.averagings = [self.averaging(rank) for rank in range(2)]
+
+    def averaging(self, rank):
+        new = record.Record.new(Settings(epochs=3, batch_size=10, num_processes=2))
+        images, labels = torch.zeros(65, 28, 28, dtype=torch.uint8), torch.zeros(65, dtype=torch.int64)
+        shared = hogwild.SharedState(new, images, labels)
+        node = SimpleNamespace(rank=rank, world=2, sum=functools.partial(self.sum, rank))
+        cluster.take_share(node, new, shared)
+        workers = mock.Mock(stop=SimpleNamespace(number=0), **{"seconds.return_value": 1.0})
+        return cluster.Averaging(node, new, shared, workers)
+
+    def sum(self, rank, vector, while_waiting):
+        self.vectors[rank] = vector.clone()
+        while_waiting()
+        self.barrier.wait(10)
+        vector.copy_(self.vectors[0] + self.vectors[1])
+        self.barrier.wait(10)
+
+    def average(self):
+        """Averages on both nodes, and returns whether each is told that one is asked to stop."""
+        with ThreadPoolExecutor(2) as pool:
+            return [*pool.map(lambda averaging: averaging.average(), self.averagings)]
+
+
+def test_both_nodes_get_the_mean_of_their_parameters():
+    two = Nodes()
+    own = [torch.randn_like(averaging.shared.parameters) for averaging in two.averagings]
+    for averaging, parameters in zip(two.averagings, own, strict=True):
+        averaging.shared.parameters.copy_(parameters)
+    assert two.average() == [False, False]
+    for averaging in two.averagings:
+        torch.testing.assert_close(averaging.shared.parameters, (own[0] + own[1]) / 2)
+
+
+def test_both_nodes_get_the_same_record_of_what_all_workers_have_done_and_of_those_that_were_killed():
+    two = Nodes()
+    for averaging in two.averagings:
+        averaging.train_on(7)
+        queue = averaging.shared.queue
+        while (number := queue.take(1)) is not None:
+            queue.workers[1].finish(10, number + 0.5)
+    two.averagings[1].record.lost_workers.append(record.LostWorker(0, signal.SIGKILL, 3))
+    two.average()
+    for averaging in two.averagings:
+        idle, busy = averaging.record.workers
+        assert (idle.images, busy.images, busy.steps, averaging.record.batches) == (0, 70, 7, 7)
+        assert busy.loss_sum == sum(range(7)) + 7 * 0.5
+        assert averaging.record.lost_workers == [record.LostWorker(2, signal.SIGKILL, 3)]
+    two.average()
+    assert two.averagings[0].record.lost_workers == [record.LostWorker(2, signal.SIGKILL, 3)]
+    assert two.averagings[0].totals()[:2] == (7, 70)
+
+
+def test_a_worker_that_is_killed_during_an_averaging_is_recorded_at_the_next_one():
+    two = Nodes()
+    lost = record.LostWorker(1, signal.SIGKILL, None)
+    watch = two.averagings[0].workers.watch_unless_overdue
+    watch.side_effect = lambda: two.averagings[0].record.lost_workers.append(lost)
+    two.average()
+    watch.side_effect = None
+    two.average()
+    assert [averaging.record.lost_workers for averaging in two.averagings] == [[lost], [lost]]
+
+
+def test_both_nodes_know_when_one_is_asked_to_stop():
+    two = Nodes()
+    two.averagings[1].workers.stop.number = signal.SIGTERM
+    assert two.average() == [True, True]
 
 
 # Two nodes ------------------------------------------------------------------------------------------------------------
