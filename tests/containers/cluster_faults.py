@@ -9,7 +9,7 @@ import shutil
 import threading
 import time
 from pathlib import Path
-from signal import SIGKILL
+from signal import SIGKILL, SIGTERM
 
 import nodes
 import pytest
@@ -115,6 +115,17 @@ def test_a_killed_node_leaves_the_other_to_go_on_alone_and_joins_when_it_comes_b
     report(f"node started again: both trained together after {seconds_until(trains_with_two, 'two nodes'):.1f} s")
     seconds_until_progress(volume)
     assert is_running(train)
+
+
+def test_a_node_that_is_stopped_leaves_a_checkpoint_and_the_other_goes_on(two, volume, report):
+    _, train, other = two
+    before = stages.batches_saved(volume)
+    other.send(SIGTERM)
+    assert other.end(20).returncode == 128 + SIGTERM
+    assert stages.batches_saved(volume) > before
+    taken = seconds_until(lambda: ("resuming", "1") in starts(train), "a training of one node")
+    report(f"node stopped: the other went on alone after {taken:.1f} s")
+    seconds_until_progress(volume)
 
 
 def test_the_loss_of_the_rendezvous_ends_the_other_node_in_one_clear_line_and_both_resume(two, volume, report):
