@@ -4,7 +4,7 @@ PYTHON = .venv/bin/python
 STAGES = model-eval model-infer
 COPIES = net.py artifacts.py process.py
 
-.PHONY: help test data local serve copies lint audit bench chaos cluster-test
+.PHONY: help test data local serve copies lint audit bench chaos cluster-test scaling
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /make \1 - /p' $(MAKEFILE_LIST)
 
@@ -32,6 +32,9 @@ chaos: .venv/for-tests ## try failures at many moments, and all broken files (FL
 
 cluster-test: .venv/for-tests ## what faults do to a training on two nodes (FLAGS="-k network": some; takes 10 minutes)
 	REQUIRE_CONTAINERS=1 $(PYTHON) -m pytest tests/containers/cluster_faults.py $(FLAGS)
+
+scaling: .venv/for-tests ## measure training on two nodes, simulate it on up to 64, and draw docs/scaling.png
+	$(PYTHON) tests/bench/scaling.py $(FLAGS)
 
 copies: ## copy what the three images share from model-train to the others
 	@for stage in $(STAGES); do cp $(addprefix model-train/,$(COPIES)) model-train/requirements*.txt $$stage/; done
