@@ -191,7 +191,7 @@ def test_a_network_that_is_cut_for_60_seconds_loses_a_node_for_a_while_at_most(t
 
     def has_joined_or_ended():
         joined = any(("resuming", "2") in starts(container) for container in (train, other))
-        return "joined" if joined else not is_running(other) and f"ended with {other.end().returncode}"
+        return "joined" if joined else not is_running(other) and f"ended ({other.end().stderr.splitlines()[-1]})"
 
     outcome = stages.wait_until(has_joined_or_ended, "the end of the other node")
     report(f"the other one {outcome} {time.monotonic() - after:.1f} s after the cut")
