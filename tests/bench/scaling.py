@@ -20,6 +20,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+import nodes
 import pipeline
 import stages
 from nodes import Cluster
@@ -60,6 +61,8 @@ def measure(results):
                 results["measured"][str(seed)] = {"1": train_on_one(flags), "2": train_on_two(flags)}
                 save(results)
                 print(seed, results["measured"][str(seed)], flush=True)
+        results["bytes_per_second"] = results.get("bytes_per_second") or measure_traffic()
+        save(results)
     finally:
         pipeline.remove_images()
 
@@ -75,18 +78,24 @@ def train_on_two(flags):
     """Trains on two nodes, and evaluates."""
     cores = {"train": {"cpuset": "0"}, "train-2": {"cpuset": "1"}}
     with tempfile.TemporaryDirectory() as folder, Cluster(Path(folder) / "volume", flags, **cores) as project:
+        project.start_nodes()
+        return figures(project, project.end_nodes(), Path(folder) / "volume")
+
+
+def measure_traffic():
+    """The bytes a second that a node sends while two train, in a training of its own: looking takes time."""
+    with tempfile.TemporaryDirectory() as folder, Cluster(Path(folder) / "volume", ("--num-processes", "1")) as project:
         containers = project.start_nodes()
-        sent = 0
-        while all(container.state()["Status"] == "running" for container in containers):
-            sent = bytes_sent(containers[0]) or sent
-            time.sleep(0.5)
-        return figures(project, project.end_nodes(), Path(folder) / "volume") | {"bytes_sent": sent}
+        nodes.wait_until_they_train(containers)
+        before, began = bytes_sent(containers[0]), time.monotonic()
+        time.sleep(10)
+        return (bytes_sent(containers[0]) - before) / (time.monotonic() - began)
 
 
 def bytes_sent(container):
     """The bytes that a container has sent over its network so far."""
     found = re.search(r"eth0:(.*)", container.inside("cat /proc/net/dev").stdout)
-    return int(found[1].split()[8]) if found else 0
+    return int(found[1].split()[8])
 
 
 def figures(project, ends, volume):
@@ -141,23 +150,23 @@ def train_as_nodes(wanted):
     raw = train.read_data(stages.DATA)
     images, labels = net.to_tensors(raw["train-images-idx3-ubyte"], raw["train-labels-idx1-ubyte"])
     record = Record.new(Settings(epochs=SIMULATED_EPOCHS, num_processes=1, sync_every=sync, seed=seed))
-    nodes = []
+    trainers = []
     for rank in range(world):
         shared = hogwild.SharedState(record, images[:TRAINING_IMAGES], labels[:TRAINING_IMAGES])
         cluster.take_share(SimpleNamespace(rank=rank, world=world), record, shared)
-        nodes.append(hogwild.Trainer(0, shared))
-    end, per_epoch, batch = nodes[0].shared.schedule_end, nodes[0].shared.batches_per_epoch, 0
+        trainers.append(hogwild.Trainer(0, shared))
+    end, per_epoch, batch = shared.schedule_end, shared.batches_per_epoch, 0
     try:
         while batch < end:
             limit = min((batch // per_epoch + 1) * per_epoch, batch + sync * world)
             for number in range(batch, limit):
-                nodes[number % world].train_batch(number)
-            mean = torch.stack([node.shared.parameters for node in nodes]).mean(0)
-            for node in nodes:
-                node.shared.parameters.copy_(mean)
+                trainers[number % world].train_batch(number)
+            mean = torch.stack([trainer.shared.parameters for trainer in trainers]).mean(0)
+            for trainer in trainers:
+                trainer.shared.parameters.copy_(mean)
             batch = limit
         validation = images[TRAINING_IMAGES:], labels[TRAINING_IMAGES:]
-        return train.validate(record, nodes[0].shared, validation)[1]
+        return train.validate(record, shared, validation)[1]
     except (ArithmeticError, train.Failure):
         return None
 
@@ -201,7 +210,7 @@ def draw(results):
             print(world, name, round(statistics.mean(pair[world][name] for pair in pairs), 3))
     two = [pair["2"] for pair in pairs]
     print("averagings", two[0]["averagings"], "s", [statistics.median(pair["averaging_seconds"]) for pair in two])
-    print("bytes/s", [round(pair["bytes_sent"] / pair["seconds"]) for pair in two])
+    print("bytes/s", results["bytes_per_second"])
     print("costs: batch, pause", measured_costs(results))
     for world in NODES:
         row = [
