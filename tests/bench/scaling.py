@@ -29,6 +29,7 @@ from pipeline import Pipeline
 RESULTS, PLOT = Path(__file__).parent / "out" / "scaling.json", stages.TREE / "docs" / "scaling.png"
 SEEDS = range(1, 6)
 NODES, SYNC_EVERY, SIMULATED_SEEDS, SIMULATED_EPOCHS = (1, 2, 4, 8, 16, 32, 64), (5, 20, 100), (1, 2), 5
+LOW_PEAK = 0.4  # the highest learning rate with which more than 4 nodes are simulated too: that of 4 nodes
 LATENCY, BANDWIDTH = 100e-6, 1e9 / 8  # of the modelled network: seconds a message, bytes a second (1 Gbit/s)
 VECTOR_BYTES = 4 * 21_840
 EPOCHS, BATCHES, VALIDATION_SECONDS = 15, 573, 0.1
@@ -122,21 +123,27 @@ def figures(project, ends, volume):
 
 def simulate(results):
     """Trains as N nodes would, one after the other in one process: the arithmetic needs no network."""
-    wanted = [
-        (world, sync, seed)
+    runs = [
+        (world, sync if world > 1 else 20, seed, 0.1)
         for seed in SIMULATED_SEEDS
         for world in NODES
-        for sync in (SYNC_EVERY if world > 1 else SYNC_EVERY[1:2])
-        if f"{world} {sync} {seed}" not in results["simulated"]
+        for sync in SYNC_EVERY
     ]
+    runs += [(world, 20, seed, LOW_PEAK / world) for seed in SIMULATED_SEEDS for world in NODES if world > 4]
+    wanted = [run for run in dict.fromkeys(runs) if name_of(*run) not in results["simulated"]]
     with ProcessPoolExecutor(2) as pool:
-        for (world, sync, seed), accuracy in zip(wanted, pool.map(train_as_nodes, wanted), strict=True):
-            results["simulated"][f"{world} {sync} {seed}"] = accuracy
+        for run, accuracy in zip(wanted, pool.map(train_as_nodes, wanted), strict=True):
+            results["simulated"][name_of(*run)] = accuracy
             save(results)
-            print(world, sync, seed, accuracy, flush=True)
+            print(name_of(*run), accuracy, flush=True)
 
 
-def train_as_nodes(wanted):
+def name_of(world, sync, seed, lr=0.1):
+    """The key of a simulated training in the results."""
+    return f"{world} nodes, --sync-every {sync}, --seed {seed}, --lr {lr:.4g}"
+
+
+def train_as_nodes(run):
     """The validation accuracy, in percent, that N nodes of one worker reach; None if they diverge."""
     import cluster
     import hogwild
@@ -146,10 +153,10 @@ def train_as_nodes(wanted):
     from record import Record
     from settings import TRAINING_IMAGES, Settings
 
-    world, sync, seed = wanted
+    world, sync, seed, lr = run
     raw = train.read_data(stages.DATA)
     images, labels = net.to_tensors(raw["train-images-idx3-ubyte"], raw["train-labels-idx1-ubyte"])
-    record = Record.new(Settings(epochs=SIMULATED_EPOCHS, num_processes=1, sync_every=sync, seed=seed))
+    record = Record.new(Settings(epochs=SIMULATED_EPOCHS, num_processes=1, sync_every=sync, seed=seed, lr=lr))
     trainers = []
     for rank in range(world):
         shared = hogwild.SharedState(record, images[:TRAINING_IMAGES], labels[:TRAINING_IMAGES])
@@ -192,9 +199,9 @@ def measured_costs(results):
     return batch, max(0.0, (two - -(-BATCHES // 2) * EPOCHS * batch) / pauses)
 
 
-def mean_accuracy(results, world, sync):
-    """The mean of the simulated seeds; None if one diverged or there is none."""
-    found = [results["simulated"].get(f"{world} {sync if world > 1 else 20} {seed}") for seed in SIMULATED_SEEDS]
+def mean_accuracy(results, world, sync, lr=0.1):
+    """The mean of the simulated seeds; None if one has diverged."""
+    found = [results["simulated"][name_of(world, sync if world > 1 else 20, seed, lr)] for seed in SIMULATED_SEEDS]
     return None if None in found else statistics.mean(found)
 
 
@@ -216,7 +223,8 @@ def draw(results):
         row = [
             f"{model_seconds(results, world, sync):.1f} s {mean_accuracy(results, world, sync)}" for sync in SYNC_EVERY
         ]
-        print(world, *row, sep=" | ")
+        low = mean_accuracy(results, world, 20, LOW_PEAK / world) if world > 4 else None
+        print(world, *row, low, sep=" | ")
     plot(results)
 
 
@@ -232,10 +240,12 @@ def plot(results):
         points = [(world, mean_accuracy(results, world, sync)) for world in NODES]
         accuracy.plot(*zip(*[point for point in points if point[1]], strict=True), marker + "-", label=label)
         speed.plot(NODES, [one / model_seconds(results, world, sync) for world in NODES], marker + "-", label=label)
+    points = [(world, mean_accuracy(results, world, 20, LOW_PEAK / world)) for world in NODES if world > 4]
+    accuracy.plot(*zip(*points, strict=True), "k^:", label=f"--sync-every 20, --lr {LOW_PEAK} / nodes")
     measured = statistics.median(pair["1"]["seconds"] / pair["2"]["seconds"] for pair in results["measured"].values())
     speed.plot([1, 2], [1, measured], "k*", markersize=12, label="measured")
     speed.plot(NODES, NODES, "--", color=artifacts.GREY, label="ideal")
-    accuracy.set(title=f"Validation accuracy after {SIMULATED_EPOCHS} epochs", ylabel="percent")
+    accuracy.set(title=f"Validation accuracy after {SIMULATED_EPOCHS} epochs", ylabel="percent", ylim=(96, 99.6))
     speed.set(title="Speed of training, modelled", ylabel="times that of one node", yscale="log")
     for axes in (accuracy, speed):
         axes.set(xscale="log", xlabel="nodes", xticks=NODES, xticklabels=NODES)
