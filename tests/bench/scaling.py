@@ -10,6 +10,8 @@ Results are kept in tests/bench/out/scaling.json: what is there is not done agai
 
 import argparse
 import json
+import multiprocessing
+import os
 import re
 import statistics
 import sys
@@ -63,6 +65,7 @@ def measure(results):
                 save(results)
                 print(seed, results["measured"][str(seed)], flush=True)
         results["bytes_per_second"] = results.get("bytes_per_second") or measure_traffic()
+        results["all_reduce_seconds"] = measure_all_reduce()
         save(results)
     finally:
         pipeline.remove_images()
@@ -91,6 +94,34 @@ def measure_traffic():
         before, began = bytes_sent(containers[0]), time.monotonic()
         time.sleep(10)
         return (bytes_sent(containers[0]) - before) / (time.monotonic() - began)
+
+
+def measure_all_reduce():
+    """The median of the seconds that an all_reduce of the parameters takes two idle processes, on a core each."""
+    port, context = nodes.free_port(), multiprocessing.get_context("spawn")
+    seconds = context.Queue()
+    processes = [context.Process(target=all_reduce, args=(rank, port, seconds)) for rank in range(2)]
+    for process in processes:
+        process.start()
+    found = [seconds.get(timeout=60) for _ in processes]
+    for process in processes:
+        process.join()
+    return max(found)
+
+
+def all_reduce(rank, port, seconds):
+    """One of the two processes."""
+    import torch
+    from torch import distributed
+
+    os.sched_setaffinity(0, {rank})
+    distributed.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    vector, times = torch.zeros(VECTOR_BYTES // 4), []
+    for _ in range(500):
+        began = time.monotonic()
+        distributed.all_reduce(vector)
+        times.append(time.monotonic() - began)
+    seconds.put(statistics.median(times))
 
 
 def bytes_sent(container):
@@ -217,7 +248,7 @@ def draw(results):
             print(world, name, round(statistics.mean(pair[world][name] for pair in pairs), 3))
     two = [pair["2"] for pair in pairs]
     print("averagings", two[0]["averagings"], "s", [statistics.median(pair["averaging_seconds"]) for pair in two])
-    print("bytes/s", results["bytes_per_second"])
+    print("bytes/s", results["bytes_per_second"], "seconds of an all_reduce", results["all_reduce_seconds"])
     print("costs: batch, pause", measured_costs(results))
     for world in NODES:
         row = [
