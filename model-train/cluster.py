@@ -208,7 +208,10 @@ def run(node: "Node", preparation: Preparation, record: Record, shared: "SharedS
     finally:
         if progress:
             progress.close()
-    publish_together(node, record, shared, folder)
+    try:
+        publish_together(node, record, shared, folder)
+    finally:
+        node.end_group()
     return 128 + stop.number if stop.number else 0
 
 

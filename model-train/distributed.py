@@ -112,6 +112,10 @@ class Node:
             limit = timedelta(seconds=self.timeout)
             dist.init_process_group("gloo", store=self.store, rank=self.rank, world_size=self.world, timeout=limit)
 
+    def end_group(self) -> None:
+        """Disconnect from the other nodes, or gloo's threads might abort this process at its end."""
+        dist.destroy_process_group()
+
     def sum(self, values: torch.Tensor, while_waiting: Callable[[], None]) -> None:
         """Replace the values by their sums over all nodes. They must be copies: a lost node leaves them torn.
 

@@ -153,11 +153,13 @@ def train_on_this_node() -> int:
     _, sys.argv[1:] = parse_args()
     try:
         status = train.main()
+    except SystemExit:
+        process.end_process(1)  # at once: gloo's threads, which still run, abort a process that ends as usual
     except Exception as error:  # torch would write it to a file
         process.report_crash(type(error), error, error.__traceback__)
-        sys.exit(1)
+        process.end_process(1)
     if status > 128:  # torchrun has sent the signal, and does not wait for a result
-        sys.exit(status)
+        process.end_process(status)
     return status
 
 
