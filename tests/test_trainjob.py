@@ -65,7 +65,7 @@ MISTAKES = {
     "an unknown field of a volume": lambda train: pod_of(train)["volumes"][0].update(claim="mnist"),
     "a field of an older version": lambda train: train["spec"].update(podTemplateOverrides=[]),
     "a wrong type": lambda train: train["spec"]["trainer"].update(numNodes="2"),
-    "a command that is no list": lambda train: train["spec"]["trainer"].update(command="torchrun train.py"),
+    "a command that is no list": lambda train: train["spec"]["trainer"].update(command="launch.py"),
     "a missing field": lambda train: train["spec"].pop("runtimeRef"),
     "a variable that the runtime sets": lambda train: train["spec"]["trainer"].update(env=[{"name": "PET_NNODES"}]),
     "a job that the runtime has not": lambda train: patched_job(train).update(name="train"),
@@ -85,7 +85,7 @@ def test_a_mistake_in_a_train_job_is_found(make):
 def test_every_node_runs_one_train_under_torchrun_in_a_runtime_that_has_no_command_of_its_own():
     spec = TRAIN["spec"]
     assert spec["runtimeRef"]["name"] == "torch-distributed"
-    assert spec["trainer"]["command"] == ["torchrun", "/opt/app/train.py"]
+    assert spec["trainer"]["command"] == ["/opt/entrypoint.sh", "/opt/app/launch.py"]
     assert spec["trainer"]["numProcPerNode"] == 1
 
 

@@ -128,7 +128,7 @@ BIN, GITHUB = Path(sys.executable).parent, stages.TREE / ".github"
 TOOLS = {
     "lint": ["ruff", "check", "--no-cache", "."],
     "layout": ["ruff", "format", "--check", "--no-cache", "."],
-    "Dockerfiles": ["hadolint", *DOCKERFILES.values()],
+    "Dockerfiles": ["hadolint", *DOCKERFILES.values(), stages.TREE / "tests/containers/Dockerfile.slurm"],
     "workflows": [
         *("check-jsonschema", "--builtin-schema", "vendor.github-workflows"),
         *(GITHUB / "workflows").glob("*.yml"),
