@@ -12,30 +12,12 @@ import jsonschema
 import pytest
 import stages
 import yaml
+from manifest import CLAIM, JOBS, TRAIN, container_of, patched_job, pod_of
 
 VALIDATOR = jsonschema.Draft202012Validator(json.loads((stages.TREE / "tests/trainjob.schema.json").read_text()))
 RESERVED = {f"PET_{name}" for name in ("NNODES", "NPROC_PER_NODE", "NODE_RANK", "MASTER_ADDR", "MASTER_PORT")}
 DOMAIN_AND_PATH = r"[a-z0-9]([-a-z0-9.]*[a-z0-9])?/[\w.-]+"
 COMPOSE = yaml.safe_load((stages.TREE / "docker-compose.yml").read_text())
-CLAIM, TRAIN, *JOBS = yaml.safe_load_all((stages.TREE / "deploy/trainjob.yaml").read_text())
-
-
-def patched_job(train):
-    """The only job that a TrainJob patches of those that its runtime has."""
-    (patch,) = train["spec"]["runtimePatches"]
-    (job,) = patch["trainingRuntimeSpec"]["template"]["spec"]["replicatedJobs"]
-    return job
-
-
-def pod_of(job):
-    """The specification of the pods of a TrainJob or a Job."""
-    return (patched_job(job)["template"] if job["kind"] == "TrainJob" else job)["spec"]["template"]["spec"]
-
-
-def container_of(job):
-    """The specification of the only container of these pods."""
-    (container,) = pod_of(job)["containers"]
-    return container
 
 
 def errors_in(train):
