@@ -107,11 +107,11 @@ def workers(process):
     return [int(number) for number in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
 
 
-def wait_until(condition, what="what was waited for", seconds=SECONDS):
+def wait_until(condition, what="what was waited for"):
     """Returns what condition() returns, once that is true."""
-    deadline = time.monotonic() + seconds
+    deadline = time.monotonic() + SECONDS
     while not (value := condition()):
-        assert time.monotonic() < deadline, f"{what} did not come within {seconds} s"
+        assert time.monotonic() < deadline, f"{what} did not come within {SECONDS} s"
         time.sleep(0.01)
     return value
 

@@ -6,7 +6,7 @@ import shutil
 import uuid
 
 from pipeline import PREFIX, docker, image, output_of
-from stages import DATA, FOLDERS, SECONDS, TREE, wait_until
+from stages import DATA, FOLDERS, TREE, wait_until
 
 IMAGE = f"{PREFIX}-slurm"
 NODES = ["n1", "n2"]
@@ -43,10 +43,6 @@ class Cluster:
         }
 
     def __enter__(self):
-        started = self.compose("up", "--detach")
-        if started.returncode:
-            raise RuntimeError(started.stderr)
-        wait_until(lambda: self.states() == dict.fromkeys(NODES, "IDLE"), "two idle nodes")
         return self
 
     def __exit__(self, *_):
@@ -57,20 +53,31 @@ class Cluster:
         options = ("--progress", "quiet", "--project-name", self.name, "--file", "-")
         return docker("compose", *options, *words, input=json.dumps({"services": self.services}))
 
-    def run(self, *words):
-        """Runs a command of Slurm in the checkout as the user, and returns what it prints."""
+    def start(self):
+        """Starts the containers, and waits until Slurm has both nodes."""
+        started = self.compose("up", "--detach")
+        assert started.returncode == 0, started.stderr
+        wait_until(lambda: self.states() == dict.fromkeys(NODES, "IDLE"), "two idle nodes")
+
+    def execute(self, *words):
+        """Runs a command in the checkout, on the controller, as the user; what came of it."""
         options = ("--user", self.user, "--workdir", CHECKOUT, "--env", "PYTHON=python")
-        return output_of("exec", *options, f"{self.name}-control-1", *words)
+        return docker("exec", *options, f"{self.name}-control-1", *words)
+
+    def run(self, *words):
+        """Runs a command likewise, and returns what it prints; it must succeed."""
+        done = self.execute(*words)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
 
     def states(self):
-        """The state of each node."""
-        return dict(
-            re.findall(r"NodeName=(\w+) .* State=([A-Z]+)", self.run("scontrol", "show", "nodes", "--oneliner"))
-        )
+        """The state of each node that Slurm has; of none before its controller runs."""
+        shown = self.execute("scontrol", "show", "nodes", "--oneliner").stdout
+        return dict(re.findall(r"NodeName=(\w+) .* State=([A-Z]+)", shown))
 
     def submit(self, *options, flags=()):
-        """Submits deploy/train.sbatch with flags of train, and returns the id of the job."""
-        return self.run("sbatch", "--parsable", *options, "deploy/train.sbatch", *flags).strip()
+        """Submits deploy/train.sbatch, with options of sbatch and flags of train."""
+        self.run("sbatch", *options, "deploy/train.sbatch", *flags)
 
     def jobs(self):
         """What Slurm says of each job, by the job's name: of several with one name, of the last."""
@@ -78,7 +85,7 @@ class Cluster:
         jobs = [dict(re.findall(r"(\w+)=(\S*)", line)) for line in lines]
         return {job["JobName"]: job for job in jobs}
 
-    def end(self, seconds=SECONDS):
+    def end(self):
         """Waits until no job waits, runs or is being ended, and returns what Slurm says of them."""
-        wait_until(lambda: not self.run("squeue", "--noheader"), "the end of all jobs", seconds)
+        self.run("sh", "-c", 'while [ "$(squeue --noheader)" ]; do sleep 0.2; done')
         return self.jobs()

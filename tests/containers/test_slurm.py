@@ -21,6 +21,7 @@ def image(first_run):
 @pytest.fixture
 def cluster(image, tmp_path):
     with slurm.Cluster(tmp_path) as cluster:
+        cluster.start()
         yield cluster
 
 
