@@ -27,6 +27,7 @@ OF_TOOLS = {
         "--file",
         "--platform",
         "--recursive",
+        "--nodes",
     ),
 }
 
@@ -65,7 +66,7 @@ def test_every_variable_of_the_compose_files_is_documented_and_no_other():
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: str(path.relative_to(stages.TREE)))
 def test_every_file_that_a_document_names_or_links_to_is_there(path):
     text = path.read_text()
-    names = re.findall(r"`(\.?[\w-][\w./-]*\.(?:py|yml|toml|md|train|eval|infer))`", text)
+    names = re.findall(r"`(\.?[\w-][\w./-]*\.(?:py|yml|yaml|sbatch|toml|md|train|eval|infer))`", text)
     for name in names:
         found = (stages.TREE / name).exists() or [*stages.TREE.glob(f"*/{name}"), *stages.TREE.glob(f"tests/*/{name}")]
         assert found, name

@@ -10,7 +10,7 @@ import subprocess
 import pytest
 from pipeline import Pipeline, output_of, remove_images
 
-pytest.register_assert_rewrite("scenarios")
+pytest.register_assert_rewrite("scenarios", "slurm")
 
 
 def pytest_addoption(parser):
@@ -53,3 +53,23 @@ def complete(first_run, tmp_path_factory):
 def volume(complete, tmp_path):
     """A copy of a volume after all three stages."""
     return shutil.copytree(complete, tmp_path / "volume")
+
+
+@pytest.fixture(scope="session")
+def slurm_image(first_run):
+    """The image of the nodes of a Slurm cluster."""
+    import slurm  # once its assertions are rewritten
+
+    slurm.build()
+    yield
+    slurm.remove_image()
+
+
+@pytest.fixture
+def cluster(slurm_image, tmp_path):
+    """A Slurm cluster of two nodes."""
+    from slurm import Cluster
+
+    with Cluster(tmp_path) as cluster:
+        cluster.start()
+        yield cluster

@@ -6,11 +6,23 @@ import shutil
 import uuid
 
 from pipeline import PREFIX, docker, image, output_of
-from stages import DATA, FOLDERS, TREE, wait_until
+from stages import (
+    DATA,
+    FOLDERS,
+    TREE,
+    assert_whole,
+    batches_saved,
+    images_trained_on,
+    read_json,
+    results,
+    wait_until,
+)
 
 IMAGE = f"{PREFIX}-slurm"
 NODES = ["n1", "n2"]
 CHECKOUT = "/checkout"
+ONE_CORE = ("--num-processes", "1")
+FLAGS = ("--epochs", "2", *ONE_CORE)
 
 
 def build():
@@ -18,6 +30,11 @@ def build():
     dockerfile = (TREE / "tests/containers/Dockerfile.slurm").read_text()
     options = ("--quiet", "--tag", IMAGE, "--build-arg", f"TRAIN_IMAGE={image('train')}")
     output_of("build", *options, "-", input=dockerfile, timeout=300)
+
+
+def remove_image():
+    """Removes it again."""
+    docker("image", "rm", "--force", IMAGE)
 
 
 class Cluster:
@@ -89,3 +106,23 @@ class Cluster:
         """Waits until no job waits, runs or is being ended, and returns what Slurm says of them."""
         self.run("sh", "-c", 'while [ "$(squeue --noheader)" ]; do sleep 0.2; done')
         return self.jobs()
+
+
+def start_training(cluster, *options, flags=FLAGS):
+    """Submits a training; once two nodes have made a checkpoint, returns the run that is in the volume."""
+    cluster.submit(*options, flags=flags)
+    wait_until(lambda: batches_saved(cluster.model) > 0, "a checkpoint")
+    assert results(cluster.model)["nodes"] == 2
+    return results(cluster.model)["run"]
+
+
+def assert_finished(cluster, jobs, run):
+    """The training of a run and the two jobs that follow were successful, and have left an evaluated model."""
+    states = {name: job["JobState"] for name, job in jobs.items()}
+    assert states == dict.fromkeys(["mnist-train", "mnist-evaluate", "mnist-infer"], "COMPLETED")
+    assert_whole(cluster.model)
+    assert results(cluster.model)["finished"]
+    assert results(cluster.model)["run"] == run
+    assert images_trained_on(cluster.model) == 2 * 55_000
+    assert read_json(cluster.model / "eval_results.json")["Accuracy"] > 95
+    assert len([*(cluster.model / "results").iterdir()]) == 5

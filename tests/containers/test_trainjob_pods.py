@@ -9,7 +9,7 @@ import uuid
 import pytest
 from manifest import JOBS, TRAIN, container_of, pod_of
 from pipeline import DATA_FOLDER, PREFIX, Container, as_root, docker, image
-from stages import DATA, STAGES, assert_whole, images_trained_on, read_json
+from stages import DATA, STAGES, assert_whole, images_trained_on, read_json, results
 
 FIRST_NODE = "mnist-train-node-0-0.mnist-train"
 
@@ -66,7 +66,9 @@ def test_the_commands_of_the_manifest_train_on_two_nodes_evaluate_and_predict(po
     pods("node-0", "node-1")
     pods("evaluate")
     pods("infer")
-    assert_whole(tmp_path / "model")
-    assert images_trained_on(tmp_path / "model") == 55_000
-    assert read_json(tmp_path / "model" / "eval_results.json")["Accuracy"] > 95
-    assert len([*(tmp_path / "model" / "results").iterdir()]) == 5
+    model = tmp_path / "model"
+    assert_whole(model)
+    assert results(model)["nodes"] == 2
+    assert images_trained_on(model) == 55_000
+    assert read_json(model / "eval_results.json")["Accuracy"] > 95
+    assert len([*(model / "results").iterdir()]) == 5
