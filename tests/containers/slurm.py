@@ -5,24 +5,16 @@ import re
 import shutil
 import uuid
 
+import stages
 from pipeline import PREFIX, docker, image, output_of
-from stages import (
-    DATA,
-    FOLDERS,
-    TREE,
-    assert_whole,
-    batches_saved,
-    images_trained_on,
-    read_json,
-    results,
-    wait_until,
-)
+from stages import DATA, FOLDERS, TREE, batches_saved, images_trained_on, read_json, results, wait_until
 
 IMAGE = f"{PREFIX}-slurm"
 NODES = ["n1", "n2"]
 CHECKOUT = "/checkout"
 ONE_CORE = ("--num-processes", "1")
-FLAGS = ("--epochs", "2", *ONE_CORE)
+EPOCHS = 4  # enough for the training to be in the middle when there is the first checkpoint
+FLAGS = ("--epochs", str(EPOCHS), *ONE_CORE)
 
 
 def build():
@@ -120,9 +112,9 @@ def assert_finished(cluster, jobs, run):
     """The training of a run and the two jobs that follow were successful, and have left an evaluated model."""
     states = {name: job["JobState"] for name, job in jobs.items()}
     assert states == dict.fromkeys(["mnist-train", "mnist-evaluate", "mnist-infer"], "COMPLETED")
-    assert_whole(cluster.model)
+    stages.assert_whole(cluster.model)
     assert results(cluster.model)["finished"]
     assert results(cluster.model)["run"] == run
-    assert images_trained_on(cluster.model) == 2 * 55_000
+    assert images_trained_on(cluster.model) == EPOCHS * 55_000
     assert read_json(cluster.model / "eval_results.json")["Accuracy"] > 95
     assert len([*(cluster.model / "results").iterdir()]) == 5
