@@ -277,13 +277,13 @@ def plot(results):
     measured = statistics.median(pair["1"]["seconds"] / pair["2"]["seconds"] for pair in results["measured"].values())
     speed.plot([1, 2], [1, measured], "k*", markersize=12, label="measured")
     speed.plot(NODES, NODES, "--", color=artifacts.GREY, label="ideal")
-    accuracy.set(title=f"Validation accuracy after {SIMULATED_EPOCHS} epochs", ylabel="percent", ylim=(96, 99.6))
+    accuracy.set(title=f"Validation accuracy after {SIMULATED_EPOCHS} epochs", ylabel="percent", ylim=(94.5, 99.6))
     speed.set(title="Speed of training, modelled", ylabel="times that of one node", yscale="log")
     for axes in (accuracy, speed):
         axes.set(xscale="log", xlabel="nodes", xticks=NODES, xticklabels=NODES)
         axes.minorticks_off()
         axes.grid(alpha=0.3)
-        axes.legend()
+        axes.legend(fontsize="small")
     PLOT.write_bytes(artifacts.as_png(figure))
 
 
