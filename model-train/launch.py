@@ -58,7 +58,7 @@ def parse_args() -> tuple[argparse.Namespace, list[str]]:
     )
     parser.error = partial(process.refuse_flags, "launch")  # type: ignore[method-assign]
     text = "number of nodes, or the least and the most (default: PET_NNODES, or 1:1)"
-    parser.add_argument("--nnodes", metavar="MIN:MAX", help=text)
+    parser.add_argument("--nnodes", type=parse_nodes, metavar="MIN:MAX", help=text)
     text = "address of the node that starts the others' training, the same on every node (default: PET_MASTER_ADDR)"
     parser.add_argument("--rdzv-endpoint", metavar="HOST:PORT", help=text)
     text = "name of the training, for several at one endpoint (default: %(default)s)"
@@ -66,7 +66,7 @@ def parse_args() -> tuple[argparse.Namespace, list[str]]:
     text = "address of this node for the others (default: that of its host name)"
     parser.add_argument("--local-addr", metavar="HOST", help=text)
     text = "how often to go on from the last checkpoint after a node was lost (default: %(default)s)"
-    parser.add_argument("--max-restarts", type=int, default=3, metavar="N", help=text)
+    parser.add_argument("--max-restarts", type=parse_restarts, default=3, metavar="N", help=text)
     for name, (variable, default), text in (
         ("--timeout", cluster.TIMEOUT, "seconds to wait for the rendezvous, and for another node while training"),
         ("--join-timeout", cluster.JOIN_TIMEOUT, "seconds to wait for the least number of nodes, and their data"),
@@ -75,6 +75,21 @@ def parse_args() -> tuple[argparse.Namespace, list[str]]:
         text = f"{text} (default: {variable}, or {default})"
         parser.add_argument(name, type=train.parse_count, default=seconds, metavar="S", help=text)
     return parser.parse_known_args()
+
+
+def parse_nodes(text: str) -> str:
+    """Return a number of nodes, or the least and the most, as torchrun takes it."""
+    numbers = text.split(":")
+    if len(numbers) <= 2 and all(map(str.isdecimal, numbers)) and 1 <= int(numbers[0]) <= int(numbers[-1]):
+        return text
+    raise argparse.ArgumentTypeError(f"{text} must be a positive integer, or two, such as 1:2")
+
+
+def parse_restarts(text: str) -> int:
+    """Return an integer that is not negative."""
+    if text.isdecimal():
+        return int(text)
+    raise argparse.ArgumentTypeError(f"{text} must be 0 or a positive integer")
 
 
 def check_flags_of_train(flags: list[str]) -> None:

@@ -250,6 +250,9 @@ def test_a_node_that_stays_alone_ends_in_one_line(data, tmp_path):
     stages.assert_fails(end, 1, "too few nodes")
 
 
-def test_a_wrong_flag_of_train_ends_a_node_with_status_2_before_torchrun_starts(tmp_path):
-    (end,) = nodes.run(nodes.command("--epochs", "0", port=nodes.free_port(), model=tmp_path))
-    stages.assert_fails(end, 2, "--epochs")
+@pytest.mark.parametrize(
+    "flags", ["--epochs 0", "--nnodes 2:1", "--nnodes two", "--nnodes 0", "--max-restarts -1", "--timeout 0"]
+)
+def test_a_wrong_flag_ends_a_node_with_status_2_before_torchrun_starts(tmp_path, flags):
+    (end,) = nodes.run(nodes.command(*flags.split(), port=nodes.free_port(), model=tmp_path))
+    stages.assert_fails(end, 2, flags.split()[0])
