@@ -128,8 +128,8 @@ def say_what_changes(record: Record, plan: Plan) -> None:
     kept = min(before[1], now[1])
     others = ", the others with 0" if now[1] > kept else ""
     say(
-        "train: {} nodes x {} workers go on where {} x {} stopped: ".format(*now, *before)
-        + f"on each node, {kept} start with velocities of the checkpoint{others}"
+        "train: nodes x workers were {} x {} and now are {} x {}: ".format(*before, *now)
+        + f"on each node, the first {kept} start with velocities of the checkpoint{others}"
     )
 
 

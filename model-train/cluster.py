@@ -123,7 +123,8 @@ class Preparation:
         todo = replace(todo, nodes=self.node.world)
         train.check_limits(todo.settings)
         record, shared = start_or_resume(todo, *self.images(0, self.count_images(todo.settings)), self.folder)
-        say(f"train: {todo.message} on {self.node.world} nodes ({todo.settings.as_flags()})")
+        nodes = f"{self.node.world} node{'s' * (self.node.world > 1)}"
+        say(f"train: {todo.message} on {nodes} ({todo.settings.as_flags()})")
         self.started = record, shared
         return Checkpoints(None, shared, record).serialize()
 
