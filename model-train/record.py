@@ -17,7 +17,7 @@ from artifacts import DATA_SET, FRESH_HINT, TRAIN_RESULTS, publish, read_limited
 from process import Failure
 from settings import Settings
 
-VERSION = "2.0"  # of the pipeline
+VERSION = "2.1"  # of the pipeline
 MAX_BYTES = 10_000_000  # the file takes a few kB, and 200 bytes more with every epoch
 RENAMED = {"held_out_loss": "validation_loss", "held_out_accuracy": "validation_accuracy"}  # since version 1
 

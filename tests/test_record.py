@@ -69,7 +69,7 @@ def test_an_unfinished_training_of_version_1_resumes(unfinished):
     weights = stages.load_checkpoint(unfinished)["model"]
     resumed, shared = resume(unfinished)
     assert resumed.settings == settings.Settings(epochs=3)
-    assert (resumed.version, len(resumed.history), resumed.batches) == ("2.0", 1, 573)
+    assert (resumed.version, len(resumed.history), resumed.batches) == ("2.1", 1, 573)
     assert all(tensor.equal(weights[name]) for name, tensor in shared.state_dict().items())
 
 
