@@ -217,6 +217,18 @@ def test_more_nodes_than_batches_are_refused(data, tmp_path):
         stages.assert_fails(end, 2, "1 batches", "2 nodes", "--batch-size")
 
 
+def test_a_checkpoint_of_another_network_is_refused_by_both_nodes(unfinished):
+    path = unfinished / "checkpoint.pt"
+    parts = torch.load(path)
+    parts["model"]["fc2.weight"] = torch.zeros(12, 50)
+    torch.save(parts, path)
+    before = stages.contents(unfinished)
+    words = nodes.command(port=nodes.free_port(), model=unfinished)
+    for end in nodes.run(words, words):
+        stages.assert_fails(end, 1, "checkpoint.pt", "fc2.weight")
+    assert stages.contents(unfinished) == before
+
+
 def test_two_nodes_that_are_stopped_save_a_checkpoint_from_which_one_machine_goes_on(data, tmp_path):
     words = nodes.command("--epochs", "9", "--num-processes", "1", port=nodes.free_port(), model=tmp_path)
     with nodes.running(words, words) as processes:
