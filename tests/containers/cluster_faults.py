@@ -88,7 +88,7 @@ def seconds_until_progress(volume):
 
 def starts(container):
     """How many times a node has been node 0: what it said it does."""
-    return re.findall(r"train: (starting|resuming).* on (\d) nodes", container.logs())
+    return re.findall(r"train: (starting|resuming).* on (\d) nodes?", container.logs())
 
 
 def is_running(container):
