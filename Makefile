@@ -30,7 +30,7 @@ bench: .venv/for-bench ## measure speed, accuracy, memory and sizes against PyTo
 chaos: .venv/for-tests ## try failures at many moments, and all broken files (FLAGS="-k accurate --kills 2": fewer)
 	REQUIRE_CONTAINERS=1 $(PYTHON) -m pytest tests/containers/chaos.py $(FLAGS)
 
-cluster-test: .venv/for-tests ## what faults do to a training on two nodes (FLAGS="-k network": some; takes 13 minutes)
+cluster-test: .venv/for-tests ## what faults do to a training on two nodes (FLAGS="-k network": some; takes 9 minutes)
 	REQUIRE_CONTAINERS=1 $(PYTHON) -m pytest tests/containers/cluster_faults.py tests/containers/slurm_faults.py $(FLAGS)
 
 scaling: .venv/for-tests ## measure training on two nodes, simulate it on up to 64, and draw docs/scaling.png

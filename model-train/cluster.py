@@ -174,7 +174,7 @@ def check_same(descriptions: list[dict[str, dict[str, str]]], rank: int) -> byte
 def check_volume(folder: Path, record: Record, node: "Node") -> None:
     """Raise Failure if train_results.json is not what node 0 has just written."""
     path, deadline = folder / TRAIN_RESULTS, time.monotonic() + node.timeout
-    while not (path.exists() and path.read_text() == record.to_json()):
+    while not (path.exists() and path.read_bytes() == record.to_json().encode()):
         if time.monotonic() > deadline:
             hint = "Mount one volume on all nodes"
             raise Failure(f"{path} on node {node.rank} is not what node 0 has written to its volume. {hint}")

@@ -38,6 +38,7 @@ EPOCHS, BATCHES, VALIDATION_SECONDS = 15, 573, 0.1
 
 
 def main():
+    """Does the steps that are named, or all of them."""
     parser = argparse.ArgumentParser()
     parser.add_argument("steps", nargs="*", default=["measure", "simulate", "draw"])
     results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {"measured": {}, "simulated": {}}
