@@ -210,6 +210,12 @@ def test_nodes_whose_volume_is_not_shared_end_each_in_one_line(data, tmp_path, m
     assert not [*tmp_path.rglob("mnist_cnn.pt")]
 
 
+def test_a_record_that_is_no_text_is_not_that_of_node_0(tmp_path):
+    (tmp_path / "train_results.json").write_bytes(b"\xff")
+    with pytest.raises(Failure, match="train_results.json"):
+        cluster.check_volume(tmp_path, record.Record.new(Settings()), SimpleNamespace(rank=1, timeout=0))
+
+
 def test_more_nodes_than_batches_are_refused(data, tmp_path):
     port = nodes.free_port()
     words = nodes.command("--epochs", "1", "--batch-size", "55000", "--num-processes", "1", port=port, model=tmp_path)
