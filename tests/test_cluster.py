@@ -212,7 +212,7 @@ def test_nodes_whose_volume_is_not_shared_end_each_in_one_line(data, tmp_path, m
 
 def test_a_record_that_is_no_text_is_not_that_of_node_0(tmp_path):
     (tmp_path / "train_results.json").write_bytes(b"\xff")
-    with pytest.raises(Failure, match="train_results.json"):
+    with pytest.raises(Failure, match="is not what node 0 has written"):
         cluster.check_volume(tmp_path, record.Record.new(Settings()), SimpleNamespace(rank=1, timeout=0))
 
 
