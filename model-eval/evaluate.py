@@ -28,7 +28,7 @@ import net
 import torch
 import torch.nn.functional as F
 from artifacts import CONFUSION_MATRIX, DATA_SET, EVAL_RESULTS, MISTAKES, WEIGHTS, as_png, new_figure, publish
-from process import Failure, exit_on_failure, say
+from process import Failure, exit_on_failure, say, stop_signals_deferred
 
 
 class ClassResult(TypedDict):
@@ -68,9 +68,14 @@ def main() -> int:
                 f"{args.model / WEIGHTS} has {results['Accuracy']:.2f} % accuracy, below --min-accuracy "
                 f"{args.min_accuracy:g}; no results are written. Train longer: docker compose run --rm train --epochs N"
             )
-        publish(args.model / CONFUSION_MATRIX, draw_confusion_matrix(results["confusion_matrix"]))
-        publish(args.model / MISTAKES, draw_mistakes(images, labels, log_probabilities))
-        publish(args.model / EVAL_RESULTS, json.dumps(results | {"model_sha256": sha256}, indent=1).encode())
+        files = {
+            CONFUSION_MATRIX: draw_confusion_matrix(results["confusion_matrix"]),
+            MISTAKES: draw_mistakes(images, labels, log_probabilities),
+            EVAL_RESULTS: json.dumps(results | {"model_sha256": sha256}, indent=1).encode(),
+        }
+        with stop_signals_deferred():
+            for name, content in files.items():
+                publish(args.model / name, content)
     return 0
 
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from artifacts import WRITE_HINTS, open_locked, publish, removal_hint, remove
-from process import Failure
+from process import Failure, stop_signals_deferred
 
 
 def check_destination(folder: Path) -> None:
@@ -19,10 +19,10 @@ def check_destination(folder: Path) -> None:
 
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Lock a folder while the block publishes it; other runs wait. Raise Failure if the block cannot write."""
+    """Lock a folder while the block publishes it; other runs and signals wait. Raise Failure if it cannot write."""
     lock = folder.with_name(f".{folder.name}.lock")
     try:
-        with open_locked(lock):  # nothing is written to it
+        with open_locked(lock), stop_signals_deferred():  # nothing is written to the lock
             try:
                 yield
             finally:

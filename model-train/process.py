@@ -72,6 +72,21 @@ def handle_stop_signals(handler: Callable[[int, FrameType | None], Any]) -> None
             signal.signal(number, handler)
 
 
+@contextlib.contextmanager
+def stop_signals_deferred() -> Iterator[None]:
+    """Let the block end before a stop signal is handled. For the main thread only."""
+    received: list[int] = []
+    numbers = [number for number in STOP_SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
+    handlers = [signal.signal(number, lambda number, frame: received.append(number)) for number in numbers]
+    try:
+        yield
+    finally:
+        for number, handler in zip(numbers, handlers, strict=True):
+            signal.signal(number, handler)
+        for stop_signal in received:
+            signal.raise_signal(stop_signal)
+
+
 def signal_name(number: int) -> str:
     """Return the name of a signal, such as SIGKILL; real-time signals have none."""
     try:

@@ -1,6 +1,7 @@
 """Signals that ask a stage to stop: while it starts, and in the middle of a training."""
 
 import re
+import shutil
 import signal
 from pathlib import Path
 
@@ -20,6 +21,16 @@ while time.monotonic() < end:
     except BaseException:
         pass
 raise ImportError("nothing has ended this process")
+"""
+
+
+# Python imports this first: writing a file to disk takes half a second.
+SLOW_DISK = """
+import os, time
+def fsync(file):
+    print("writing", flush=True)
+    time.sleep(0.5)
+os.fsync = fsync
 """
 
 
@@ -53,6 +64,22 @@ def test_a_signal_that_was_ignored_when_a_stage_started_stays_ignored(importing,
         assert process.stdout.readline() == "importing torch\n", process.stderr.read()
         (ignored,) = re.findall(r"SigIgn:\s*(\w+)", Path(f"/proc/{process.pid}/status").read_text())
         assert int(ignored, 16) >> (signal.SIGHUP - 1) & 1
+
+
+@pytest.mark.parametrize("stage", ["evaluate", "infer"])
+def test_a_signal_while_a_stage_publishes_is_handled_when_all_files_are_in_place(finished, tmp_path, stage):
+    (tmp_path / "sitecustomize.py").write_text(SLOW_DISK)
+    folder = shutil.copytree(finished, tmp_path / "volume")
+    modified = {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
+    with stages.running(stages.command(stage, model=folder), PYTHONPATH=tmp_path) as process:
+        while (line := process.stdout.readline()) != "writing\n":
+            assert line, process.stderr.read()
+        process.send_signal(signal.SIGTERM)
+        ended = stages.finish(process)
+    assert (ended.returncode, ended.stderr) == (143, "")
+    assert {path.name for path in folder.iterdir()} == {*modified}
+    replaced = {path.name for path in folder.iterdir() if path.stat().st_mtime_ns > modified[path.name]}
+    assert replaced >= stages.MADE_BY[stage]
 
 
 @pytest.mark.parametrize(
