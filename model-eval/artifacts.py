@@ -173,15 +173,32 @@ def open_locked(part: Path) -> Iterator[IO[bytes]]:
         with open(part, "ab", opener=open_nofollow) as file:
             fcntl.flock(file, fcntl.LOCK_EX)
             # While this run waited, the other one may have renamed the file; then a new one is needed.
-            if part.exists() and os.path.samestat(part.stat(), os.fstat(file.fileno())):
+            if is_same_file(part, file):
                 yield file
                 return
 
 
+def is_same_file(path: Path, file: IO[bytes]) -> bool:
+    """Return whether a path still is that of an open file."""
+    try:
+        return os.path.samestat(path.stat(), os.fstat(file.fileno()))
+    except FileNotFoundError:
+        return False
+
+
 def is_reusable(part: Path) -> bool:
-    """Return whether this is a regular file that may be overwritten: writable, and not linked from elsewhere."""
+    """Return whether this is a regular file that may be overwritten: writable, and not linked from elsewhere.
+
+    Raise FileNotFoundError if it is gone: os.access() would call that not writable.
+    """
     status = part.lstat()
-    return stat.S_ISREG(status.st_mode) and status.st_nlink == 1 and os.access(part, os.W_OK)
+    if not stat.S_ISREG(status.st_mode) or status.st_nlink != 1:
+        return False
+    try:
+        os.close(os.open(part, os.O_WRONLY | os.O_NOFOLLOW | os.O_NONBLOCK))
+    except PermissionError:
+        return False
+    return True
 
 
 def open_nofollow(path: str, flags: int) -> int:

@@ -4,7 +4,8 @@ import errno
 import os
 import shutil
 import stat
-import threading
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -44,7 +45,7 @@ def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(tmp_path, monke
 def save_checkpoint(folder):
     """Saves a checkpoint as a training does."""
     parameters = SimpleNamespace(isfinite=lambda: SimpleNamespace(all=lambda: True))
-    shared = SimpleNamespace(parameters=parameters, state_dict=dict, velocities=None)
+    shared = SimpleNamespace(parameters=parameters, state_dict=dict, velocities=None, mean=None)
     record = SimpleNamespace(to_json=str, publish=lambda folder: None)
     with pytest.raises(Failure):
         checkpoint.Checkpoints(folder, shared, record).save()
@@ -72,12 +73,10 @@ def test_what_a_crash_left_half_written_does_not_reach_the_next_file(tmp_path):
 
 
 def test_of_several_writers_of_the_same_file_one_is_the_last_and_its_file_is_whole(tmp_path):
-    versions = [bytes([number]) * 100_000 for number in range(8)]
-    threads = [threading.Thread(target=artifacts.publish, args=(tmp_path / "file", content)) for content in versions]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    versions = [bytes([number]) * 100_000 for number in range(200)]
+    with ThreadPoolExecutor(8) as pool:
+        for _ in pool.map(partial(artifacts.publish, tmp_path / "file"), versions):
+            pass  # it raises what they raise
     assert (tmp_path / "file").read_bytes() in versions
     assert os.listdir(tmp_path) == ["file"]
 
