@@ -34,7 +34,7 @@ class Checkpoints:
         if not self.shared.parameters.isfinite().all():
             flags = self.record.settings.as_flags()
             raise Failure(f"the parameters are not finite. Settings: {flags}. {FRESH_HINT}")
-        parts = {"model": self.shared.state_dict(), "velocities": self.shared.velocities}
+        parts = {"model": self.shared.state_dict(), "velocities": self.shared.velocities, "mean": self.shared.mean}
         buffer = io.BytesIO()
         torch.save(parts | {"results": self.record.to_json()}, buffer)
         return buffer.getvalue()
@@ -51,17 +51,20 @@ class Checkpoints:
         self.write(self.serialize())
 
 
-def load_checkpoint(path: Path) -> tuple[Any, Any, Record]:
-    """Return the state dict, velocities and record of a checkpoint. Raise Failure if it is missing or damaged."""
+def load_checkpoint(path: Path) -> tuple[dict[str, Any], Record]:
+    """Return the tensors and the record of a checkpoint. Raise Failure if it is missing or damaged."""
     return parse_checkpoint(read_limited(path, MAX_CHECKPOINT_BYTES, FRESH_HINT), path)
 
 
-def parse_checkpoint(file: bytes | bytearray, path: Path) -> tuple[Any, Any, Record]:
-    """Return the state dict, velocities and record in a checkpoint's bytes. Raise Failure if it is damaged."""
+def parse_checkpoint(file: bytes | bytearray, path: Path) -> tuple[dict[str, Any], Record]:
+    """Return what a checkpoint's bytes contain: tensors, still unchecked, by name, and the record.
+
+    Raise Failure if it is damaged.
+    """
     content = net.load_tensors(file, path, FRESH_HINT)
     try:
         parts = dict(dict.items(content))  # a TypeError if it is no dict; its attributes could shadow its methods
-        return parts["model"], parts["velocities"], parse_record(parts["results"])
+        return parts, parse_record(parts["results"])
     except (KeyError, TypeError, ValueError):
         raise Failure(f"{path} is damaged. {FRESH_HINT}") from None
 
@@ -93,7 +96,7 @@ def resume(plan: Plan, images: torch.Tensor, labels: torch.Tensor, folder: Path)
     # The first checkpoint is published before the record of its batches. So while the published record has none, the
     # checkpoint may be there or not, or be of an earlier training.
     try:
-        state_dict, velocities, record = load_checkpoint(path)
+        tensors, record = load_checkpoint(path)
         if record.run != published.run:
             raise Failure(f"{path} and {TRAIN_RESULTS} belong to different trainings. {FRESH_HINT}")
     except Failure:
@@ -105,19 +108,24 @@ def resume(plan: Plan, images: torch.Tensor, labels: torch.Tensor, folder: Path)
     say_what_changes(record, plan)
     record = record_for_resuming(record, plan)
     shared = SharedState(record, images, labels)
-    load_tensors(shared, state_dict, velocities, workers, path)
+    load_tensors(shared, tensors, record, workers, path)
     return record, shared
 
 
-def load_tensors(shared: SharedState, state_dict: Any, velocities: Any, workers: int, path: Path) -> None:
-    """Load the parameters, and the velocities of that many workers, of a checkpoint.
+def load_tensors(shared: SharedState, tensors: dict[str, Any], record: Record, workers: int, path: Path) -> None:
+    """Load the parameters, the velocities of that many workers, and the mean over epochs, if any, of a checkpoint.
 
     Raise Failure if they are not those of this network.
     """
-    net.load_weights(shared.model, state_dict, path, FRESH_HINT)
+    net.load_weights(shared.model, tensors.get("model"), path, FRESH_HINT)
+    velocities: Any = tensors.get("velocities")
     net.check_tensor(velocities, "velocities", torch.Size([workers, len(shared.parameters)]), path, FRESH_HINT)
     kept = min(workers, len(shared.velocities))
     shared.velocities[:kept].copy_(velocities[:kept].detach())
+    if "mean" in tensors or record.averaged_epochs:  # versions before 2.2 did not save it
+        mean: Any = tensors.get("mean")
+        net.check_tensor(mean, "mean", shared.mean.shape, path, FRESH_HINT)
+        shared.mean.copy_(mean.detach())
 
 
 def say_what_changes(record: Record, plan: Plan) -> None:
@@ -147,7 +155,7 @@ def record_for_resuming(record: Record, plan: Plan) -> Record:
     """Return the record of a checkpoint, updated for the planned number of epochs and for this machine."""
     is_longer = plan.settings.epochs > record.settings.epochs
     if is_longer and len(record.history) == record.settings.epochs:
-        record.start = record.batches  # the learning rate has decayed to 0: restart its schedule
+        record.start, record.averaged_epochs = record.batches, 0  # the schedule has ended: start another one
     record.set_workers(plan.settings.num_processes)
     now = Record.new(plan.settings)
     return replace(

@@ -144,12 +144,12 @@ class Preparation:
         from hogwild import SharedState
 
         path = Path("the checkpoint that node 0 has sent")
-        state_dict, velocities, record = parse_checkpoint(start, path)
+        tensors, record = parse_checkpoint(start, path)
         train.check_limits(record.settings)
         if self.folder:
             check_volume(self.folder, record, self.node)
         shared = SharedState(record, *self.images(0, self.count_images(record.settings)))
-        load_tensors(shared, state_dict, velocities, len(record.workers), path)
+        load_tensors(shared, tensors, record, len(record.workers), path)
         self.started = record, shared
         return b""
 
@@ -249,6 +249,7 @@ def train_epochs(
             if is_stopping:
                 leave(averaging.workers.stop)
             averaging.train_on(end_of_epoch)
+        shared.average(record)
         record.add_epoch(*averaging.validate(validation), len(shared.images))
         if progress:
             progress.print_epoch(record.history[-1], record.settings.epochs)

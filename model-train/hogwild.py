@@ -63,7 +63,26 @@ class SharedState:
             parameter.data = view.copy_(parameter.data)
         # Each worker has its own velocity, shared only so that the parent can checkpoint it.
         self.velocities = shared_zeros(self.settings.num_processes, len(self.parameters))
+        self.mean = torch.zeros_like(self.parameters)  # over the last epochs, see average()
         self.queue = BatchQueue(next_batch=record.batches, workers=record.workers)
+
+    def average(self, record: Record) -> None:
+        """At the end of an epoch that is to be averaged, add the parameters to the mean; after the last one, load it.
+
+        The workers must be idle. This is stochastic weight averaging (Izmailov et al. 2018).
+        """
+        end_of_epoch = (len(record.history) + 1) * self.batches_per_epoch
+        if self.progress(end_of_epoch) <= 1 - self.settings.averaging:
+            record.averaged_epochs = 0
+            return
+        record.averaged_epochs += 1
+        self.mean.lerp_(self.parameters, 1 / record.averaged_epochs)
+        if end_of_epoch == self.schedule_end:
+            self.parameters.copy_(self.mean)
+
+    def progress(self, batches: float) -> float:
+        """Return the part of the learning rate's schedule that is over after a number of batches."""
+        return (batches - self.schedule_start) / (self.schedule_end - self.schedule_start)
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         """Return the model's state dict, with copies: torch.save() would write the whole vector with each view."""
@@ -140,12 +159,15 @@ class Trainer:
         return loss.item(), torch.cat([gradient.flatten() for gradient in gradients])
 
     def learning_rate(self, number: int) -> float:
-        """Return the learning rate of a batch: constant, or linearly up to its peak, then linearly down to 0."""
+        """Return the learning rate of a batch: constant, or linearly up to its peak, then linearly down to 0.
+
+        It stops falling where the averaging of epochs begins: their parameters must differ for a mean to be better.
+        """
         if self.settings.schedule == "constant":
             return self.shared.peak_lr
-        start, end = self.shared.schedule_start, self.shared.schedule_end
-        progress = (number + 0.5 - start) / (end - start)  # of the batch's middle, so that no batch has rate 0
-        return self.shared.peak_lr * min(progress / WARMUP_FRACTION, (1 - progress) / (1 - WARMUP_FRACTION))
+        progress = self.shared.progress(number + 0.5)  # of the batch's middle, so that no batch has rate 0
+        remaining = max(1 - progress, self.settings.averaging)
+        return self.shared.peak_lr * min(progress / WARMUP_FRACTION, remaining / (1 - WARMUP_FRACTION))
 
 
 PIXEL_CENTERS = (torch.arange(28) * 2 + 1) / 28 - 1  # of the pixels of a row, from -1 to 1

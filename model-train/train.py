@@ -181,6 +181,7 @@ def train_epochs(
                 checkpoints.write(checkpoint)
                 workers.stop.raise_if_requested()
         workers.drain()
+        shared.average(record)
         record.add_epoch(*validate(record, shared, validation), len(shared.images))
         progress.print_epoch(record.history[-1], record.settings.epochs)
     checkpoints.save()

@@ -45,6 +45,36 @@ def test_a_constant_learning_rate_is_the_same_for_every_batch():
     assert {*rates(new_trainer(schedule="constant", lr=0.3))} == {0.3}
 
 
+def test_while_epochs_are_averaged_the_learning_rate_stays():
+    plain, course = rates(new_trainer(epochs=100)), rates(new_trainer(epochs=100, averaging=0.25))
+    assert course[:750] == plain[:750]
+    assert {*course[750:]} == {course[750]}
+    assert course[750] == pytest.approx(plain[749], rel=0.01)
+
+
+def test_the_last_epochs_are_averaged_and_the_model_is_their_mean():
+    trainer = new_trainer(epochs=8, averaging=0.4)
+    shared, training = trainer.shared, record.Record.new(trainer.settings)
+    after = []
+    for epoch in range(8):
+        shared.parameters.normal_()
+        after.append(shared.parameters.clone())
+        shared.average(training)
+        training.history.append(record.EpochRecord(epoch + 1, 0.1, 0.1, 98.0, 1.0))
+        assert training.averaged_epochs == max(0, epoch - 3)
+        if epoch < 7:
+            assert shared.parameters.equal(after[epoch])
+    torch.testing.assert_close(shared.parameters, torch.stack(after[4:]).mean(0))
+
+
+def test_without_averaging_the_model_is_what_the_last_epoch_has_left():
+    trainer = new_trainer()
+    parameters, training = trainer.shared.parameters.clone(), record.Record.new(trainer.settings)
+    trainer.shared.average(training)
+    assert training.averaged_epochs == 0
+    assert trainer.shared.parameters.equal(parameters)
+
+
 @pytest.mark.parametrize("longest", [0.5, 1e6], ids=["clipped", "not clipped"])
 def test_the_steps_are_those_of_torchs_own_sgd(monkeypatch, longest):
     monkeypatch.setattr(hogwild, "PRECISION", torch.float32)

@@ -69,7 +69,7 @@ def test_an_unfinished_training_of_version_1_resumes(unfinished):
     weights = stages.load_checkpoint(unfinished)["model"]
     resumed, shared = resume(unfinished)
     assert resumed.settings == settings.Settings(epochs=3)
-    assert (resumed.version, len(resumed.history), resumed.batches) == ("2.1", 1, 573)
+    assert (resumed.version, len(resumed.history), resumed.batches) == (record.VERSION, 1, 573)
     assert all(tensor.equal(weights[name]) for name, tensor in shared.state_dict().items())
 
 
@@ -105,6 +105,31 @@ def test_a_checkpoint_of_other_data_is_refused(unfinished):
     stages.edit_checkpoint(unfinished, results=lambda text: stages.edited(text, lambda content: content.update(edit)))
     with pytest.raises(Failure, match="other data"):
         resume(unfinished)
+
+
+def test_a_training_that_is_resumed_goes_on_with_its_mean_over_epochs(unfinished):
+    mean = torch.randn(21_840)
+    stages.edit_training(unfinished, lambda content: content.update(averaged_epochs=1))
+    stages.edit_checkpoint(unfinished, mean=lambda saved: mean)
+    resumed, shared = resume(unfinished)
+    assert resumed.averaged_epochs == 1
+    assert shared.mean.equal(mean)
+
+
+def test_a_mean_over_epochs_that_was_left_out_is_missed(unfinished):
+    stages.edit_training(unfinished, lambda content: content.update(averaged_epochs=1))
+    torch.save(
+        {name: part for name, part in stages.load_checkpoint(unfinished).items() if name != "mean"},
+        unfinished / "checkpoint.pt",
+    )
+    with pytest.raises(Failure, match="mean"):
+        resume(unfinished)
+
+
+def test_a_finished_training_that_goes_on_starts_another_mean_over_epochs(volume):
+    stages.edit_training(volume, lambda content: content.update(averaged_epochs=1))
+    resumed, _ = checkpoint.start_or_resume(plan.decide({"epochs": 2}, False, volume), IMAGES, LABELS, volume)
+    assert resumed.averaged_epochs == 0
 
 
 def test_a_training_that_is_resumed_has_the_velocities_of_its_workers(unfinished):

@@ -45,6 +45,18 @@ def test_one_worker_with_a_seed_is_repeatable_to_the_last_bit(data, tmp_path):
     assert stages.sha256(tmp_path / "one" / "mnist_cnn.pt") == stages.sha256(tmp_path / "two" / "mnist_cnn.pt")
 
 
+def test_a_training_that_averages_its_last_epochs_is_stopped_and_resumed_without_a_change(data, tmp_path):
+    flags = (*stages.QUICK, "--epochs", "3", "--averaging", "0.8", "--num-processes", "1")
+    stages.assert_succeeds(stages.run("train", *flags, model=tmp_path / "one"))
+    with stages.training(tmp_path / "two", *flags) as process:
+        assert any("epoch 1 of 3" in line for line in process.stdout), process.stderr.read()
+        stages.stop(process, signal.SIGTERM)
+    assert stages.results(tmp_path / "two")["averaged_epochs"] == 1
+    stages.assert_succeeds(stages.run("train", model=tmp_path / "two"))
+    assert stages.results(tmp_path / "two")["averaged_epochs"] == 3
+    assert stages.sha256(tmp_path / "one" / "mnist_cnn.pt") == stages.sha256(tmp_path / "two" / "mnist_cnn.pt")
+
+
 @pytest.mark.parametrize("flags", [(), ("--epochs", "1", "--num-processes", "2", "--log-interval", "5")])
 def test_a_finished_model_is_left_as_it_is_before_torch_is_even_imported(volume, tmp_path, flags):
     for name in ("torch", "torchvision", "numpy"):
