@@ -34,7 +34,7 @@ class Checkpoints:
         if not self.shared.parameters.isfinite().all():
             flags = self.record.settings.as_flags()
             raise Failure(f"the parameters are not finite. Settings: {flags}. {FRESH_HINT}")
-        parts = {"model": self.shared.state_dict(), "velocities": self.shared.velocities, "mean": self.shared.mean}
+        parts = {"model": self.shared.state_dict(), "velocities": self.shared.velocities, "sum": self.shared.sum}
         buffer = io.BytesIO()
         torch.save(parts | {"results": self.record.to_json()}, buffer)
         return buffer.getvalue()
@@ -108,12 +108,12 @@ def resume(plan: Plan, images: torch.Tensor, labels: torch.Tensor, folder: Path)
     say_what_changes(record, plan)
     record = record_for_resuming(record, plan)
     shared = SharedState(record, images, labels)
-    load_tensors(shared, tensors, record, workers, path)
+    load_tensors(shared, tensors, workers, path)
     return record, shared
 
 
-def load_tensors(shared: SharedState, tensors: dict[str, Any], record: Record, workers: int, path: Path) -> None:
-    """Load the parameters, the velocities of that many workers, and the mean over epochs, if any, of a checkpoint.
+def load_tensors(shared: SharedState, tensors: dict[str, Any], workers: int, path: Path) -> None:
+    """Load the parameters, the velocities of that many workers, and the sum of parameters of a checkpoint.
 
     Raise Failure if they are not those of this network.
     """
@@ -122,10 +122,10 @@ def load_tensors(shared: SharedState, tensors: dict[str, Any], record: Record, w
     net.check_tensor(velocities, "velocities", torch.Size([workers, len(shared.parameters)]), path, FRESH_HINT)
     kept = min(workers, len(shared.velocities))
     shared.velocities[:kept].copy_(velocities[:kept].detach())
-    if "mean" in tensors or record.averaged_epochs:  # versions before 2.2 did not save it
-        mean: Any = tensors.get("mean")
-        net.check_tensor(mean, "mean", shared.mean.shape, path, FRESH_HINT)
-        shared.mean.copy_(mean.detach())
+    if "sum" in tensors or shared.settings.averaging:  # versions before 2.2 had neither
+        summed: Any = tensors.get("sum")
+        net.check_tensor(summed, "sum", shared.sum.shape, path, FRESH_HINT)
+        shared.sum.copy_(summed.detach())
 
 
 def say_what_changes(record: Record, plan: Plan) -> None:
@@ -155,7 +155,7 @@ def record_for_resuming(record: Record, plan: Plan) -> Record:
     """Return the record of a checkpoint, updated for the planned number of epochs and for this machine."""
     is_longer = plan.settings.epochs > record.settings.epochs
     if is_longer and len(record.history) == record.settings.epochs:
-        record.start, record.averaged_epochs = record.batches, 0  # the schedule has ended: start another one
+        record.start = record.batches  # the learning rate has decayed to 0: restart its schedule
     record.set_workers(plan.settings.num_processes)
     now = Record.new(plan.settings)
     return replace(

@@ -149,7 +149,7 @@ class Preparation:
         if self.folder:
             check_volume(self.folder, record, self.node)
         shared = SharedState(record, *self.images(0, self.count_images(record.settings)))
-        load_tensors(shared, tensors, record, len(record.workers), path)
+        load_tensors(shared, tensors, len(record.workers), path)
         self.started = record, shared
         return b""
 
@@ -249,7 +249,9 @@ def train_epochs(
             if is_stopping:
                 leave(averaging.workers.stop)
             averaging.train_on(end_of_epoch)
-        shared.average(record)
+        if end_of_epoch == shared.schedule_end:
+            averaging.add_sums()
+            shared.load_mean()
         record.add_epoch(*averaging.validate(validation), len(shared.images))
         if progress:
             progress.print_epoch(record.history[-1], record.settings.epochs)
@@ -323,6 +325,12 @@ class Averaging:
             batch = 0 if lost.batch is None else lost.batch - self.record.batches + 1
             numbers[lost.rank, 4:] = torch.tensor([lost.signal, batch])
         return numbers
+
+    def add_sums(self) -> None:
+        """Replace each node's sum of its parameters over the last batches by that of all nodes."""
+        total = self.shared.sum.clone()
+        self.node.sum(total, self.workers.watch_unless_overdue)
+        self.shared.sum.copy_(total)
 
     def update_record(self, numbers: list[list[list[float]]]) -> None:
         """Add to the record what the workers of all nodes have done. Those of equal rank share a line in it."""

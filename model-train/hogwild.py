@@ -63,26 +63,29 @@ class SharedState:
             parameter.data = view.copy_(parameter.data)
         # Each worker has its own velocity, shared only so that the parent can checkpoint it.
         self.velocities = shared_zeros(self.settings.num_processes, len(self.parameters))
-        self.mean = torch.zeros_like(self.parameters)  # over the last epochs, see average()
+        # The sum of the parameters after each of the last batches, if these are averaged, and the number of summands.
+        self.sum = shared_zeros(len(self.parameters) + 1)
         self.queue = BatchQueue(next_batch=record.batches, workers=record.workers)
 
-    def average(self, record: Record) -> None:
-        """At the end of an epoch that is to be averaged, add the parameters to the mean; after the last one, load it.
+    def progress(self, number: int) -> float:
+        """Return how much of the schedule is over in the middle of a batch, between 0 and 1."""
+        return (number + 0.5 - self.schedule_start) / (self.schedule_end - self.schedule_start)
 
-        The workers must be idle. This is stochastic weight averaging (Izmailov et al. 2018).
+    def add_to_sum(self, number: int) -> None:
+        """Add the parameters after a batch to the sum, if it is one of the last batches, which are averaged."""
+        if self.progress(number) > 1 - self.settings.averaging:
+            self.sum[:-1].add_(self.parameters)
+            self.sum[-1:].add_(1)
+        else:
+            self.sum.zero_()  # of an earlier schedule, if a training goes on to more epochs
+
+    def load_mean(self) -> None:
+        """After the last batch, replace the parameters by their mean over the last batches, if these were averaged.
+
+        Stochastic weight averaging (Izmailov et al. 2018), though over batches, not epochs.
         """
-        end_of_epoch = (len(record.history) + 1) * self.batches_per_epoch
-        if self.progress(end_of_epoch) <= 1 - self.settings.averaging:
-            record.averaged_epochs = 0
-            return
-        record.averaged_epochs += 1
-        self.mean.lerp_(self.parameters, 1 / record.averaged_epochs)
-        if end_of_epoch == self.schedule_end:
-            self.parameters.copy_(self.mean)
-
-    def progress(self, batches: float) -> float:
-        """Return the part of the learning rate's schedule that is over after a number of batches."""
-        return (batches - self.schedule_start) / (self.schedule_end - self.schedule_start)
+        if self.sum[-1] > 0:
+            self.parameters.copy_(self.sum[:-1] / self.sum[-1])
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         """Return the model's state dict, with copies: torch.save() would write the whole vector with each view."""
@@ -128,6 +131,8 @@ class Trainer:
         gradient.add_(shared.parameters, alpha=settings.weight_decay)
         self.velocity.mul_(settings.momentum).add_(gradient)
         shared.parameters.sub_(self.velocity, alpha=self.learning_rate(number))
+        if settings.averaging:
+            shared.add_to_sum(number)
         return len(images), loss * len(images)
 
     def load_batch(self, number: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -161,11 +166,11 @@ class Trainer:
     def learning_rate(self, number: int) -> float:
         """Return the learning rate of a batch: constant, or linearly up to its peak, then linearly down to 0.
 
-        It stops falling where the averaging of epochs begins: their parameters must differ for a mean to be better.
+        While batches are averaged it stays as it is: their parameters must differ for their mean to be better.
         """
         if self.settings.schedule == "constant":
             return self.shared.peak_lr
-        progress = self.shared.progress(number + 0.5)  # of the batch's middle, so that no batch has rate 0
+        progress = self.shared.progress(number)
         remaining = max(1 - progress, self.settings.averaging)
         return self.shared.peak_lr * min(progress / WARMUP_FRACTION, remaining / (1 - WARMUP_FRACTION))
 

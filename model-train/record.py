@@ -74,7 +74,6 @@ class Record:
     seconds: float = 0.0  # of training and validation
     images_per_second: float = 0.0
     history: list[EpochRecord] = field(default_factory=list)
-    averaged_epochs: int = 0  # the model is the mean of the parameters after these last epochs; 0: after the last one
     lost_workers: list[LostWorker] = field(default_factory=list)
     nodes: int = 1  # machines that train together, or did so last; workers of the same rank share a WorkerRecord
     precision: str = "float32"  # of the convolutions
@@ -173,7 +172,7 @@ def is_consistent(record: Record) -> bool:
     loss_sum = sum(epoch.train_loss for epoch in record.history) * images
     return (
         len(record.workers) == record.settings.num_processes
-        and record.averaged_epochs <= len(record.history) <= record.settings.epochs
+        and len(record.history) <= record.settings.epochs
         and sum(worker.steps for worker in record.workers) <= record.batches + len(record.lost_workers)
         and sum(worker.images for worker in record.workers) <= (record.epochs_done() + 1) * images
         and sum(worker.loss_sum for worker in record.workers) >= loss_sum * (1 - tolerance)

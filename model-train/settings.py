@@ -35,7 +35,9 @@ class Settings:
     seed: int = number_field(1, "seed of initial weights, shuffles and augmentation", 0, 2**32 - 1)
     num_processes: int = number_field(2, "Hogwild workers, one thread each", 1, 64)
     schedule: str = choice_field("linear", "learning rate schedule: linear warm-up and decay, or constant", "constant")
-    averaging: float = number_field(0.0, "last part of the epochs; the model is the mean after each of them", 0, 0.8)
+    averaging: float = number_field(
+        0.0, "part of the epochs, at the end, over which the parameters are averaged; 0 is none", 0, 0.8
+    )
     weight_decay: float = number_field(7e-4, "weight decay (L2 penalty) coefficient", 0, 1)
     max_grad_norm: float = number_field(2.0, "clip gradients to this norm", 1e-6, 1e9)
     augmentation: float = number_field(1.0, "strength of random rotation, scaling and shift; 0 is none", 0, 4)

@@ -181,7 +181,8 @@ def train_epochs(
                 checkpoints.write(checkpoint)
                 workers.stop.raise_if_requested()
         workers.drain()
-        shared.average(record)
+        if end_of_epoch == shared.schedule_end:
+            shared.load_mean()
         record.add_epoch(*validate(record, shared, validation), len(shared.images))
         progress.print_epoch(record.history[-1], record.settings.epochs)
     checkpoints.save()

@@ -45,7 +45,7 @@ def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(tmp_path, monke
 def save_checkpoint(folder):
     """Saves a checkpoint as a training does."""
     parameters = SimpleNamespace(isfinite=lambda: SimpleNamespace(all=lambda: True))
-    shared = SimpleNamespace(parameters=parameters, state_dict=dict, velocities=None, mean=None)
+    shared = SimpleNamespace(parameters=parameters, state_dict=dict, velocities=None, sum=None)
     record = SimpleNamespace(to_json=str, publish=lambda folder: None)
     with pytest.raises(Failure):
         checkpoint.Checkpoints(folder, shared, record).save()

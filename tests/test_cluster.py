@@ -156,7 +156,8 @@ def test_both_nodes_know_when_one_is_asked_to_stop():
 def pair(data, tmp_path_factory):
     """How both nodes of a training of one epoch ended, and its volume, to look at."""
     folder, port = tmp_path_factory.mktemp("pair"), nodes.free_port()
-    return nodes.run(*[nodes.command(*nodes.SMALL, port=port, model=folder)] * 2), folder
+    flags = (*nodes.SMALL, "--averaging", "0.5")
+    return nodes.run(*[nodes.command(*flags, port=port, model=folder)] * 2), folder
 
 
 def test_two_nodes_train_a_model_on_every_image_once(pair):
@@ -174,6 +175,14 @@ def test_two_nodes_have_equal_parameters_after_the_last_averaging(pair):
     found = nodes.digests(ends)
     assert {*found} == {"0", "1"}
     assert found["0"] == found["1"]
+
+
+def test_the_model_is_the_mean_of_the_parameters_of_both_nodes_after_the_last_batches(pair):
+    _, folder = pair
+    saved = stages.load_checkpoint(folder)
+    mean = saved["sum"] / saved["sum"][-1]
+    assert saved["sum"][-1] == 55
+    assert torch.cat([tensor.flatten() for tensor in saved["model"].values()]).equal(mean[:-1])
 
 
 def test_the_training_loss_is_that_of_all_nodes(pair):

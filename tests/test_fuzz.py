@@ -81,8 +81,8 @@ RECORD.history.append(record.EpochRecord(1, 0.1, 0.1, 98.0, 1.0))
 RECORD = json.loads(RECORD.to_json())
 MODEL = dict(net.Net().state_dict())
 PICKLE = zipfile.ZipFile(io.BytesIO(saved(MODEL))).read("archive/data.pkl")
-PARTS = {"model": MODEL, "velocities": torch.zeros(2, 21_840), "mean": torch.zeros(21_840)}
-PARTS |= {"results": json.dumps(RECORD | {"averaged_epochs": 1})}
+PARTS = {"model": MODEL, "velocities": torch.zeros(2, 21_840), "sum": torch.zeros(21_841)}
+PARTS |= {"results": json.dumps(RECORD)}
 
 
 def one_line(read):

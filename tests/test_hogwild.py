@@ -45,33 +45,37 @@ def test_a_constant_learning_rate_is_the_same_for_every_batch():
     assert {*rates(new_trainer(schedule="constant", lr=0.3))} == {0.3}
 
 
-def test_while_epochs_are_averaged_the_learning_rate_stays():
+def test_while_batches_are_averaged_the_learning_rate_stays():
     plain, course = rates(new_trainer(epochs=100)), rates(new_trainer(epochs=100, averaging=0.25))
     assert course[:750] == plain[:750]
     assert {*course[750:]} == {course[750]}
     assert course[750] == pytest.approx(plain[749], rel=0.01)
 
 
-def test_the_last_epochs_are_averaged_and_the_model_is_their_mean():
-    trainer = new_trainer(epochs=8, averaging=0.4)
-    shared, training = trainer.shared, record.Record.new(trainer.settings)
+def test_the_model_is_the_mean_of_the_parameters_after_the_last_batches():
+    trainer = new_trainer(epochs=2, averaging=0.4)
     after = []
-    for epoch in range(8):
-        shared.parameters.normal_()
-        after.append(shared.parameters.clone())
-        shared.average(training)
-        training.history.append(record.EpochRecord(epoch + 1, 0.1, 0.1, 98.0, 1.0))
-        assert training.averaged_epochs == max(0, epoch - 3)
-        if epoch < 7:
-            assert shared.parameters.equal(after[epoch])
-    torch.testing.assert_close(shared.parameters, torch.stack(after[4:]).mean(0))
+    for number in range(20):
+        trainer.train_batch(number)
+        after.append(trainer.shared.parameters.clone())
+    trainer.shared.load_mean()
+    torch.testing.assert_close(trainer.shared.parameters, torch.stack(after[12:]).mean(0))
+    assert not trainer.shared.parameters.equal(after[-1])
 
 
-def test_without_averaging_the_model_is_what_the_last_epoch_has_left():
+def test_a_schedule_that_starts_again_has_a_mean_of_its_own():
+    trainer = new_trainer(epochs=2, averaging=0.4)
+    trainer.shared.sum.fill_(7)
+    trainer.train_batch(0)
+    assert not trainer.shared.sum.any()
+
+
+def test_without_averaging_the_model_is_what_the_last_batch_has_left():
     trainer = new_trainer()
-    parameters, training = trainer.shared.parameters.clone(), record.Record.new(trainer.settings)
-    trainer.shared.average(training)
-    assert training.averaged_epochs == 0
+    for number in range(10):
+        trainer.train_batch(number)
+    parameters = trainer.shared.parameters.clone()
+    trainer.shared.load_mean()
     assert trainer.shared.parameters.equal(parameters)
 
 

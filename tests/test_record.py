@@ -1,5 +1,7 @@
 """record.py: what train_results.json says, of this version and of others, and how a training resumes by it."""
 
+import contextlib
+
 import checkpoint
 import plan
 import pytest
@@ -107,29 +109,21 @@ def test_a_checkpoint_of_other_data_is_refused(unfinished):
         resume(unfinished)
 
 
-def test_a_training_that_is_resumed_goes_on_with_its_mean_over_epochs(unfinished):
-    mean = torch.randn(21_840)
-    stages.edit_training(unfinished, lambda content: content.update(averaged_epochs=1))
-    stages.edit_checkpoint(unfinished, mean=lambda saved: mean)
-    resumed, shared = resume(unfinished)
-    assert resumed.averaged_epochs == 1
-    assert shared.mean.equal(mean)
+def test_a_training_that_is_resumed_goes_on_with_its_sum_of_parameters(unfinished):
+    summed = torch.randn(21_841)
+    stages.edit_checkpoint(unfinished, sum=lambda saved: summed)
+    _, shared = resume(unfinished)
+    assert shared.sum.equal(summed)
 
 
-def test_a_mean_over_epochs_that_was_left_out_is_missed(unfinished):
-    stages.edit_training(unfinished, lambda content: content.update(averaged_epochs=1))
-    torch.save(
-        {name: part for name, part in stages.load_checkpoint(unfinished).items() if name != "mean"},
-        unfinished / "checkpoint.pt",
-    )
-    with pytest.raises(Failure, match="mean"):
+@pytest.mark.parametrize("averaging", [0.0, 0.5])
+def test_a_sum_of_parameters_that_was_left_out_is_missed_if_it_is_needed(unfinished, averaging):
+    stages.edit_training(unfinished, lambda content: content["settings"].update(averaging=averaging))
+    parts = stages.load_checkpoint(unfinished)
+    del parts["sum"]
+    torch.save(parts, unfinished / "checkpoint.pt")
+    with pytest.raises(Failure, match="sum") if averaging else contextlib.nullcontext():
         resume(unfinished)
-
-
-def test_a_finished_training_that_goes_on_starts_another_mean_over_epochs(volume):
-    stages.edit_training(volume, lambda content: content.update(averaged_epochs=1))
-    resumed, _ = checkpoint.start_or_resume(plan.decide({"epochs": 2}, False, volume), IMAGES, LABELS, volume)
-    assert resumed.averaged_epochs == 0
 
 
 def test_a_training_that_is_resumed_has_the_velocities_of_its_workers(unfinished):

@@ -51,9 +51,8 @@ def test_a_training_that_averages_its_last_epochs_is_stopped_and_resumed_without
     with stages.training(tmp_path / "two", *flags) as process:
         assert any("epoch 1 of 3" in line for line in process.stdout), process.stderr.read()
         stages.stop(process, signal.SIGTERM)
-    assert stages.results(tmp_path / "two")["averaged_epochs"] == 1
+    assert stages.load_checkpoint(tmp_path / "two")["sum"][-1] > 0
     stages.assert_succeeds(stages.run("train", model=tmp_path / "two"))
-    assert stages.results(tmp_path / "two")["averaged_epochs"] == 3
     assert stages.sha256(tmp_path / "one" / "mnist_cnn.pt") == stages.sha256(tmp_path / "two" / "mnist_cnn.pt")
 
 
