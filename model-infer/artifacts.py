@@ -195,13 +195,13 @@ def is_reusable(part: Path) -> bool:
     if not stat.S_ISREG(status.st_mode) or status.st_nlink != 1:
         return False
     try:
-        os.close(os.open(part, os.O_WRONLY | os.O_NOFOLLOW | os.O_NONBLOCK))
+        os.close(open_nofollow(part, os.O_WRONLY))
     except PermissionError:
         return False
     return True
 
 
-def open_nofollow(path: str, flags: int) -> int:
+def open_nofollow(path: str | Path, flags: int) -> int:
     """Open a file without following links and without blocking on a pipe."""
     return os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK, 0o644)
 

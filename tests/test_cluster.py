@@ -233,10 +233,7 @@ def test_more_nodes_than_batches_are_refused(data, tmp_path):
 
 
 def test_a_checkpoint_of_another_network_is_refused_by_both_nodes(unfinished):
-    path = unfinished / "checkpoint.pt"
-    parts = torch.load(path)
-    parts["model"]["fc2.weight"] = torch.zeros(12, 50)
-    torch.save(parts, path)
+    stages.edit_checkpoint(unfinished, model=lambda saved: saved | {"fc2.weight": torch.zeros(12, 50)})
     before = stages.contents(unfinished)
     words = nodes.command(port=nodes.free_port(), model=unfinished)
     for end in nodes.run(words, words):

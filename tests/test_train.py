@@ -45,7 +45,7 @@ def test_one_worker_with_a_seed_is_repeatable_to_the_last_bit(data, tmp_path):
     assert stages.sha256(tmp_path / "one" / "mnist_cnn.pt") == stages.sha256(tmp_path / "two" / "mnist_cnn.pt")
 
 
-def test_a_training_that_averages_its_last_epochs_is_stopped_and_resumed_without_a_change(data, tmp_path):
+def test_a_training_that_averages_its_last_batches_is_stopped_and_resumed_without_a_change(data, tmp_path):
     flags = (*stages.QUICK, "--epochs", "3", "--averaging", "0.8", "--num-processes", "1")
     stages.assert_succeeds(stages.run("train", *flags, model=tmp_path / "one"))
     with stages.training(tmp_path / "two", *flags) as process:
