@@ -34,8 +34,8 @@ class Checkpoints:
         if not self.shared.parameters.isfinite().all():
             flags = self.record.settings.as_flags()
             raise Failure(f"the parameters are not finite. Settings: {flags}. {FRESH_HINT}")
-        parts = {"model": self.shared.state_dict(), "velocities": self.shared.velocities, "sum": self.shared.sum}
-        buffer = io.BytesIO()
+        shared, buffer = self.shared, io.BytesIO()
+        parts = {"model": shared.state_dict(), "velocities": shared.velocities, "sum": shared.sums.sum(0)}
         torch.save(parts | {"results": self.record.to_json()}, buffer)
         return buffer.getvalue()
 
@@ -104,11 +104,13 @@ def resume(plan: Plan, images: torch.Tensor, labels: torch.Tensor, folder: Path)
             raise
         return None
     check_progress(record, plan, path)
-    workers = len(record.workers)
+    workers, epochs = len(record.workers), record.settings.epochs
     say_what_changes(record, plan)
     record = record_for_resuming(record, plan)
     shared = SharedState(record, images, labels)
     load_tensors(shared, tensors, workers, path)
+    if record.settings.epochs != epochs:
+        shared.sums.zero_()  # with another schedule, other batches are averaged
     return record, shared
 
 
@@ -124,8 +126,8 @@ def load_tensors(shared: SharedState, tensors: dict[str, Any], workers: int, pat
     shared.velocities[:kept].copy_(velocities[:kept].detach())
     if "sum" in tensors or shared.settings.averaging:  # versions before 2.2 had neither
         summed: Any = tensors.get("sum")
-        net.check_tensor(summed, "sum", shared.sum.shape, path, FRESH_HINT)
-        shared.sum.copy_(summed.detach())
+        net.check_tensor(summed, "sum", shared.sums[0].shape, path, FRESH_HINT)
+        shared.sums[0].copy_(summed.detach())
 
 
 def say_what_changes(record: Record, plan: Plan) -> None:

@@ -327,10 +327,10 @@ class Averaging:
         return numbers
 
     def add_sums(self) -> None:
-        """Replace each node's sum of its parameters over the last batches by that of all nodes."""
-        total = self.shared.sum.clone()
+        """Replace the sums of this node's parameters over the last batches by that of all nodes."""
+        total = self.shared.sums.sum(0)
         self.node.sum(total, self.workers.watch_unless_overdue)
-        self.shared.sum.copy_(total)
+        self.shared.sums.zero_()[0].copy_(total)
 
     def update_record(self, numbers: list[list[list[float]]]) -> None:
         """Add to the record what the workers of all nodes have done. Those of equal rank share a line in it."""

@@ -63,29 +63,26 @@ class SharedState:
             parameter.data = view.copy_(parameter.data)
         # Each worker has its own velocity, shared only so that the parent can checkpoint it.
         self.velocities = shared_zeros(self.settings.num_processes, len(self.parameters))
-        # The sum of the parameters after each of the last batches, if these are averaged, and the number of summands.
-        self.sum = shared_zeros(len(self.parameters) + 1)
+        # Each worker's sum of the parameters after those of its batches that are averaged, and the number of summands.
+        self.sums = shared_zeros(self.settings.num_processes, len(self.parameters) + 1)
         self.queue = BatchQueue(next_batch=record.batches, workers=record.workers)
 
     def progress(self, number: int) -> float:
         """Return how much of the schedule is over in the middle of a batch, between 0 and 1."""
         return (number + 0.5 - self.schedule_start) / (self.schedule_end - self.schedule_start)
 
-    def add_to_sum(self, number: int) -> None:
-        """Add the parameters after a batch to the sum, if it is one of the last batches, which are averaged."""
-        if self.progress(number) > 1 - self.settings.averaging:
-            self.sum[:-1].add_(self.parameters)
-            self.sum[-1:].add_(1)
-        else:
-            self.sum.zero_()  # of an earlier schedule, if a training goes on to more epochs
+    def is_averaged(self, number: int) -> bool:
+        """Return whether the parameters after a batch are averaged: those after the last batches of the schedule."""
+        return self.progress(number) > 1 - self.settings.averaging
 
     def load_mean(self) -> None:
         """After the last batch, replace the parameters by their mean over the last batches, if these were averaged.
 
         Stochastic weight averaging (Izmailov et al. 2018), though over batches, not epochs.
         """
-        if self.sum[-1] > 0:
-            self.parameters.copy_(self.sum[:-1] / self.sum[-1])
+        total = self.sums.sum(0)
+        if total[-1] > 0:
+            self.parameters.copy_(total[:-1] / total[-1])
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         """Return the model's state dict, with copies: torch.save() would write the whole vector with each view."""
@@ -109,7 +106,7 @@ class Trainer:
 
     def __init__(self, rank: int, shared: SharedState) -> None:
         self.shared, self.settings = shared, shared.settings
-        self.velocity = shared.velocities[rank]
+        self.velocity, self.sum = shared.velocities[rank], shared.sums[rank]
         self.permutation_epoch, self.permutation = -1, torch.empty(0)
 
     def train_batch(self, number: int) -> tuple[int, float]:
@@ -131,8 +128,9 @@ class Trainer:
         gradient.add_(shared.parameters, alpha=settings.weight_decay)
         self.velocity.mul_(settings.momentum).add_(gradient)
         shared.parameters.sub_(self.velocity, alpha=self.learning_rate(number))
-        if settings.averaging:
-            shared.add_to_sum(number)
+        if shared.is_averaged(number):
+            self.sum[:-1].add_(shared.parameters)
+            self.sum[-1:].add_(1)
         return len(images), loss * len(images)
 
     def load_batch(self, number: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -63,11 +63,12 @@ def test_the_model_is_the_mean_of_the_parameters_after_the_last_batches():
     assert not trainer.shared.parameters.equal(after[-1])
 
 
-def test_a_schedule_that_starts_again_has_a_mean_of_its_own():
-    trainer = new_trainer(epochs=2, averaging=0.4)
-    trainer.shared.sum.fill_(7)
-    trainer.train_batch(0)
-    assert not trainer.shared.sum.any()
+def test_a_worker_that_is_late_with_an_early_batch_leaves_the_sums_of_the_last_batches_alone():
+    shared = new_trainer(epochs=2, averaging=0.4, num_processes=2).shared
+    workers = [hogwild.Trainer(rank, shared) for rank in range(2)]
+    for number in (12, 13, 5, 14):
+        workers[number % 2].train_batch(number)
+    assert shared.sums[:, -1].tolist() == [2, 1]
 
 
 def test_without_averaging_the_model_is_what_the_last_batch_has_left():

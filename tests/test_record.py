@@ -18,9 +18,9 @@ LABELS = torch.zeros(settings.TRAINING_IMAGES, dtype=torch.int64)
 OTHER_DATA = dict.fromkeys(stages.RAW_FILES, "0" * 64)
 
 
-def resume(folder):
+def resume(folder, **requested):
     """The record and the shared state of the training that goes on from a volume."""
-    decided = plan.decide({}, False, folder)
+    decided = plan.decide(requested, False, folder)
     assert decided.action == "resume"
     return checkpoint.start_or_resume(decided, IMAGES, LABELS, folder)
 
@@ -113,7 +113,15 @@ def test_a_training_that_is_resumed_goes_on_with_its_sum_of_parameters(unfinishe
     summed = torch.randn(21_841)
     stages.edit_checkpoint(unfinished, sum=lambda saved: summed)
     _, shared = resume(unfinished)
-    assert shared.sum.equal(summed)
+    assert shared.sums.sum(0).equal(summed)
+
+
+@pytest.mark.parametrize("either", ["volume", "unfinished"])
+def test_a_training_of_another_number_of_epochs_begins_a_new_sum_of_parameters(request, either):
+    folder = request.getfixturevalue(either)
+    stages.edit_checkpoint(folder, sum=torch.ones_like)
+    _, shared = resume(folder, epochs=4)
+    assert not shared.sums.any()
 
 
 @pytest.mark.parametrize("averaging", [0.0, 0.5])
