@@ -15,35 +15,33 @@ import json
 import math
 import os
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import plan
-import process
-import train
 from artifacts import DATA_SET, FRESH_HINT, TRAIN_RESULTS
 from dataset import read_data
+from environment import HAS_BEGUN
 from process import Failure, print_error, say
 from record import LostWorker, Record
 from settings import TRAINING_IMAGES, Settings, flag
+from stopping import Stopped
 
 if TYPE_CHECKING:  # torch takes a second to import
     import torch
-    from checkpoint import Checkpoints
     from distributed import Node
     from hogwild import SharedState
-    from progress import Progress
-    from workers import StopRequest, Workers
+    from workers import Workers
 
-# Variables that launch.py sets. Two have defaults: seconds to wait for another node while training, and before.
-TIMEOUT, JOIN_TIMEOUT = ("NODE_TIMEOUT", "30"), ("NODE_JOIN_TIMEOUT", "300")
-HAS_BEGUN = "NODE_HAS_BEGUN"  # names a file that a node makes once it trains: restarted, it resumes despite --fresh
+    Validation = tuple[torch.Tensor, torch.Tensor]
+
 STOP_SECONDS = 5  # from the first to the last of the signals that stop all nodes
 
 
-def train_on_node(args: argparse.Namespace, requested: dict[str, Any]) -> int:
-    """Train together with the other nodes; return the exit status, which is the same on all nodes.
+def train_on_node(args: argparse.Namespace, requested: dict[str, Any], train: Callable[..., int]) -> int:
+    """Train together with the other nodes, by train.train(); return the exit status, which is the same on all nodes.
 
     Raise Failure for what torchrun is to try again: another node is lost, or the training fails on this one.
     """
@@ -56,7 +54,10 @@ def train_on_node(args: argparse.Namespace, requested: dict[str, Any]) -> int:
         try:
             preparation = Preparation(node, args, requested, lock)
             started = preparation.prepare()
-            return run(node, preparation, *started) if started else 0
+            if not started:
+                return 0
+            validation = preparation.images(TRAINING_IMAGES, None)
+            return train(*started, Nodes(node, *started, validation), args)
         except SharedFailure as failure:
             print_error(f"train: {failure}")
             return failure.status
@@ -100,7 +101,7 @@ class Preparation:
         starts_over = self.args.dry_run or (self.args.fresh and not self.has_begun.exists())
         return json.dumps(parts | {"starts over": starts_over}).encode()
 
-    def images(self, first: int, last: int) -> "tuple[torch.Tensor, torch.Tensor]":
+    def images(self, first: int, last: int | None) -> "tuple[torch.Tensor, torch.Tensor]":
         """Return some of the training images, uint8 [N, 28, 28], and their labels."""
         import net
 
@@ -121,7 +122,7 @@ class Preparation:
         if self.args.dry_run:
             todo = replace(todo, message="dry run", settings=replace(todo.settings, epochs=1))
         todo = replace(todo, nodes=self.node.world)
-        train.check_limits(todo.settings)
+        plan.check_limits(todo.settings)
         record, shared = start_or_resume(todo, *self.images(0, self.count_images(todo.settings)), self.folder)
         nodes = f"{self.node.world} node{'s' * (self.node.world > 1)}"
         say(f"train: {todo.message} on {nodes} ({todo.settings.as_flags()})")
@@ -145,7 +146,7 @@ class Preparation:
 
         path = Path("the checkpoint that node 0 has sent")
         tensors, record = parse_checkpoint(start, path)
-        train.check_limits(record.settings)
+        plan.check_limits(record.settings)
         if self.folder:
             check_volume(self.folder, record, self.node)
         shared = SharedState(record, *self.images(0, self.count_images(record.settings)))
@@ -184,198 +185,134 @@ def check_volume(folder: Path, record: Record, node: "Node") -> None:
 # The training ---------------------------------------------------------------------------------------------------------
 
 
-def run(node: "Node", preparation: Preparation, record: Record, shared: "SharedState") -> int:
-    """Train from what was prepared, publish the model, and return the exit status."""
-    from checkpoint import Checkpoints
-    from progress import Progress
-    from workers import RESUME_HINT, Stopped, StopRequest, Workers
+class Nodes:
+    """One node among those of a training; alone.py has the same for one machine.
 
-    take_share(node, record, shared)
-    folder = preparation.folder if node.rank == 0 else None
-    checkpoints = Checkpoints(folder, shared, record)
-    total = record.settings.epochs * len(shared.images)
-    progress = Progress(total, shared.queue.totals(), preparation.args.log_interval) if node.rank == 0 else None
-    images, labels = preparation.images(TRAINING_IMAGES, len(preparation.raw["train-labels-idx1-ubyte"]))
-    stop = StopRequest()
-    process.handle_stop_signals(stop.handle)
-    try:
-        with Workers(shared, record, stop) as workers:
-            node.start_group()
-            validation = images[node.rank :: node.world], labels[node.rank :: node.world]
-            train_epochs(Averaging(node, record, shared, workers), validation, checkpoints, progress)
-    except Stopped as stopped:
-        print_error(f"train: node {node.rank}: {str(stopped).removesuffix(RESUME_HINT).strip()}")
-        return 128 + stopped.number
-    finally:
-        if progress:
-            progress.close()
-    try:
-        publish_together(node, record, shared, folder)
-    finally:
-        node.end_group()
-    return 128 + stop.number if stop.number else 0
-
-
-def take_share(node: "Node", record: Record, shared: "SharedState") -> None:
-    """Give the workers of this node its share of the batches, and the learning rate of several nodes."""
-    shared.peak_lr = record.settings.lr * node.world
-    shared.queue.step = node.world
-    first = record.batches + (node.rank - record.batches) % node.world
-    shared.queue.next.value = shared.queue.limit.value = first
-
-
-def train_epochs(
-    averaging: "Averaging",
-    validation: "tuple[torch.Tensor, torch.Tensor]",
-    checkpoints: "Checkpoints",
-    progress: "Progress | None",
-) -> None:
-    """Loop over the epochs: train, average, save checkpoints, validate; `validation` is this node's part of the images.
-
-    Raise Stopped if a signal asks this node to stop, Failure if it cannot go on.
+    Its workers train on its share of the batches, and pause for each meeting, after which all nodes have the same
+    parameters and the same record.
     """
-    record, shared = averaging.record, averaging.shared
-    for epoch in range(len(record.history), record.settings.epochs):
-        end_of_epoch = (epoch + 1) * shared.batches_per_epoch
-        averaging.train_on(end_of_epoch)
-        while record.batches < end_of_epoch:
-            is_stopping = averaging.average()
-            if progress:
-                progress.update(*averaging.totals())
-            if is_stopping or checkpoints.is_due():
-                checkpoint = checkpoints.serialize()
-                averaging.train_on(end_of_epoch)  # while it is written; after a stop, this is lost
-                checkpoints.write(checkpoint)
-            if is_stopping:
-                leave(averaging.workers.stop)
-            averaging.train_on(end_of_epoch)
-        if end_of_epoch == shared.schedule_end:
-            averaging.add_sums()
-            shared.load_mean()
-        record.add_epoch(*averaging.validate(validation), len(shared.images))
-        if progress:
-            progress.print_epoch(record.history[-1], record.settings.epochs)
-    checkpoints.save()
 
+    may_pause, resume_hint = False, ""  # launch.py says how to resume
 
-def leave(stop: "StopRequest") -> None:
-    """End this node, since one was asked to stop: raise Stopped once this one is asked too, else LostNode."""
-    from distributed import LostNode
-
-    deadline = time.monotonic() + STOP_SECONDS
-    while not stop.number and time.monotonic() < deadline:
-        time.sleep(0.01)
-    stop.raise_if_requested()
-    raise LostNode("another node was stopped")
-
-
-class Averaging:
-    """Trains a node's share of the batches, and brings parameters and record together with the other nodes."""
-
-    def __init__(self, node: "Node", record: Record, shared: "SharedState", workers: "Workers") -> None:
+    def __init__(self, node: "Node", record: Record, shared: "SharedState", validation: "Validation") -> None:
         import torch
 
-        self.node, self.record, self.shared, self.workers = node, record, shared, workers
-        self.worker_records = shared.queue.worker_records()  # at the last averaging
-        # How many of the lost workers in the record all nodes know of, and how many this one has told them of.
-        self.known_losses = self.told_losses = len(record.lost_workers)
+        self.node, self.record, self.shared = node, record, shared
+        images, labels = validation
+        self.validation = images[node.rank :: node.world], labels[node.rank :: node.world]
+        self.leads, self.world, self.name = node.rank == 0, node.world, f"node {node.rank}: "
+        self.first_batch = record.batches + (node.rank - record.batches) % node.world
+        self.own_record = Record.new(record.settings)  # of what its workers have done since the last meeting
+        shared.peak_lr = record.settings.lr * node.world
         # What is summed: the parameters; six numbers for each worker of each node, where each node fills in its own, so
         # that all nodes get all; and how many nodes are asked to stop.
-        self.sizes = [len(shared.parameters), node.world * len(self.worker_records) * 6, 1]
+        self.sizes = [len(shared.parameters), node.world * len(record.workers) * 6, 1]
         self.sums = torch.zeros(sum(self.sizes))
 
-    def train_on(self, end_of_epoch: int) -> None:
-        """Let the workers train up to the next averaging."""
-        batches = self.record.settings.sync_every * self.node.world
-        self.shared.queue.set_limit(min(end_of_epoch, self.record.batches + batches))
+    def connect(self, workers: "Workers") -> None:
+        """Connect to the other nodes, once the workers are forked."""
+        self.workers = workers
+        self.node.start_group()
 
-    def average(self) -> bool:
-        """Wait for the workers and the other nodes, and average; return whether a node is asked to stop.
+    def next_meeting(self, end_of_epoch: int) -> int:
+        """Return the batch before which the nodes meet next."""
+        apart = self.record.settings.sync_every * int(self.world)
+        return min(end_of_epoch, self.record.batches + apart)
 
-        Raise Stopped if this one is, and that takes too long, LostNode if another node does not come.
+    def meet(self) -> bool:
+        """Wait for the other nodes, average the parameters, bring the record up to date.
+
+        Return whether a node is asked to stop. Raise Stopped if this one is, and that takes too long, LostNode if
+        another node does not come.
         """
         import torch
 
-        self.workers.wait_until_idle()
         parameters, numbers, stopping = torch.split(self.sums, self.sizes)
         parameters.copy_(self.shared.parameters)
-        numbers = numbers.zero_().view(self.node.world, -1, 6)
-        numbers[self.node.rank] = self.progress_of_workers()
+        numbers = numbers.zero_().view(self.world, -1, 6)
+        told = len(self.own_record.lost_workers)
+        numbers[self.node.rank] = self.done_by_workers()
         stopping.fill_(bool(self.workers.stop.number))
-        self.node.sum(self.sums, self.workers.watch_unless_overdue)
-        self.shared.parameters.copy_(parameters.div_(self.node.world))
-        self.update_record(numbers.tolist())
+        self.node.sum(self.sums, self.workers.watch)
+        self.shared.parameters.copy_(parameters.div_(self.world))
+        self.add_to_record(numbers.tolist())
+        del self.own_record.lost_workers[:told]  # one that was killed while this node waited is told next time
         return bool(stopping.item())
 
-    def progress_of_workers(self) -> "torch.Tensor":
-        """Return, for each worker of this node, what it has done since the last averaging, and how it died if it did.
+    def done_by_workers(self) -> "torch.Tensor":
+        """Return what each worker of this node has done since the last meeting, and how it died if it did.
 
         float32 [workers, 6]: images, steps, sum of losses, seconds waited, signal, batch it died at. The batch, from 1,
-        is counted from the last averaging, since float32 has no large integers.
+        is counted from the last meeting, since float32 has no large integers.
         """
         import torch
 
-        before, self.worker_records = self.worker_records, self.shared.queue.worker_records()
-        numbers = torch.zeros(len(before), 6)
-        for row, old, new in zip(numbers, before, self.worker_records, strict=True):
-            done = new.images - old.images, new.steps - old.steps, new.loss_sum - old.loss_sum
-            row[:4] = torch.tensor([*done, new.waited_seconds - old.waited_seconds])
-        self.told_losses = len(self.record.lost_workers)
-        for lost in self.record.lost_workers[self.known_losses :]:
+        numbers = torch.zeros(len(self.own_record.workers), 6)
+        for row, worker in zip(numbers, self.own_record.workers, strict=True):
+            row[:4] = torch.tensor([worker.images, worker.steps, worker.loss_sum, worker.waited_seconds])
+            worker.images, worker.steps, worker.loss_sum, worker.waited_seconds = 0, 0, 0.0, 0.0
+        for lost in self.own_record.lost_workers:
             batch = 0 if lost.batch is None else lost.batch - self.record.batches + 1
             numbers[lost.rank, 4:] = torch.tensor([lost.signal, batch])
         return numbers
 
-    def add_sums(self) -> None:
-        """Replace the sums of this node's parameters over the last batches by that of all nodes."""
-        total = self.shared.sums.sum(0)
-        self.node.sum(total, self.workers.watch_unless_overdue)
-        self.shared.sums.zero_()[0].copy_(total)
-
-    def update_record(self, numbers: list[list[list[float]]]) -> None:
+    def add_to_record(self, numbers: list[list[list[float]]]) -> None:
         """Add to the record what the workers of all nodes have done. Those of equal rank share a line in it."""
-        untold = self.record.lost_workers[self.told_losses :]  # killed while this node waited for the others
-        del self.record.lost_workers[self.known_losses :]
         for node, rows in enumerate(numbers):
             for worker, (images, steps, loss_sum, waited, number, batch) in zip(self.record.workers, rows, strict=True):
                 worker.add(int(images), int(steps), loss_sum, waited)
                 if number:
                     at = self.record.batches + int(batch) - 1 if batch else None
                     self.record.lost_workers.append(LostWorker(node * len(rows) + worker.rank, int(number), at))
-        self.known_losses = len(self.record.lost_workers)
-        self.record.lost_workers += untold
-        self.record.update(self.shared.queue.limit.value, self.record.workers, self.workers.seconds())
 
-    def totals(self) -> tuple[int, int, float]:
-        """Return the sums over all workers of all nodes: steps, images, and the images' losses."""
-        workers = self.record.workers
-        return sum(w.steps for w in workers), sum(w.images for w in workers), sum(w.loss_sum for w in workers)
+    def leave(self) -> None:
+        """End this node, since one was asked to stop: raise Stopped once this one is asked too, else LostNode."""
+        from distributed import LostNode
 
-    def validate(self, part: "tuple[torch.Tensor, torch.Tensor]") -> tuple[float, float]:
+        deadline = time.monotonic() + STOP_SECONDS
+        while not self.workers.stop.number and time.monotonic() < deadline:
+            time.sleep(0.01)
+        if self.workers.stop.number:
+            raise Stopped(self.workers.stop.number, saved=True)
+        raise LostNode("another node was stopped")
+
+    def average_last_batches(self) -> None:
+        """Replace the parameters by their mean over the last batches of all nodes, if these are averaged."""
+        total = self.shared.sums.sum(0)
+        self.node.sum(total, self.workers.watch)
+        self.shared.sums.zero_()[0].copy_(total)
+        self.shared.load_mean()
+
+    def validate(self) -> tuple[float, float]:
         """Return loss and accuracy on the validation images, of which each node predicts a part."""
         import torch
+        from alone import validate
 
-        loss, accuracy = train.validate(self.record, self.shared, part)
-        sums = torch.tensor([loss * len(part[0]), accuracy * len(part[0]), len(part[0])], dtype=torch.float64)
-        self.node.sum(sums, self.workers.watch_unless_overdue)
+        loss, accuracy = validate(self.record, self.shared, self.validation)
+        count = len(self.validation[0])
+        sums = torch.tensor([loss * count, accuracy * count, count], dtype=torch.float64)
+        self.node.sum(sums, self.workers.watch)
         loss, accuracy, count = sums.tolist()
         return loss / count, accuracy / count
 
+    def publish(self, publish_model: Callable[[], None]) -> None:
+        """Check that all nodes have the same parameters, publish the model of node 0, and disconnect.
 
-def publish_together(node: "Node", record: Record, shared: "SharedState", folder: Path | None) -> None:
-    """Check that all nodes have the same parameters, and publish the model of node 0.
+        Raise SharedFailure, on all nodes, if they differ or if the model cannot be published.
+        """
+        node, digest = self.node, hashlib.sha256(self.shared.parameters.numpy().tobytes()).hexdigest()
+        took = f"{node.sums} averagings took {node.seconds:.2f} s"
+        say(f"train: node {node.rank} of {node.world}: {took}; sha256 {digest}")
 
-    Raise SharedFailure, on all nodes, if they differ or if the model cannot be published.
-    """
-    digest = hashlib.sha256(shared.parameters.numpy().tobytes()).hexdigest()
-    say(f"train: node {node.rank} of {node.world}: {node.sums} averagings took {node.seconds:.2f} s; sha256 {digest}")
-    digests = node.exchange("parameters", digest.encode)
+        def publish() -> bytes:
+            if len({*digests}) > 1:
+                raise Failure(f"the parameters of the nodes differ. {FRESH_HINT}")
+            if self.leads:
+                publish_model()
+            return b""
 
-    def publish() -> bytes:
-        if len({*digests}) > 1:
-            raise Failure(f"the parameters of the nodes differ. {FRESH_HINT}")
-        if folder:
-            train.publish_model(record, shared, folder)
-        return b""
-
-    node.exchange("publication", publish)
+        try:
+            digests = node.exchange("parameters", digest.encode)
+            node.exchange("publication", publish)
+        finally:
+            node.end_group()

@@ -23,9 +23,9 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
-from batch_queue import RunningClock
-from cluster import JOIN_TIMEOUT, TIMEOUT
+from environment import JOIN_TIMEOUT, TIMEOUT
 from process import Failure
+from stopping import RunningClock
 from torch.distributed.rendezvous import rendezvous
 
 

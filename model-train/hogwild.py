@@ -17,7 +17,6 @@ import layers
 import net
 import torch
 import torch.nn.functional as F
-from batch_queue import BatchQueue
 from record import Record
 
 # One thread per process, set before the fork: children of a process that has used OpenMP threads deadlock.
@@ -45,7 +44,7 @@ PRECISION = torch.bfloat16 if has_fast_bfloat16() else torch.float32
 
 
 class SharedState:
-    """What the parent and its workers share: training images and labels, model, velocities, batch queue."""
+    """What the parent and its workers share: training images and labels, model, velocities."""
 
     def __init__(self, record: Record, images: torch.Tensor, labels: torch.Tensor) -> None:
         self.settings, self.images, self.labels = record.settings, images, labels
@@ -65,7 +64,6 @@ class SharedState:
         self.velocities = shared_zeros(self.settings.num_processes, len(self.parameters))
         # Each worker's sum of the parameters after those of its batches that are averaged, and the number of summands.
         self.sums = shared_zeros(self.settings.num_processes, len(self.parameters) + 1)
-        self.queue = BatchQueue(next_batch=record.batches, workers=record.workers)
 
     def progress(self, number: int) -> float:
         """Return how much of the schedule is over in the middle of a batch, between 0 and 1."""

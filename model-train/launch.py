@@ -18,6 +18,7 @@ if __name__ == "__main__":
 import argparse
 import logging
 import os
+import runpy
 import signal
 import sys
 import tempfile
@@ -26,10 +27,11 @@ import time
 from functools import partial
 from pathlib import Path
 
-import cluster
-import train
+import environment
+import settings
 from process import Failure, exit_on_failure, print_error
 
+TRAIN = Path(__file__).with_name("train.py")
 STOP_SECONDS = 4  # for train to end after a signal; it needs 3 at most
 RESUME_HINT = "Start all nodes again with the same flags: the training resumes from its last checkpoint"
 
@@ -41,9 +43,9 @@ def main() -> int:
         if not args.rdzv_endpoint and "PET_MASTER_ADDR" not in os.environ:
             raise Failure("give --rdzv-endpoint HOST:PORT, the same on every node. See: launch --help", status=2)
         check_flags_of_train(flags)
-        for (name, _), seconds in ((cluster.TIMEOUT, args.timeout), (cluster.JOIN_TIMEOUT, args.join_timeout)):
+        for (name, _), seconds in ((environment.TIMEOUT, args.timeout), (environment.JOIN_TIMEOUT, args.join_timeout)):
             os.environ[name] = str(seconds)
-        os.environ[cluster.HAS_BEGUN] = str(Path(tempfile.mkdtemp()) / "begun")
+        os.environ[environment.HAS_BEGUN] = str(Path(tempfile.mkdtemp()) / "begun")
         end_when_stopped()
         return launch(args)
     return 1
@@ -68,12 +70,12 @@ def parse_args() -> tuple[argparse.Namespace, list[str]]:
     text = "how often to go on from the last checkpoint after a node was lost (default: %(default)s)"
     parser.add_argument("--max-restarts", type=parse_restarts, default=3, metavar="N", help=text)
     for name, (variable, default), text in (
-        ("--timeout", cluster.TIMEOUT, "seconds to wait for the rendezvous, and for another node while training"),
-        ("--join-timeout", cluster.JOIN_TIMEOUT, "seconds to wait for the least number of nodes, and their data"),
+        ("--timeout", environment.TIMEOUT, "seconds to wait for the rendezvous, and for another node while training"),
+        ("--join-timeout", environment.JOIN_TIMEOUT, "seconds to wait for the least number of nodes, and their data"),
     ):
         seconds = os.environ.get(variable, default)
         text = f"{text} (default: {variable}, or {default})"
-        parser.add_argument(name, type=train.parse_count, default=seconds, metavar="S", help=text)
+        parser.add_argument(name, type=settings.parse_count, default=seconds, metavar="S", help=text)
     return parser.parse_known_args()
 
 
@@ -95,7 +97,7 @@ def parse_restarts(text: str) -> int:
 def check_flags_of_train(flags: list[str]) -> None:
     """End with status 2 and one line if train does not take these flags: before torchrun would try them again."""
     sys.argv = ["train", *flags]
-    train.parse_args()
+    settings.parse_args()
 
 
 def end_when_stopped() -> None:
@@ -167,7 +169,7 @@ def train_on_this_node() -> int:
     process.prepare_process("train")
     _, sys.argv[1:] = parse_args()
     try:
-        status = train.main()
+        status: int = runpy.run_path(str(TRAIN))["main"]()
     except SystemExit:
         process.end_process(1)  # at once: gloo's threads, which still run, abort a process that ends as usual
     except Exception as error:  # torch would write it to a file

@@ -24,6 +24,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import process
 from artifacts import (
     CHECKPOINT,
     CURVES,
@@ -36,10 +37,13 @@ from artifacts import (
     locked_folder,
     read_limited,
 )
-from process import Failure
+from process import Failure, say
 from record import Record, read_record
 from settings import Settings, flag
 
+# The memory that train needs, in bytes: for torch and the images, per worker for torch's buffers, and per image of a
+# batch for what a step keeps of it (float32; measured with 1 to 64 workers and batches of 96 to 10,000).
+PARENT_MEMORY, WORKER_MEMORY, IMAGE_MEMORY = 225_000_000, 32_000_000, 150_000
 MAY_CHANGE = ("epochs", "num_processes")  # settings that an unfinished training may resume with other values of
 
 
@@ -133,3 +137,14 @@ def volume_lock(folder: Path) -> Iterator[None]:
                     other = f"the training that began on {record.host} at {record.began}"
             raise Failure(f"{folder} is locked by {other}. Wait for it to finish, or stop it.", status=2) from None
         yield
+
+
+def check_limits(wanted: Settings) -> None:
+    """Raise Failure if the container lacks memory or processes for the settings; warn if it has too few cores."""
+    workers, batch_size = wanted.num_processes, wanted.batch_size
+    needed = PARENT_MEMORY + workers * (WORKER_MEMORY + batch_size * IMAGE_MEMORY)
+    process.check_memory(needed, f"training with {workers} workers and batches of {batch_size:,} images")
+    process.check_threads(2 * workers + 2)  # the workers, as many threads for validation, and a margin
+    cores = process.count_cores()
+    if workers > cores:
+        say(f"train: warning: {workers} workers share {cores} core{'s' * (cores > 1)}, which slows training down")

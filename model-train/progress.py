@@ -6,7 +6,7 @@ import time
 
 from artifacts import as_png, new_figure
 from process import can_write, say
-from record import EpochRecord
+from record import EpochRecord, Record
 
 LINE_SECONDS = 5
 
@@ -14,23 +14,25 @@ LINE_SECONDS = 5
 class Progress:
     """Shows the progress: a bar on a terminal; elsewhere a line every few seconds, or every `log_interval` batches."""
 
-    def __init__(self, total: int, totals: tuple[int, int, float], log_interval: int | None) -> None:
-        """`totals` are those so far, in the order of update()'s arguments; `total` is the number of images to reach."""
-        self.total, self.log_interval = total, log_interval
-        self.first = self.last = (time.monotonic(), *totals)
+    def __init__(self, record: Record, images_per_epoch: int, log_interval: int | None, quiet: bool) -> None:
+        self.record, self.log_interval, self.quiet = record, log_interval, quiet
+        self.total = record.settings.epochs * images_per_epoch
+        self.first = self.last = (time.monotonic(), *record.totals())
         self.bar = None
-        if sys.stdout.isatty() and not log_interval:
+        if sys.stdout.isatty() and not log_interval and not quiet:
             from tqdm import tqdm  # imported only where it is used
 
-            self.bar = tqdm(total=total, initial=totals[1], unit=" images", unit_scale=True, file=sys.stdout)
+            images = record.totals()[1]
+            self.bar = tqdm(total=self.total, initial=images, unit=" images", unit_scale=True, file=sys.stdout)
 
-    def update(self, steps: int, images: int, loss_sum: float) -> None:
-        """Take the totals of all workers, many times a second, and print them when it is time."""
+    def update(self) -> None:
+        """Show what the workers have done, when it is time; call this many times a second."""
+        steps, images, loss_sum = self.record.totals()
         if self.bar is not None:
             if can_write(sys.stdout):
                 with contextlib.suppress(OSError):  # the terminal is gone
                     self.bar.update(images - self.bar.n)
-        elif self.is_due(steps):
+        elif self.is_due(steps) and not self.quiet:
             self.print_line(steps, images, loss_sum)
 
     def is_due(self, steps: int) -> bool:
@@ -50,15 +52,17 @@ class Progress:
         left = max(0, self.total - images) / speed
         say(f"train: {images:,} of {self.total:,} images, {speed:,.0f} images/s, loss {loss:.4f}, {left:.0f} s left")
 
-    def print_epoch(self, epoch: EpochRecord, epochs: int) -> None:
-        """Print the results of an epoch."""
+    def print_epoch(self) -> None:
+        """Print the results of the last epoch."""
+        epoch = self.record.history[-1]
         text = (
-            f"train: epoch {epoch.epoch} of {epochs}: {epoch.seconds:.1f} s, loss {epoch.train_loss:.4f}, "
-            f"validation loss {epoch.validation_loss:.4f}, validation accuracy {epoch.validation_accuracy:.2f} %"
+            f"train: epoch {epoch.epoch} of {self.record.settings.epochs}: {epoch.seconds:.1f} s, "
+            f"loss {epoch.train_loss:.4f}, validation loss {epoch.validation_loss:.4f}, "
+            f"validation accuracy {epoch.validation_accuracy:.2f} %"
         )
-        if self.bar is None:
+        if self.bar is None and not self.quiet:
             say(text)
-        elif can_write(sys.stdout):
+        elif self.bar is not None and can_write(sys.stdout):
             with contextlib.suppress(OSError):
                 self.bar.write(text, file=sys.stdout)
 

@@ -96,10 +96,15 @@ class Record:
         for place, worker in enumerate(old):
             self.workers[place % count].add(worker.images, worker.steps, worker.loss_sum, worker.waited_seconds)
 
-    def update(self, batches: int, workers: list[WorkerRecord], seconds: float) -> None:
-        """Copy the totals of the workers, which must be idle."""
-        self.batches, self.workers, self.seconds = batches, workers, seconds
-        self.images_per_second = sum(worker.images for worker in workers) / seconds
+    def update(self, batches: int, seconds: float) -> None:
+        """Note how many batches are finished, and after how many seconds of training."""
+        self.batches, self.seconds = batches, seconds
+        self.images_per_second = self.totals()[1] / seconds
+
+    def totals(self) -> tuple[int, int, float]:
+        """Return the sums over all workers: steps, images, and the images' losses."""
+        workers = self.workers
+        return sum(w.steps for w in workers), sum(w.images for w in workers), sum(w.loss_sum for w in workers)
 
     def add_epoch(self, validation_loss: float, validation_accuracy: float, images: int) -> None:
         """Append an epoch over `images` images. Its loss and time are the totals minus those of earlier epochs."""

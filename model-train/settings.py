@@ -4,8 +4,11 @@ import argparse
 import contextlib
 from dataclasses import Field, asdict, dataclass, field, fields
 from functools import partial
+from pathlib import Path
 from typing import Any
 
+import artifacts
+import process
 from artifacts import DATA_SET
 
 VALIDATION_IMAGES = 5_000  # the last of the training images; no worker ever sees them
@@ -102,3 +105,33 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
             values, metavar = "{:,} to {:,}".format(*item.metadata["range"]), "N" if item.type is int else "X"
         text = f"{item.metadata['help']} ({values}; default: {item.default})"
         parser.add_argument(flag(name), type=partial(parse, name), metavar=metavar, help=text)
+
+
+def parse_args() -> argparse.Namespace:
+    """Parse the command line of train."""
+    parser = argparse.ArgumentParser(
+        prog="train",
+        description="Trains the digit classifier. Settings that you omit are taken from the training in the volume or, "
+        "without one, from the defaults.",
+        allow_abbrev=False,
+    )
+    parser.error = partial(process.refuse_flags, "train")  # type: ignore[method-assign]
+    add_flags(parser)
+    text = "print a line every N batches (default: every 5 seconds, or a bar on a terminal)"
+    parser.add_argument("--log-interval", type=parse_count, metavar="N", help=text)
+    text = "train one epoch on one batch per worker, neither reading nor writing the volume"
+    parser.add_argument("--dry-run", action="store_true", help=text)
+    text = "start over; the old model stays until the new one is finished"
+    parser.add_argument("--fresh", action="store_true", help=text)
+    text = "folder of the data (default: %(default)s)"
+    parser.add_argument("--data", type=Path, default=artifacts.DATA, help=text)
+    text = "folder of the volume's files (default: %(default)s)"
+    parser.add_argument("--model", type=Path, default=artifacts.MODEL, help=text)
+    return parser.parse_args()
+
+
+def parse_count(text: str) -> int:
+    """Return a positive integer."""
+    if text.isdecimal() and int(text) >= 1:
+        return int(text)
+    raise argparse.ArgumentTypeError(f"{text} must be a positive integer")

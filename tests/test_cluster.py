@@ -21,33 +21,32 @@ from settings import Settings
 DESCRIPTION = {"flags": {"--lr": "0.1"}, "data": {"train": "1" * 64}, "programs": {"net.py": "2" * 64}}
 
 
-def share(rank, world, done):
-    """The numbers of the batches that a node takes, of three epochs of 7 of which some are done."""
-    new = record.Record.new(Settings(epochs=3, batch_size=10, num_processes=1))
+def new_nodes(rank, world, total=None, done=0, **changes):
+    """One node among others, of a training of three epochs of 7 batches; `total` is to sum over the nodes."""
+    new = record.Record.new(Settings(**{"epochs": 3, "batch_size": 10, "num_processes": 2} | changes))
     new.batches = done
-    shared = hogwild.SharedState(new, torch.zeros(65, 28, 28, dtype=torch.uint8), torch.zeros(65, dtype=torch.int64))
-    cluster.take_share(SimpleNamespace(rank=rank, world=world), new, shared)
-    shared.queue.set_limit(shared.schedule_end)
-    numbers = []
-    while (number := shared.queue.take(0)) is not None:
-        numbers.append(number)
-        shared.queue.workers[0].finish(10, 0.0)
-    return numbers
+    images, labels = torch.zeros(65, 28, 28, dtype=torch.uint8), torch.zeros(65, dtype=torch.int64)
+    shared = hogwild.SharedState(new, images, labels)
+    node = SimpleNamespace(rank=rank, world=world, sum=total, start_group=lambda: None)
+    return cluster.Nodes(node, new, shared, (images, labels))
 
 
 @pytest.mark.parametrize("done", [0, 5, 7])
 @pytest.mark.parametrize("world", [1, 2, 3, 7])
 def test_the_shares_of_the_nodes_are_disjoint_and_together_all_batches_that_are_left(world, done):
-    shares = [share(rank, world, done) for rank in range(world)]
+    shares = [range(new_nodes(rank, world, done=done).first_batch, 21, world) for rank in range(world)]
     assert sorted(number for numbers in shares for number in numbers) == [*range(done, 21)]
     assert max(map(len, shares)) - min(map(len, shares)) <= 1
 
 
 def test_the_learning_rate_is_multiplied_by_the_number_of_nodes():
-    new = record.Record.new(Settings(lr=0.1, schedule="constant"))
-    shared = hogwild.SharedState(new, torch.zeros(960, 28, 28, dtype=torch.uint8), torch.zeros(960, dtype=torch.int64))
-    cluster.take_share(SimpleNamespace(rank=1, world=4), new, shared)
+    shared = new_nodes(1, 4, lr=0.1, schedule="constant").shared
     assert hogwild.Trainer(0, shared).learning_rate(5) == pytest.approx(0.4)
+
+
+def test_nodes_meet_after_some_batches_of_each_and_at_the_end_of_the_epoch():
+    one = new_nodes(0, 2, sync_every=2)
+    assert [one.next_meeting(7), one.next_meeting(3)] == [4, 3]
 
 
 @pytest.mark.parametrize(
@@ -74,21 +73,14 @@ def test_on_one_machine_nothing_of_this_is_imported(volume):
     assert not {"cluster", "distributed", "launch", "torch.distributed.run"} & imported
 
 
-class Nodes:
+class Two:
     """Two nodes of two workers each as threads of this process, whose sum() adds their vectors up."""
 
     def __init__(self):
         self.barrier, self.vectors = threading.Barrier(2), [None, None]
-        self.averagings = [self.averaging(rank) for rank in range(2)]
-
-    def averaging(self, rank):
-        new = record.Record.new(Settings(epochs=3, batch_size=10, num_processes=2))
-        images, labels = torch.zeros(65, 28, 28, dtype=torch.uint8), torch.zeros(65, dtype=torch.int64)
-        shared = hogwild.SharedState(new, images, labels)
-        node = SimpleNamespace(rank=rank, world=2, sum=functools.partial(self.sum, rank))
-        cluster.take_share(node, new, shared)
-        workers = mock.Mock(stop=SimpleNamespace(number=0), **{"seconds.return_value": 1.0})
-        return cluster.Averaging(node, new, shared, workers)
+        self.nodes = [new_nodes(rank, 2, functools.partial(self.sum, rank)) for rank in range(2)]
+        for each in self.nodes:
+            each.connect(mock.Mock(stop=SimpleNamespace(number=0)))
 
     def sum(self, rank, vector, while_waiting):
         self.vectors[rank] = vector.clone()
@@ -97,56 +89,53 @@ class Nodes:
         vector.copy_(self.vectors[0] + self.vectors[1])
         self.barrier.wait(10)
 
-    def average(self):
-        """Averages on both nodes, and returns whether each is told that one is asked to stop."""
+    def meet(self):
+        """Has both nodes meet, and returns whether each is told that one is asked to stop."""
         with ThreadPoolExecutor(2) as pool:
-            return [*pool.map(lambda averaging: averaging.average(), self.averagings)]
+            return [*pool.map(lambda each: each.meet(), self.nodes)]
 
 
 def test_both_nodes_get_the_mean_of_their_parameters():
-    two = Nodes()
-    own = [torch.randn_like(averaging.shared.parameters) for averaging in two.averagings]
-    for averaging, parameters in zip(two.averagings, own, strict=True):
-        averaging.shared.parameters.copy_(parameters)
-    assert two.average() == [False, False]
-    for averaging in two.averagings:
-        torch.testing.assert_close(averaging.shared.parameters, (own[0] + own[1]) / 2)
+    two = Two()
+    own = [torch.randn_like(each.shared.parameters) for each in two.nodes]
+    for each, parameters in zip(two.nodes, own, strict=True):
+        each.shared.parameters.copy_(parameters)
+    assert two.meet() == [False, False]
+    for each in two.nodes:
+        torch.testing.assert_close(each.shared.parameters, (own[0] + own[1]) / 2)
 
 
 def test_both_nodes_get_the_same_record_of_what_all_workers_have_done_and_of_those_that_were_killed():
-    two = Nodes()
-    for averaging in two.averagings:
-        averaging.train_on(7)
-        queue = averaging.shared.queue
-        while (number := queue.take(1)) is not None:
-            queue.workers[1].finish(10, number + 0.5)
-    two.averagings[1].record.lost_workers.append(record.LostWorker(0, signal.SIGKILL, 3))
-    two.average()
-    for averaging in two.averagings:
-        idle, busy = averaging.record.workers
-        assert (idle.images, busy.images, busy.steps, averaging.record.batches) == (0, 70, 7, 7)
-        assert busy.loss_sum == sum(range(7)) + 7 * 0.5
-        assert averaging.record.lost_workers == [record.LostWorker(2, signal.SIGKILL, 3)]
-    two.average()
-    assert two.averagings[0].record.lost_workers == [record.LostWorker(2, signal.SIGKILL, 3)]
-    assert two.averagings[0].totals()[:2] == (7, 70)
+    two = Two()
+    for each, numbers in zip(two.nodes, [(0, 2, 4, 6), (1, 3, 5)], strict=True):
+        for number in numbers:
+            each.own_record.workers[1].add(10, 1, number + 0.5, 0.0)
+    two.nodes[1].own_record.lost_workers.append(record.LostWorker(0, signal.SIGKILL, 3))
+    for _ in range(2):  # the second time there is nothing new
+        two.meet()
+        for each in two.nodes:
+            idle, busy = each.record.workers
+            assert (idle.images, busy.images, busy.steps) == (0, 70, 7)
+            assert busy.loss_sum == sum(range(7)) + 7 * 0.5
+            assert each.record.lost_workers == [record.LostWorker(2, signal.SIGKILL, 3)]
+            assert each.record.totals()[:2] == (7, 70)
 
 
-def test_a_worker_that_is_killed_during_an_averaging_is_recorded_at_the_next_one():
-    two = Nodes()
+def test_a_worker_that_is_killed_during_a_meeting_is_recorded_at_the_next_one():
+    two = Two()
     lost = record.LostWorker(1, signal.SIGKILL, None)
-    watch = two.averagings[0].workers.watch_unless_overdue
-    watch.side_effect = lambda: two.averagings[0].record.lost_workers.append(lost)
-    two.average()
+    watch = two.nodes[0].workers.watch
+    watch.side_effect = lambda: two.nodes[0].own_record.lost_workers.append(lost)
+    two.meet()
     watch.side_effect = None
-    two.average()
-    assert [averaging.record.lost_workers for averaging in two.averagings] == [[lost], [lost]]
+    two.meet()
+    assert [each.record.lost_workers for each in two.nodes] == [[lost], [lost]]
 
 
 def test_both_nodes_know_when_one_is_asked_to_stop():
-    two = Nodes()
-    two.averagings[1].workers.stop.number = signal.SIGTERM
-    assert two.average() == [True, True]
+    two = Two()
+    two.nodes[1].workers.stop.number = signal.SIGTERM
+    assert two.meet() == [True, True]
 
 
 # Two nodes ------------------------------------------------------------------------------------------------------------

@@ -136,6 +136,6 @@ def test_a_sum_of_parameters_that_was_left_out_is_missed_if_it_is_needed(unfinis
 
 def test_a_training_that_is_resumed_has_the_velocities_of_its_workers(unfinished):
     velocities = stages.load_checkpoint(unfinished)["velocities"]
-    _, shared = resume(unfinished)
+    resumed, shared = resume(unfinished)
     assert shared.velocities.equal(velocities)
-    assert shared.queue.totals()[1] == 55_000
+    assert resumed.totals()[1] == 55_000

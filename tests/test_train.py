@@ -153,11 +153,6 @@ def test_the_batch_of_a_worker_that_is_killed_is_trained_on_by_the_others(data, 
     assert (lost["rank"], lost["signal"]) == (0, signal.SIGKILL)
 
 
-def test_the_message_of_a_killed_worker_says_what_it_was_doing():
-    assert workers.death_message(1, signal.SIGKILL, None) == "worker 1 was killed by SIGKILL while idle"
-    assert workers.death_message(1, signal.SIGKILL, 7).endswith(" killed by SIGKILL; another worker redoes its batch 7")
-
-
 def test_a_training_whose_workers_are_all_killed_fails_and_resumes(data, tmp_path):
     with stages.training(tmp_path, "--epochs", "1") as process:
         for worker in stages.workers(process):

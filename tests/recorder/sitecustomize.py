@@ -1,4 +1,4 @@
-"""Python imports this first where PYTHONPATH has its folder: it records the batches taken and the files published."""
+"""Python imports this first where PYTHONPATH has its folder: it records the batches sent and the files published."""
 
 import os
 import socket
@@ -25,18 +25,18 @@ def record_files():
 
 
 def record_batches():
-    """Records the numbers of the batches that workers take."""
-    import batch_queue
+    """Records the numbers of the batches that are sent to workers."""
+    import workers
 
-    take = batch_queue.BatchQueue.take
+    send = workers.Worker.send
 
-    def recording(self, rank):
-        number = take(self, rank)
-        if number is not None:
+    def recording(self, number):
+        sent = send(self, number)
+        if sent:
             write(f"batch {number}")
-        return number
+        return sent
 
-    batch_queue.BatchQueue.take = recording
+    workers.Worker.send = recording
 
 
 if os.path.exists("/opt/app/launch.py"):

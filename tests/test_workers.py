@@ -1,0 +1,199 @@
+"""workers.py: each batch is handed out once and counted once, whichever worker is killed at any moment."""
+
+import itertools
+import os
+import signal
+import sys
+import time
+
+import hogwild
+import pytest
+import record
+import stages
+import stopping
+import torch
+import workers
+from process import Failure
+from settings import Settings
+
+REAL_TIME = time.monotonic
+
+
+class FakeTrainer:
+    """Takes the place of a worker's trainer; does what a test wants done in the worker."""
+
+    def __init__(self, rank, shared):
+        self.rank = rank
+
+    def train_batch(self, number):
+        return 96, 0.5
+
+
+@pytest.fixture
+def new_workers(monkeypatch):
+    """A function that makes workers, whose training is faked by a function of rank and batch, and their record."""
+
+    def make(train_batch=None, count=2, first=0, step=1, **changes):
+        class Trainer(FakeTrainer):
+            def train_batch(self, number):
+                return train_batch(self.rank, number) if train_batch else (96, 0.5)
+
+        monkeypatch.setattr(workers, "Trainer", Trainer)
+        new = record.Record.new(Settings(num_processes=count, **changes))
+        shared = hogwild.SharedState(new, torch.zeros(960, 28, 28, dtype=torch.uint8), torch.zeros(960).long())
+        return workers.Workers(shared, new, stopping.StopRequest(), first, step), new
+
+    return make
+
+
+def finish(pool, limit):
+    """Has all batches below the limit trained on; it must not take for ever."""
+    deadline = REAL_TIME() + stages.SECONDS
+    while pool.work(limit):
+        assert REAL_TIME() < deadline
+
+
+@pytest.mark.parametrize(("first", "step", "limit"), [(0, 1, 50), (7, 1, 8), (3, 4, 40)])
+def test_each_batch_of_a_share_is_trained_on_once(new_workers, tmp_path, first, step, limit):
+    def note(rank, number):
+        (tmp_path / f"{number}-{rank}").touch()
+        return 96, 0.5
+
+    pool, done = new_workers(note, first=first, step=step)
+    with pool:
+        finish(pool, limit)
+    numbers = sorted(int(path.name.split("-")[0]) for path in tmp_path.iterdir())
+    assert numbers == [*range(first, limit, step)]
+    assert done.totals() == (len(numbers), 96 * len(numbers), 0.5 * len(numbers))
+
+
+def test_few_batches_are_shared_out_evenly(new_workers):
+    pool, done = new_workers(count=3)
+    with pool:
+        finish(pool, 6)
+    assert [worker.steps for worker in done.workers] == [2, 2, 2]
+
+
+@pytest.mark.parametrize(("batch_size", "ahead"), [(1, 6), (96, 6), (200, 3), (10_000, 2)])
+def test_a_worker_has_a_few_batches_ahead_and_no_more_when_they_are_large(new_workers, batch_size, ahead):
+    pool, _ = new_workers(lambda rank, number: time.sleep(60), batch_size=batch_size)
+    with pool:
+        pool.work(1_000)
+        assert [len(worker.sent) for worker in pool.living] == [ahead, ahead]
+        assert pool.next == 2 * ahead
+        for worker in pool.living:
+            worker.process.kill()
+
+
+def test_to_pause_is_to_hand_out_no_more_and_to_wait(new_workers):
+    pool, done = new_workers()
+    with pool:
+        pool.work(1_000_000)
+        finish(pool, pool.next)
+        assert done.totals()[0] == pool.next
+        finish(pool, pool.next + 5)
+    assert done.totals()[0] == pool.next
+
+
+class KillAtLine(FakeTrainer):
+    """Worker 0 is killed before it executes a line of workers.py, counted from its first batch."""
+
+    line = 0
+
+    def __init__(self, rank, shared):
+        super().__init__(rank, shared)
+        if rank == 0:
+            self.lines = itertools.count(1)
+            sys.settrace(self.trace)
+            sys._getframe(1).f_trace = self.trace
+
+    def trace(self, frame, event, argument):
+        if frame.f_code.co_filename == workers.__file__ and event == "line" and next(self.lines) == self.line:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return self.trace
+
+
+def test_each_batch_counts_once_wherever_a_worker_is_killed(new_workers, monkeypatch):
+    outcomes = {}
+    for line in itertools.count(1):
+        pool, done = new_workers()
+        monkeypatch.setattr(workers, "Trainer", KillAtLine)
+        monkeypatch.setattr(KillAtLine, "line", line)
+        with pool:
+            finish(pool, 10)
+        if not done.lost_workers:
+            break
+        outcomes[line] = done.totals(), len(pool.returned), len(done.lost_workers)
+    assert len(outcomes) > 20
+    assert {*outcomes.values()} == {((10, 960, 5.0), 0, 1)}
+
+
+def test_the_batches_of_a_killed_worker_go_to_the_others_before_any_other(new_workers, tmp_path, capsys):
+    def train(rank, number):
+        if rank == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+        (tmp_path / str(number)).touch()
+        time.sleep(0.01)
+        return 96, 0.5
+
+    pool, done = new_workers(train)
+    with pool:
+        finish(pool, 40)
+    assert done.totals()[0] == 40
+    order = sorted(tmp_path.iterdir(), key=lambda path: path.stat().st_mtime_ns)
+    assert [int(path.name) for path in order].index(0) < 15
+    assert done.lost_workers == [record.LostWorker(0, signal.SIGKILL, 0)]
+    assert "killed by SIGKILL; other workers redo its batches 0, " in capsys.readouterr().out
+
+
+def test_when_all_workers_are_killed_the_training_fails(new_workers):
+    pool, _ = new_workers(lambda rank, number: os.kill(os.getpid(), signal.SIGKILL))
+    with pool, pytest.raises(Failure, match="all workers were killed"):
+        finish(pool, 40)
+
+
+def test_a_worker_that_fails_says_why(new_workers):
+    pool, _ = new_workers(lambda rank, number: 1 / 0)
+    with pool, pytest.raises(Failure, match=r"worker \d failed: ZeroDivisionError: division by zero"):
+        finish(pool, 40)
+
+
+def test_a_worker_that_stands_still_is_killed_and_its_batches_redone(new_workers, monkeypatch):
+    def train(rank, number):
+        if rank == 0:
+            os.kill(os.getpid(), signal.SIGSTOP)
+        return 96, 0.5
+
+    monkeypatch.setattr(workers, "HANG_SECONDS", 0.2)
+    pool, done = new_workers(train)
+    with pool:
+        finish(pool, 40)
+    assert done.totals()[0] == 40
+    assert [lost.signal for lost in done.lost_workers] == [signal.SIGKILL]
+
+
+def test_a_request_to_stop_does_not_wait_long_for_a_worker_that_stands_still(new_workers, monkeypatch):
+    monkeypatch.setattr(stopping, "STOP_SECONDS", 0.2)
+    pool, _ = new_workers(lambda rank, number: os.kill(os.getpid(), signal.SIGSTOP))
+    with pool:
+        pool.work(40)
+        pool.stop.handle(signal.SIGTERM, None)
+        with pytest.raises(stopping.Stopped, match="the last checkpoint"):
+            finish(pool, 40)
+
+
+def test_the_message_of_a_killed_worker_says_what_becomes_of_its_batches():
+    assert workers.death_message(1, signal.SIGKILL, []) == "worker 1 was killed by SIGKILL while idle"
+    assert workers.death_message(1, signal.SIGKILL, [7]).endswith(" killed by SIGKILL; other workers redo its batch 7")
+
+
+def test_a_clock_of_running_time_counts_a_pause_for_little(monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr(stopping.time, "monotonic", lambda: now[0])
+    clock = stopping.RunningClock()
+    for seconds in (0.5, 65, 0.25):
+        now[0] += seconds
+        clock.seconds()
+    assert clock.seconds() == pytest.approx(0.5 + clock.LONGEST_GAP + 0.25)
+    clock.reset()
+    assert clock.seconds() == 0
