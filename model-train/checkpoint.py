@@ -2,7 +2,6 @@
 
 import io
 import time
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +9,7 @@ import net
 import torch
 from artifacts import CHECKPOINT, FRESH_HINT, TRAIN_RESULTS, publish, read_limited
 from hogwild import PRECISION, SharedState
+from msgspec.structs import replace
 from plan import MAY_CHANGE, Plan, check_epochs, check_same_training
 from process import Failure, say
 from record import Record, package_versions, parse_record, read_record
@@ -124,10 +124,9 @@ def load_tensors(shared: SharedState, tensors: dict[str, Any], workers: int, pat
     net.check_tensor(velocities, "velocities", torch.Size([workers, len(shared.parameters)]), path, FRESH_HINT)
     kept = min(workers, len(shared.velocities))
     shared.velocities[:kept].copy_(velocities[:kept].detach())
-    if "sum" in tensors or shared.settings.averaging:  # versions before 2.2 had neither
-        summed: Any = tensors.get("sum")
-        net.check_tensor(summed, "sum", shared.sums[0].shape, path, FRESH_HINT)
-        shared.sums[0].copy_(summed.detach())
+    summed: Any = tensors.get("sum")
+    net.check_tensor(summed, "sum", shared.sums[0].shape, path, FRESH_HINT)
+    shared.sums[0].copy_(summed.detach())
 
 
 def say_what_changes(record: Record, plan: Plan) -> None:

@@ -16,7 +16,6 @@ import math
 import os
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +23,7 @@ import plan
 from artifacts import DATA_SET, FRESH_HINT, TRAIN_RESULTS
 from dataset import read_data
 from environment import HAS_BEGUN
+from msgspec.structs import replace
 from process import Failure, print_error, say
 from record import LostWorker, Record
 from settings import TRAINING_IMAGES, Settings, flag

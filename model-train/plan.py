@@ -20,7 +20,6 @@ The record is train_results.json.
 import contextlib
 import hashlib
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +36,8 @@ from artifacts import (
     locked_folder,
     read_limited,
 )
+from msgspec import Struct
+from msgspec.structs import replace
 from process import Failure, say
 from record import Record, read_record
 from settings import Settings, flag
@@ -47,8 +48,7 @@ PARENT_MEMORY, WORKER_MEMORY, IMAGE_MEMORY = 225_000_000, 32_000_000, 150_000
 MAY_CHANGE = ("epochs", "num_processes")  # settings that an unfinished training may resume with other values of
 
 
-@dataclass
-class Plan:
+class Plan(Struct):
     """What to do: `action` is "nothing", "start" or "resume"; `message` is shown to the user."""
 
     action: str

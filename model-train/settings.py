@@ -1,68 +1,67 @@
-"""The settings of a training: type, default, range and help of each, in one place."""
+"""The settings of a training, type, default, range and help of each in one place, and the command line of train."""
 
 import argparse
-import contextlib
-from dataclasses import Field, asdict, dataclass, field, fields
+import typing
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import artifacts
+import msgspec
 import process
 from artifacts import DATA_SET
+from msgspec import Meta
 
 VALIDATION_IMAGES = 5_000  # the last of the training images; no worker ever sees them
 TRAINING_IMAGES = DATA_SET.training_images - VALIDATION_IMAGES
+PASSES = f"passes over the {TRAINING_IMAGES:,} training images in total, earlier runs included"
 
 
-def number_field(default: float, text: str, smallest: float, largest: float) -> Any:
-    """Return a field of Settings: a number of its default's type, int or float, in a range."""
-    return field(default=default, metadata={"help": text, "range": (smallest, largest)})
-
-
-def choice_field(default: str, text: str, *others: str) -> Any:
-    """Return a field of Settings: one of several words."""
-    return field(default=default, metadata={"help": text, "choices": (default, *others)})
-
-
-@dataclass(frozen=True)
-class Settings:
+class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """The settings of a training. The names, with dashes, are the flags of train."""
 
-    epochs: int = number_field(
-        15, f"passes over the {TRAINING_IMAGES:,} training images in total, earlier runs included", 1, 10_000
-    )
-    batch_size: int = number_field(96, "images per step", 1, TRAINING_IMAGES)
-    lr: float = number_field(0.1, "peak learning rate", 1e-9, 1e3)
-    momentum: float = number_field(0.8, "SGD momentum of each worker", 0, 0.9999)
-    seed: int = number_field(1, "seed of initial weights, shuffles and augmentation", 0, 2**32 - 1)
-    num_processes: int = number_field(2, "Hogwild workers, one thread each", 1, 64)
-    schedule: str = choice_field("linear", "learning rate schedule: linear warm-up and decay, or constant", "constant")
-    averaging: float = number_field(
-        0.0, "part of the epochs, at the end, over which the parameters are averaged; 0 is none", 0, 0.8
-    )
-    weight_decay: float = number_field(7e-4, "weight decay (L2 penalty) coefficient", 0, 1)
-    max_grad_norm: float = number_field(2.0, "clip gradients to this norm", 1e-6, 1e9)
-    augmentation: float = number_field(1.0, "strength of random rotation, scaling and shift; 0 is none", 0, 4)
-    dropout: float = number_field(0.0, "dropout probability of the network's two dropout layers", 0, 0.99)
-    sync_every: int = number_field(20, "batches of a node between averagings; only with several nodes", 1, 10_000)
+    epochs: Annotated[int, Meta(ge=1, le=10_000, description=PASSES)] = 15
+    batch_size: Annotated[int, Meta(ge=1, le=TRAINING_IMAGES, description="images per step")] = 96
+    lr: Annotated[float, Meta(ge=1e-9, le=1e3, description="peak learning rate")] = 0.1
+    momentum: Annotated[float, Meta(ge=0, le=0.9999, description="SGD momentum of each worker")] = 0.8
+    seed: Annotated[int, Meta(ge=0, le=2**32 - 1, description="seed of initial weights, shuffles and augmentation")] = 1
+    num_processes: Annotated[int, Meta(ge=1, le=64, description="Hogwild workers, one thread each")] = 2
+    schedule: Annotated[
+        Literal["linear", "constant"],
+        Meta(description="learning rate schedule: linear warm-up and decay, or constant"),
+    ] = "linear"
+    averaging: Annotated[
+        float,
+        Meta(
+            ge=0,
+            le=0.8,
+            description="part of the epochs, at the end, over which the parameters are averaged; 0 is none",
+        ),
+    ] = 0.0
+    weight_decay: Annotated[float, Meta(ge=0, le=1, description="weight decay (L2 penalty) coefficient")] = 7e-4
+    max_grad_norm: Annotated[float, Meta(ge=1e-6, le=1e9, description="clip gradients to this norm")] = 2.0
+    augmentation: Annotated[
+        float, Meta(ge=0, le=4, description="strength of random rotation, scaling and shift; 0 is none")
+    ] = 1.0
+    dropout: Annotated[
+        float, Meta(ge=0, le=0.99, description="dropout probability of the network's two dropout layers")
+    ] = 0.0
+    sync_every: Annotated[
+        int, Meta(ge=1, le=10_000, description="batches of a node between averagings; only with several nodes")
+    ] = 20
 
     def as_flags(self) -> str:
         """Return the settings that are not defaults, as command-line flags."""
-        given = [f"{flag(item.name)} {getattr(self, item.name)}" for item in fields(self) if not self.is_default(item)]
+        values = msgspec.structs.asdict(self)
+        given = [f"{flag(name)} {value}" for name, value in values.items() if value != SETTINGS[name].default]
         return " ".join(given) or "default settings"
-
-    def is_default(self, item: Field[Any]) -> bool:
-        """Return whether a setting has its default."""
-        return bool(getattr(self, item.name) == item.default)
 
     def differences(self, requested: dict[str, Any]) -> list[str]:
         """Return the names of requested settings that differ."""
-        settings = asdict(self)
-        return [name for name, value in requested.items() if value != settings[name]]
+        return [name for name, value in requested.items() if value != getattr(self, name)]
 
 
-SETTINGS = {item.name: item for item in fields(Settings)}
+SETTINGS = {item.name: item for item in msgspec.structs.fields(Settings)}
 
 
 def flag(name: str) -> str:
@@ -70,40 +69,28 @@ def flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-def check(name: str, value: Any) -> Any:
-    """Return the value of a setting. Raise ValueError if it has the wrong type or is out of range."""
-    item = SETTINGS[name]
-    if "choices" in item.metadata:
-        if value not in item.metadata["choices"]:
-            raise ValueError(f"must be one of {', '.join(item.metadata['choices'])}")
-        return value
-    smallest, largest = item.metadata["range"]
-    kind = type(item.default)
-    if type(value) is not kind or not smallest <= value <= largest:
-        raise ValueError(f"must be {'an integer' if kind is int else 'a number'} from {smallest:,} to {largest:,}")
-    return value
+def values_of(name: str) -> str:
+    """Return what a setting may be, such as "an integer from 1 to 64"."""
+    kind, meta = typing.get_args(SETTINGS[name].type)
+    if typing.get_origin(kind) is Literal:
+        return " or ".join(typing.get_args(kind))
+    return f"{'an integer' if kind is int else 'a number'} from {meta.ge:,} to {meta.le:,}"
 
 
 def parse(name: str, text: str) -> Any:
     """Return the value of a setting from its text on the command line."""
-    kind: Any = type(SETTINGS[name].default)
-    value: Any = text
-    with contextlib.suppress(ValueError):
-        value = kind(text)
     try:
-        return check(name, value)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(f"{text} {error}") from None
+        return msgspec.convert(text, SETTINGS[name].type, strict=False)
+    except msgspec.ValidationError:
+        raise argparse.ArgumentTypeError(f"{text} must be {values_of(name)}") from None
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
     """Add a flag for each setting. An omitted flag is None: the value comes from the volume."""
     for name, item in SETTINGS.items():
-        if "choices" in item.metadata:
-            values, metavar = " or ".join(item.metadata["choices"]), "NAME"
-        else:
-            values, metavar = "{:,} to {:,}".format(*item.metadata["range"]), "N" if item.type is int else "X"
-        text = f"{item.metadata['help']} ({values}; default: {item.default})"
+        kind, meta = typing.get_args(item.type)
+        metavar = {int: "N", float: "X"}.get(kind, "NAME")
+        text = f"{meta.description} ({values_of(name)}; default: {item.default})"
         parser.add_argument(flag(name), type=partial(parse, name), metavar=metavar, help=text)
 
 

@@ -26,7 +26,6 @@ import io
 import os
 import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -35,6 +34,7 @@ import plan
 import settings
 from artifacts import CURVES, FRESH_HINT, WEIGHTS, publish
 from dataset import read_data
+from msgspec.structs import replace
 from process import Failure, exit_on_failure, print_error, say
 from record import Record
 from settings import TRAINING_IMAGES

@@ -11,7 +11,7 @@ import torch
 from process import Failure
 
 OTHERS = {  # a value of each setting that the training in a volume did not have
-    name: item.metadata["choices"][1] if "choices" in item.metadata else type(item.default)(2 * item.default + 1)
+    name: "constant" if name == "schedule" else type(item.default)(2 * item.default + 1)
     for name, item in settings.SETTINGS.items()
     if name != "epochs"
 }

@@ -1,7 +1,5 @@
 """record.py: what train_results.json says, of this version and of others, and how a training resumes by it."""
 
-import contextlib
-
 import checkpoint
 import plan
 import pytest
@@ -11,8 +9,6 @@ import stages
 import torch
 from process import Failure
 
-NEW_IN_2 = ("schedule", "weight_decay", "max_grad_norm", "augmentation", "dropout")  # settings
-RENAMED_IN_2 = {"validation_loss": "held_out_loss", "validation_accuracy": "held_out_accuracy"}
 IMAGES = torch.zeros(1, 28, 28, dtype=torch.uint8).expand(settings.TRAINING_IMAGES, 28, 28)
 LABELS = torch.zeros(settings.TRAINING_IMAGES, dtype=torch.int64)
 OTHER_DATA = dict.fromkeys(stages.RAW_FILES, "0" * 64)
@@ -50,31 +46,6 @@ def test_a_record_is_read_as_it_was_written(trained):
     assert record.parse_record(text).to_json() == text
 
 
-def as_version_1(content):
-    """Makes a record what version 1 would have written."""
-    del content["version"], content["data_sha256"]
-    for name in NEW_IN_2:
-        del content["settings"][name]
-    content["history"] = [{RENAMED_IN_2.get(key, key): line[key] for key in line} for line in content["history"]]
-
-
-def test_a_finished_training_of_version_1_needs_nothing(volume):
-    before = stages.results(volume)["history"]
-    stages.edit_training(volume, as_version_1)
-    assert "validation_loss" not in (volume / "train_results.json").read_text()
-    assert plan.decide({"weight_decay": 7e-4, "schedule": "linear"}, False, volume).action == "nothing"
-    assert [vars(line) for line in record.read_record(volume).history] == before
-
-
-def test_an_unfinished_training_of_version_1_resumes(unfinished):
-    stages.edit_training(unfinished, as_version_1)
-    weights = stages.load_checkpoint(unfinished)["model"]
-    resumed, shared = resume(unfinished)
-    assert resumed.settings == settings.Settings(epochs=3)
-    assert (resumed.version, len(resumed.history), resumed.batches) == (record.VERSION, 1, 573)
-    assert all(tensor.equal(weights[name]) for name, tensor in shared.state_dict().items())
-
-
 @pytest.mark.parametrize("name", {*settings.SETTINGS} - {"epochs"})
 def test_a_training_without_a_setting_goes_on_with_its_default(unfinished, name):
     stages.edit_training(unfinished, lambda content: content["settings"].pop(name))
@@ -82,15 +53,9 @@ def test_a_training_without_a_setting_goes_on_with_its_default(unfinished, name)
     assert resumed.settings == settings.Settings(epochs=3)
 
 
-@pytest.mark.parametrize(("version", "named"), [({"version": "7.8.9"}, "7.8.9"), ({}, "an unknown version")])
-def test_a_training_with_an_unknown_setting_is_refused(volume, version, named):
-    def edit(content):
-        del content["version"]
-        content.update(version)
-        content["settings"]["layers"] = 7
-
-    stages.edit_training(volume, edit)
-    stages.assert_fails(stages.call("train", model=volume), 1, "layers", named)
+def test_a_training_with_an_unknown_setting_is_refused(volume):
+    stages.edit_training(volume, lambda content: content["settings"].update(layers=7))
+    stages.assert_fails(stages.call("train", model=volume), 1, "layers", record.VERSION)
 
 
 @pytest.mark.parametrize("either", ["volume", "unfinished"])
@@ -124,13 +89,12 @@ def test_a_training_of_another_number_of_epochs_begins_a_new_sum_of_parameters(r
     assert not shared.sums.any()
 
 
-@pytest.mark.parametrize("averaging", [0.0, 0.5])
-def test_a_sum_of_parameters_that_was_left_out_is_missed_if_it_is_needed(unfinished, averaging):
-    stages.edit_training(unfinished, lambda content: content["settings"].update(averaging=averaging))
+@pytest.mark.parametrize("part", ["model", "velocities", "sum"])
+def test_a_part_of_the_checkpoint_that_was_left_out_is_missed(unfinished, part):
     parts = stages.load_checkpoint(unfinished)
-    del parts["sum"]
+    del parts[part]
     torch.save(parts, unfinished / "checkpoint.pt")
-    with pytest.raises(Failure, match="sum") if averaging else contextlib.nullcontext():
+    with pytest.raises(Failure, match="state_dict" if part == "model" else part):
         resume(unfinished)
 
 
