@@ -27,23 +27,20 @@ def loss_and_gradients(model: Net, images: Tensor, labels: Tensor, dtype: torch.
     log_probabilities = torch.addmm(b4[:, None], w4, hidden).log_softmax(0)
     loss = F.nll_loss(log_probabilities.t(), labels)
 
-    grad = log_probabilities.exp() - F.one_hot(labels, 10).t()  # of the logits, and so on backwards
-    grad /= len(labels)
+    grad = (log_probabilities.exp() - F.one_hot(labels, 10).t()) / len(labels)  # of the logits, and so on backwards
     grad_fc2 = [grad @ hidden.t(), grad.sum(1)]
     grad = w4.t() @ grad * hidden.sign()
     grad_fc1 = [grad @ features.t(), grad.sum(1)]
     grad = (w3.t() @ grad).to(dtype).view(20, 4, 4, -1).transpose(0, 1)
-    grad_conv2 = conv2.parameter_gradients(grad)
-    grad_conv1 = conv1.parameter_gradients(conv2.input_gradient())
+    grad, *grad_conv2 = conv2.gradients(grad)
+    _, *grad_conv1 = conv1.gradients(grad, of_input=False)
     return loss, [*grad_conv1, *grad_conv2, *grad_fc1, *grad_fc2]
 
 
 class ConvPoolRelu:
     """relu(max_pool2d(conv2d(x, weight, bias), 2)), from [H, C, W, N] to [H / 2 - 2, K, W / 2 - 2, N]; H, W even.
 
-    The dtype of x is used throughout; weight and bias are float32. The gradients are those of torch's own layers: if
-    two values are equal, the first one gets the gradient. They overwrite what they need of the forward pass, so call
-    parameter_gradients() once, then input_gradient() once.
+    The dtype of x is used throughout; weight and bias are float32. The gradients are those of torch's own layers.
     """
 
     def __init__(self, x: Tensor, weight: Tensor, bias: Tensor) -> None:
@@ -61,20 +58,23 @@ class ConvPoolRelu:
         output = torch.maximum(*self.pairs.unbind(1)).add_(bias.to(x.dtype)[:, None]).relu_()
         self.output = output.view(-1, outputs, columns, batch)
 
-    def parameter_gradients(self, grad: Tensor) -> list[Tensor]:
-        """Return the gradients of weight and bias, float32, from that of the output."""
+    def gradients(self, grad: Tensor, of_input: bool = True) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the gradients of x (empty if not wanted), weight and bias, the latter float32, from the output's.
+
+        For one call: it overwrites what the forward pass has kept, since new memory would take longer than the sums.
+        """
         grad = self.output.sign().mul_(grad).flatten(2)  # ReLU: the sign of its output is 0 or 1
-        route_gradient(grad, self.pairs.unbind(1))  # self.pairs now is the gradient of the pairs' maxima
-        route_gradient(self.pairs, self.values.unbind(2))  # and self.values that of the values
+        split_gradient(grad, *self.pairs.unbind(1))
+        split_gradient(self.pairs, *self.values.unbind(2))
         grad_values = self.values.view(len(self.rows), len(self.kernels), -1)
         # In this order, oneDNN, which multiplies bfloat16, copies the smaller matrix only.
         grad_kernels = (self.rows @ grad_values.transpose(1, 2)).sum(0, dtype=torch.float32).t()
-        return [from_both_places(grad_kernels, self.shape[1]), grad.sum((0, 2), dtype=torch.float32)]
+        grad_weight, grad_bias = from_both_places(grad_kernels, self.shape[1]), grad.sum((0, 2), dtype=torch.float32)
+        return self.input_gradient(grad_values) if of_input else grad.new_empty(0), grad_weight, grad_bias
 
-    def input_gradient(self) -> Tensor:
-        """Return the gradient of x."""
+    def input_gradient(self, grad_values: Tensor) -> Tensor:
+        """Return the gradient of x from that of the convolution's values, [rows, 2 K, W' * N]."""
         height, channels, width, batch = self.shape
-        grad_values = self.values.view(len(self.rows), len(self.kernels), -1)
         grad_windows = self.windows.zero_()
         for y, kernels in enumerate(self.kernels.view(-1, 5, channels * 6).unbind(1)):
             kernels = kernels.t().expand(height - 4, -1, -1)
@@ -99,7 +99,10 @@ def from_both_places(grad: Tensor, channels: int) -> Tensor:
     return (first[..., :5] + second[..., 1:]).transpose(1, 2)
 
 
-def route_gradient(grad: Tensor, pair: tuple[Tensor, ...]) -> None:
-    """Replace each pair of values by its gradients: the gradient of the maximum goes to the larger value."""
-    first, second = pair
-    torch.sub(grad, second.gt_(first).mul_(grad), out=first)
+def split_gradient(grad: Tensor, first: Tensor, second: Tensor) -> None:
+    """Overwrite two tensors by their gradients, given that of their maximum: it goes to the larger value.
+
+    If the two are equal, the first one gets it, as in torch.
+    """
+    second.gt_(first).mul_(grad)  # gt_() makes it 1 where it is the larger, else 0
+    torch.sub(grad, second, out=first)

@@ -58,7 +58,6 @@ def test_of_equal_values_the_first_one_gets_the_gradient(inputs, size, batch_siz
     to_ours, from_ours = (2, 1, 3, 0), (3, 1, 0, 2)  # [N, C, H, W] to [H, C, W, N], and back
     layer = layers.ConvPoolRelu(*(tensor.detach() for tensor in (x.permute(to_ours), weight, bias)))
     assert layer.output.permute(from_ours).equal(expected)
-    grad_weight, grad_bias = layer.parameter_gradients(grad.permute(to_ours))
-    grad_x = layer.input_gradient().permute(from_ours)
-    for one, other in zip((grad_x, grad_weight, grad_bias), expected_gradients, strict=True):
+    grad_x, grad_weight, grad_bias = layer.gradients(grad.permute(to_ours))
+    for one, other in zip((grad_x.permute(from_ours), grad_weight, grad_bias), expected_gradients, strict=True):
         assert one.equal(other)
