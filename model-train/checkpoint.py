@@ -73,9 +73,8 @@ def start_or_resume(
     plan: Plan, images: torch.Tensor, labels: torch.Tensor, folder: Path | None
 ) -> tuple[Record, SharedState]:
     """Return the record and the shared state of the planned training, new or from its checkpoint."""
-    resumed = resume(plan, images, labels, folder) if folder and plan.action == "resume" else None
-    if resumed:
-        record, shared = resumed
+    if folder and plan.action == "resume":
+        record, shared = resume(plan, images, labels, folder)
     else:
         record = Record.new(plan.settings)
         record.precision, record.nodes = precision_of(plan), plan.nodes
@@ -85,24 +84,15 @@ def start_or_resume(
     return record, shared
 
 
-def resume(plan: Plan, images: torch.Tensor, labels: torch.Tensor, folder: Path) -> tuple[Record, SharedState] | None:
-    """Return record and shared state from the checkpoint, or None if the training was killed before its first one.
+def resume(plan: Plan, images: torch.Tensor, labels: torch.Tensor, folder: Path) -> tuple[Record, SharedState]:
+    """Return record and shared state from the checkpoint.
 
     Raise Failure if the checkpoint is missing, damaged, or of another training.
     """
     published, path = read_record(folder), folder / CHECKPOINT
-    if published is None:
-        return None
-    # The first checkpoint is published before the record of its batches. So while the published record has none, the
-    # checkpoint may be there or not, or be of an earlier training.
-    try:
-        tensors, record = load_checkpoint(path)
-        if record.run != published.run:
-            raise Failure(f"{path} and {TRAIN_RESULTS} belong to different trainings. {FRESH_HINT}")
-    except Failure:
-        if published.batches:
-            raise
-        return None
+    tensors, record = load_checkpoint(path)
+    if published is None or record.run != published.run:
+        raise Failure(f"{path} and {TRAIN_RESULTS} belong to different trainings. {FRESH_HINT}")
     check_progress(record, plan, path)
     workers, epochs = len(record.workers), record.settings.epochs
     say_what_changes(record, plan)

@@ -4,6 +4,7 @@
 | ---                     | ---                                          | ---                                  |
 | empty                   | anything                                     | start                                |
 | an unfinished training  | no settings, or the same                     | resume                               |
+| one without checkpoint  | no settings, or the same                     | start                                |
 | an unfinished training  | another number of epochs, more than are done | resume, with the schedule recomputed |
 | an unfinished training  | no more epochs than are done                 | refuse                               |
 | an unfinished training  | another number of workers                    | resume, and say what that changes    |
@@ -86,10 +87,14 @@ def decide_on(record: Record, requested: dict[str, Any], model: Path) -> Plan:
     check_same_training(record, requested, model.parent, MAY_CHANGE if trains else ("epochs",))
     if not is_finished:  # a deleted model is published again from the checkpoint
         check_epochs(record, wanted.epochs, model.parent)
+        if not record.batches:
+            return Plan("start", "starting again: the last run ended before its first checkpoint", wanted)
         return Plan("resume", f"resuming after {done} of {wanted.epochs} epochs", wanted)
     if hashlib.sha256(read_limited(model, MAX_MODEL_BYTES, FRESH_HINT)).hexdigest() != record.model_sha256:
-        message = f"{model} does not match the sha256 in {TRAIN_RESULTS}; leaving it unchanged. {FRESH_HINT}"
-        return Plan("nothing", message, wanted)
+        message = f"{model} does not match the sha256 in {TRAIN_RESULTS}"
+        if trains:
+            raise Failure(f"{message}, so it cannot be trained on. {FRESH_HINT}", status=2)
+        return Plan("nothing", f"{message}; leaving it unchanged. {FRESH_HINT}", wanted)
     if trains:
         return Plan("resume", f"continuing from {done} to {wanted.epochs} epochs", wanted)
     message = f"{model} is already trained for {done} epochs; nothing to do. To train longer: --epochs N. {FRESH_HINT}"

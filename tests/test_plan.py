@@ -102,9 +102,16 @@ def test_a_finished_model_trains_on_to_more_epochs(volume):
     assert decide(volume, epochs=5) == ("resume", settings.Settings(epochs=5, seed=77))
 
 
-def test_a_model_that_replaced_the_trained_one_is_left_as_it_is(volume):
+def test_a_model_that_replaced_the_trained_one_is_left_as_it_is_and_not_trained_on(volume):
     (volume / "mnist_cnn.pt").write_bytes(b"another model")
     assert decide(volume)[0] == "nothing"
+    assert_refused(volume, 2, "sha256", "--fresh", epochs=5)
+
+
+def test_a_training_that_was_killed_before_its_first_checkpoint_starts_again(unfinished):
+    workers = [{"rank": rank} for rank in range(2)]
+    stages.edit_record(unfinished, batches=0, history=[], workers=workers, seconds=0.0)
+    assert decide(unfinished) == ("start", settings.Settings(epochs=3))
 
 
 def test_a_model_from_elsewhere_is_left_as_it_is_and_settings_for_it_are_refused(tmp_path):
