@@ -2,7 +2,7 @@
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 PYTHON = .venv/bin/python
 STAGES = model-eval model-infer
-COPIES = net.py artifacts.py process.py
+COPIES = net.py artifacts.py process.py entrypoint.sh
 
 .PHONY: help test data local serve copies lint audit bench chaos cluster-test scaling
 help: ## list the targets

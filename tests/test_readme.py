@@ -19,7 +19,6 @@ OF_TOOLS = {
         "--json",
         "--wait",
         "--cap-add",
-        "--init",
         "--network",
         "--quiet",
         "--force",
