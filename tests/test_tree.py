@@ -42,6 +42,15 @@ def test_every_image_gets_the_same_copy_and_git_knows_that_it_is_one(stage, name
     assert run("git", "check-attr", "linguist-generated", copy).split()[-1] == "set"
 
 
+def test_a_checkout_on_windows_has_line_feeds_in_every_text(tmp_path):
+    run("git", "clone", "--config", "core.autocrlf=true", stages.TREE, tmp_path / "checkout")
+    lines = run("git", "ls-files", "--eol", folder=tmp_path / "checkout").splitlines()
+    assert [line for line in lines if not re.match(r"i/\S+ +w/(lf|-text|none) ", line)] == []
+    assert not any(
+        "<<" in path.read_text() for path in DOCKERFILES.values()
+    )  # a here-document, which needs new engines
+
+
 def test_the_data_set_and_what_runs_leave_stay_out_of_git():
     paths = ["data/MNIST/raw/train-images-idx3-ubyte", "model/mnist_cnn.pt", "out/x", "tests/.venv/x"]
     assert run("git", "check-ignore", *paths).split() == paths
@@ -77,7 +86,7 @@ def test_all_programs_of_a_stage_are_copied_into_its_image(stage):
 
 
 def test_the_project_its_services_and_their_dockerfiles_have_the_names_that_are_expected(compose):
-    assert compose["name"] == "mnist"
+    assert "name" not in compose  # so that a project is named after its checkout's folder, and has a volume of its own
     builds = {stage: service["build"] for stage, service in compose["services"].items()}
     assert builds == {
         "train": {"context": "model-train", "dockerfile": "Dockerfile.train"},
@@ -118,8 +127,13 @@ def test_serve_starts_only_where_it_is_named_reads_only_and_is_reached_from_this
     assert all(volume.endswith(":ro") for volume in serve["volumes"])
     assert "network_mode" not in serve
     stage = compose["services"]["evaluate"]
-    for right in ("read_only", "cap_drop", "cap_add", "security_opt", "restart", "init"):
+    for right in ("read_only", "cap_drop", "cap_add", "security_opt", "init"):
         assert serve[right] == stage[right]
+
+
+def test_serve_comes_back_when_the_engine_does_and_needs_no_newer_engine_than_the_stages(compose):
+    assert compose["serve"]["restart"] == "unless-stopped"
+    assert "start_interval" not in compose["serve"]["healthcheck"]
 
 
 # Style ----------------------------------------------------------------------------------------------------------------
