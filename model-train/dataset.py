@@ -5,7 +5,7 @@ import io
 import socket
 from pathlib import Path
 
-from artifacts import DATA_HINT, DATA_SET, locked_folder, publish, read_raw, remove
+from artifacts import DATA_HINT, DATA_SET, file_lock, publish, read_raw, remove
 from process import Failure, say
 
 DOWNLOAD_TIMEOUT = 60  # seconds without an answer from a mirror
@@ -29,7 +29,7 @@ def download(data: Path, problem: Failure) -> None:
     try:
         raw = data / DATA_SET.folder
         raw.mkdir(parents=True, exist_ok=True)
-        with locked_folder(raw, wait=True):  # two containers may share the folder
+        with file_lock(data / ".download.lock"):  # two containers may share the folder
             invalid = [name for name in DATA_SET.sha256 if not is_valid(data, name)]
             if not invalid:
                 return

@@ -5,7 +5,7 @@ import sys
 import time
 
 from artifacts import as_png, new_figure
-from process import can_write, say
+from process import can_write, percent, say
 from record import EpochRecord
 
 LINE_SECONDS = 5
@@ -54,7 +54,7 @@ class Progress:
         """Print the results of an epoch."""
         text = (
             f"train: epoch {epoch.epoch} of {epochs}: {epoch.seconds:.1f} s, loss {epoch.train_loss:.4f}, "
-            f"validation loss {epoch.validation_loss:.4f}, validation accuracy {epoch.validation_accuracy:.2f} %"
+            f"validation loss {epoch.validation_loss:.4f}, validation accuracy {percent(epoch.validation_accuracy)}"
         )
         if self.bar is None:
             say(text)
@@ -82,7 +82,7 @@ def draw_curves(history: list[EpochRecord]) -> bytes:
     losses.set(title="Loss (negative log-likelihood)", yscale="log")
     losses.legend()
     accuracy.plot(epochs, [epoch.validation_accuracy for epoch in history], "s-", color="tab:orange")
-    accuracy.set(title=f"Validation accuracy in percent: {history[-1].validation_accuracy:.2f}")
+    accuracy.set(title=f"Validation accuracy: {percent(history[-1].validation_accuracy)}")
     for axes in (losses, accuracy):
         axes.set(xlabel="epoch", xlim=(0.5, len(history) + 0.5))
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
