@@ -335,3 +335,40 @@ def test_a_wrong_variable_of_torchrun_ends_a_node_in_one_line_with_status_2(tmp_
     right = {"PET_NNODES": 2, "PET_NODE_RANK": 0, "PET_MASTER_ADDR": "127.0.0.1", "PET_MASTER_PORT": 1}
     with stages.running(words, **right | {name: value}) as process:
         stages.assert_fails(stages.finish(process), 2)
+
+
+# deploy/train.sbatch, with stand-ins for Slurm's commands ------------------------------------------------------------
+
+
+@pytest.fixture
+def sbatch(tmp_path, monkeypatch):
+    """A function that runs the job on one node, where sbatch is a script; it returns how the job ended.
+
+    What the commands are called with is in the file `calls`.
+    """
+    names = ("PARTITION", "ACCOUNT", "QOS", "ID", "NODELIST")
+    place = {f"SLURM_JOB_{name}": name.lower() for name in names} | {"SLURM_JOB_ID": "7", "SLURM_NNODES": "1"}
+
+    def run(script):
+        record = f'echo "$(basename "$0") $*" >>{tmp_path}/calls'
+        for name, does in (("sbatch", script), ("srun", "exit 3"), ("scontrol", "echo n1")):
+            (tmp_path / name).write_text(f"#!/bin/sh\n{record}\n{does}\n")
+            (tmp_path / name).chmod(0o755)
+        path = f"{tmp_path}:{os.environ['PATH']}"
+        with stages.running(["bash", stages.TREE / "deploy/train.sbatch"], PATH=path, **place) as process:
+            return stages.finish(process)
+
+    return run
+
+
+def test_the_jobs_that_follow_a_training_have_its_partition_account_and_qos(sbatch, tmp_path):
+    assert sbatch("echo 8").returncode == 3
+    jobs = [line for line in (tmp_path / "calls").read_text().splitlines() if line.startswith("sbatch")]
+    assert len(jobs) == 2
+    for job in jobs:
+        assert {"--partition=partition", "--account=account", "--qos=qos"} <= {*job.split()}
+
+
+def test_a_job_trains_although_those_that_follow_cannot_be_submitted_and_says_so(sbatch, tmp_path):
+    stages.assert_fails(sbatch("exit 1"), 3, "cannot be submitted", "model-eval/evaluate.py")
+    assert "srun" in (tmp_path / "calls").read_text()
