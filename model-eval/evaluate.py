@@ -66,7 +66,7 @@ def main() -> int:
         if results["Accuracy"] < args.min_accuracy:
             raise Failure(
                 f"{args.model / WEIGHTS} has {results['Accuracy']} % accuracy, below --min-accuracy "
-                f"{args.min_accuracy}; no results are written. Train longer: docker compose run --rm train --epochs N"
+                f"{args.min_accuracy}; no results are written. Train longer: {process.command('train', '--epochs N')}"
             )
         files = {
             CONFUSION_MATRIX: draw_confusion_matrix(results["confusion_matrix"]),

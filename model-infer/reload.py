@@ -7,10 +7,10 @@ from typing import NamedTuple
 from artifacts import DATA_SET, EVAL_RESULTS, WEIGHTS
 from metrics import Metrics
 from prediction import Predictor, load_predictor
-from process import Failure, percent, print_error, say
+from process import Failure, command, percent, print_error, say
 
 LOADING = "the model is being loaded"
-NO_MODEL = "there is no model yet. Train one with: docker compose run --rm train"
+NO_MODEL = f"there is no model yet. Train one with: {command('train')}"
 
 
 class Served(NamedTuple):

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
 import process
-from process import Failure
+from process import Failure, command
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -34,8 +34,8 @@ RESULTS, PREDICTIONS, PREDICTIONS_SHEET = "results", "predictions.json", "predic
 OWN_RESULTS = "own"  # the pictures of infer and its predictions.json, for pictures of the user's own
 
 MAX_MODEL_BYTES = 1_000_000  # this network's state dict takes 90 kB
-DATA_HINT = "Download it again with: docker compose run --rm train, or: make data"
-FRESH_HINT = "To start over: docker compose run --rm train --fresh (the old model stays until the new one is finished)"
+DATA_HINT = f"Download it again with: {command('train')}, or: make data"
+FRESH_HINT = f"To start over: {command('train', '--fresh')} (the old model stays until the new one is finished)"
 
 
 @dataclass(frozen=True)

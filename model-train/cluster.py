@@ -38,7 +38,7 @@ if TYPE_CHECKING:  # torch takes a second to import
 
 # Variables that launch.py sets. Two have defaults: seconds to wait for another node while training, and before.
 TIMEOUT, JOIN_TIMEOUT = ("NODE_TIMEOUT", "30"), ("NODE_JOIN_TIMEOUT", "300")
-HAS_BEGUN = "NODE_HAS_BEGUN"  # names a file that a node makes once it trains: restarted, it resumes despite --fresh
+HAS_BEGUN = "NODE_HAS_BEGUN"  # names a file that a node writes to once it trains: restarted, it resumes despite --fresh
 STOP_SECONDS = 5  # from the first to the last of the signals that stop all nodes
 
 
@@ -86,7 +86,7 @@ class Preparation:
         start, *_ = self.node.exchange("start", (lambda: self.decide(fresh)) if leads else bytes)
         if start:
             self.node.exchange("following", bytes if leads else lambda: self.follow(start))
-            self.has_begun.touch()
+            self.has_begun.write_bytes(b"1")
         return self.started
 
     def describe(self) -> bytes:
@@ -97,7 +97,7 @@ class Preparation:
         files = Path(__file__).parent.glob("*.py")
         programs = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
         parts = {"flags": flags, "data": DATA_SET.sha256, "programs": programs}
-        starts_over = self.args.fresh and not self.has_begun.exists()
+        starts_over = self.args.fresh and not self.has_begun.stat().st_size
         return json.dumps(parts | {"starts over": starts_over}).encode()
 
     def images(self, first: int, last: int) -> "tuple[torch.Tensor, torch.Tensor]":

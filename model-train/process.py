@@ -27,6 +27,18 @@ THREADS_HINT = "cannot start enough processes and threads. Raise MNIST_PIDS, the
 to_remove: set[Path] = set()  # files that a signal that ends the process at once must not leave behind
 
 
+def command(stage: str, *flags: str) -> str:
+    """Return the words to type that run a stage: in the image, in a job of Slurm, or else as `make local` does."""
+    folder = {"train": "model-train", "evaluate": "model-eval", "infer": "model-infer"}[stage]
+    if Path("/opt/entrypoint.sh").exists():
+        words = f"docker compose run --rm {stage}"
+    elif stage == "train" and "SLURM_JOB_ID" in os.environ:
+        words = "sbatch deploy/train.sbatch"
+    else:
+        words = f".venv/bin/python {folder}/{stage}.py --data data --model model"
+    return " ".join((words, *flags))
+
+
 class Failure(Exception):
     """Ends a stage. The message is one line for the user: what is wrong, where, and the command that fixes it.
 

@@ -14,13 +14,13 @@ import torch
 from artifacts import FRESH_HINT
 from batch_queue import RunningClock
 from hogwild import SharedState, Trainer
-from process import STOP_SIGNALS, Failure, say, signal_name
+from process import STOP_SIGNALS, Failure, command, say, signal_name
 from record import LostWorker, Record
 
 HANG_SECONDS = 30  # between two checks while no batch is finished; a busy worker that used no CPU in between is killed
 STOP_SECONDS = 1.5  # for the current batches when the training is asked to stop
 PR_SET_PDEATHSIG = 1  # from linux/prctl.h
-RESUME_HINT = "Resume with: docker compose run --rm train"
+RESUME_HINT = f"Resume with: {command('train')}"
 
 
 class Stopped(Exception):

@@ -199,3 +199,14 @@ def test_a_failure_is_one_line_whatever_a_path_has_in_it(tmp_path):
 def test_a_folder_that_cannot_be_made_is_a_failure_that_names_it(tmp_path):
     (tmp_path / "file").write_text("in the way")
     stages.assert_fails(stages.call("train", model=tmp_path / "file" / "volume"), 1, tmp_path / "file")
+
+
+@pytest.mark.parametrize(
+    ("variables", "words"),
+    [
+        ({}, ".venv/bin/python model-train/train.py --data data --model model --fresh"),
+        ({"SLURM_JOB_ID": "7"}, "sbatch deploy/train.sbatch --fresh"),
+    ],
+)
+def test_a_message_names_the_command_that_works_where_the_program_runs(volume, variables, words):
+    stages.assert_fails(stages.run("train", "--lr", "0.2", model=volume, **variables), 2, words)

@@ -1,6 +1,7 @@
 """The tree: copies that must be the same, docker-compose.yml, Dockerfiles, and the style of the code."""
 
 import ast
+import os
 import re
 import shutil
 import subprocess
@@ -181,6 +182,66 @@ def test_every_target_of_the_makefile_is_listed_by_make_alone():
     targets = " ".join(rules).split()[1:]
     listed = run("make")
     assert all(f"make {target} " in listed for target in targets)
+
+
+# A python3 whose environments have a Python that only notes what it is asked for, and fails at some of it.
+PYTHON = """#!/bin/sh
+mkdir -p .venv/bin
+cat >.venv/bin/python <<'END'
+#!/bin/sh
+echo "$*" >>calls
+case "$*" in {fails}) exit 1 ;; esac
+END
+chmod +x .venv/bin/python
+"""
+
+
+@pytest.fixture
+def make_environment(tmp_path, monkeypatch):
+    """A function that runs `make local`, without what comes after the environment, where Python fails at a pattern.
+
+    It returns how make ended, and what Python was asked for.
+    """
+    for name in ("Makefile", "model-train/requirements-torch.txt", "model-train/requirements.txt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        shutil.copy(stages.TREE / name, tmp_path / name)
+    shutil.copytree(stages.TREE / "model-infer", tmp_path / "model-infer")
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.delenv("TORCH_INDEX", raising=False)
+
+    def make(fails, *variables):
+        (tmp_path / "python3").write_text(PYTHON.replace("{fails}", fails))
+        (tmp_path / "python3").chmod(0o755)
+        (tmp_path / "calls").write_text("")
+        command = ["make", "--silent", ".venv/for-stages", *variables]
+        result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+        return result, (tmp_path / "calls").read_text().splitlines()
+
+    return make
+
+
+def test_where_the_index_of_pytorch_cannot_be_reached_torch_is_installed_from_the_default_one(make_environment):
+    result, calls = make_environment("*download.pytorch.org*")
+    assert result.returncode == 0, result.stderr
+    assert "2.7 GB" in result.stderr
+    assert not {"--no-deps", "--index-url"} & {*calls[1].split()}
+    assert make_environment("never")[1] == []
+
+
+def test_an_index_for_torch_that_is_given_and_fails_is_named_and_no_other_is_used(make_environment):
+    result, calls = make_environment("*mirror.example*", "TORCH_INDEX=https://mirror.example/cpu")
+    assert result.returncode != 0
+    assert "TORCH_INDEX=https://mirror.example/cpu" in result.stderr
+    assert len(calls) == 1
+
+
+@pytest.mark.parametrize("fails", ["*requirements-serve.txt", "*import*torch*"])
+def test_an_installation_that_failed_is_not_taken_for_done(make_environment, fails):
+    result, _ = make_environment(fails, "TORCH_INDEX=https://mirror.example/whole")
+    assert result.returncode != 0
+    result, calls = make_environment("never")
+    assert result.returncode == 0
+    assert calls
 
 
 def test_prepare_refuses_another_kind_of_machine_in_one_line(tmp_path):
