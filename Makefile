@@ -1,8 +1,9 @@
-# `make` lists the targets. TORCH_INDEX names another index for torch, for people behind a mirror.
-TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
+# `make` lists the targets. TORCH_INDEX=URL names another index for torch, for people behind a mirror.
+CPU_INDEX = https://download.pytorch.org/whl/cpu
 PYTHON = .venv/bin/python
+INSTALL = $(PYTHON) -m pip install --quiet
 STAGES = model-eval model-infer
-COPIES = net.py artifacts.py process.py
+COPIES = net.py artifacts.py process.py entrypoint.sh
 
 .PHONY: help test data local serve copies lint audit bench chaos cluster-test scaling
 help: ## list the targets
@@ -46,22 +47,33 @@ lint: .venv/for-tests ## format the code and report lint and type errors
 		(cd $$folder && ../$(PYTHON) -m mypy --config-file ../pyproject.toml *.py) || exit 1; done
 
 audit: .venv/for-tests ## look up known vulnerabilities of the pinned packages; needs network access
-	$(PYTHON) -m pip install --quiet pip-audit==2.10.1
+	$(INSTALL) pip-audit==2.10.1
 	$(PYTHON) -m pip_audit --strict --disable-pip --require-hashes --requirement model-train/requirements.txt
 	$(PYTHON) -m pip_audit --strict --disable-pip --require-hashes --requirement model-infer/requirements-serve.txt
 	$(PYTHON) -m pip_audit --strict --disable-pip --no-deps --requirement model-train/requirements-torch.txt
 
+# Each of these files is made last, so that what has failed is not taken for done. --clear: pip would keep a build of
+# torch that is of the right version, but cannot be imported.
 .venv/for-stages: model-train/requirements-torch.txt model-train/requirements.txt model-infer/requirements-serve.txt
-	python3 -m venv .venv
-	$(PYTHON) -m pip install --quiet --no-deps --index-url $(TORCH_INDEX) --requirement model-train/requirements-torch.txt
-	$(PYTHON) -m pip install --quiet --no-deps --require-hashes --requirement model-train/requirements.txt
-	$(PYTHON) -m pip install --quiet --no-deps --require-hashes --requirement model-infer/requirements-serve.txt
+	python3 -m venv --clear .venv
+ifdef TORCH_INDEX
+	$(INSTALL) --no-deps --index-url $(TORCH_INDEX) --requirement $< || \
+		{ echo "make: cannot install torch from TORCH_INDEX=$(TORCH_INDEX)" >&2; exit 1; }
+else
+	$(INSTALL) --no-deps --index-url $(CPU_INDEX) --requirement $< || \
+		{ echo "make: cannot install torch from $(CPU_INDEX). On PyPI it comes with CUDA: downloading about 2.7 GB" >&2; \
+		$(INSTALL) --requirement $<; }
+endif
+	$(INSTALL) --no-deps --require-hashes --requirement model-train/requirements.txt
+	$(INSTALL) --no-deps --require-hashes --requirement model-infer/requirements-serve.txt
+	@$(PYTHON) -c "import torch, torchvision" 2>.venv/error || { exec >&2; tail -n 1 .venv/error; \
+		echo "make: torch cannot be imported: $(or $(TORCH_INDEX),$(CPU_INDEX)) must serve its builds for the CPU"; exit 1; }
 	@touch $@
 
 .venv/for-tests: .venv/for-stages tests/requirements.txt
-	$(PYTHON) -m pip install --quiet --no-deps --require-hashes --requirement tests/requirements.txt
+	$(INSTALL) --no-deps --require-hashes --requirement tests/requirements.txt
 	@touch $@
 
 .venv/for-bench: .venv/for-stages tests/bench/requirements.txt
-	$(PYTHON) -m pip install --quiet --no-deps --require-hashes --requirement tests/bench/requirements.txt
+	$(INSTALL) --no-deps --require-hashes --requirement tests/bench/requirements.txt
 	@touch $@

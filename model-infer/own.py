@@ -14,7 +14,7 @@ import process
 import torch
 from artifacts import DATA_SET, OWN_RESULTS, PREDICTIONS, as_png, new_figure
 from PIL import Image
-from process import Failure, print_error, say
+from process import Failure, percent, print_error, say
 
 warnings.filterwarnings("ignore", message="Glyph")  # matplotlib's font lacks characters of some file names
 
@@ -101,7 +101,7 @@ def new_name(result: Result, taken: dict[str, bytes]) -> str:
 def as_text(result: Result) -> str:
     """Format a prediction for the terminal."""
     best = max(result["probabilities"])
-    most_likely = f"{DATA_SET.classes[result['probabilities'].index(best)]} ({100 * best:.1f} %)"
+    most_likely = f"{DATA_SET.classes[result['probabilities'].index(best)]} ({percent(100 * best, 1)})"
     if result["confidence"] == "no digit":
         return f"does not look like a digit; closest to {most_likely}"
     return f"predicted {most_likely}" + (", not sure" if result["confidence"] == "unsure" else "")

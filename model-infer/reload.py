@@ -7,10 +7,10 @@ from typing import NamedTuple
 from artifacts import DATA_SET, EVAL_RESULTS, WEIGHTS
 from metrics import Metrics
 from prediction import Predictor, load_predictor
-from process import Failure, print_error, say
+from process import Failure, command, percent, print_error, say
 
 LOADING = "the model is being loaded"
-NO_MODEL = "there is no model yet. Train one with: docker compose run --rm train"
+NO_MODEL = f"there is no model yet. Train one with: {command('train')}"
 
 
 class Served(NamedTuple):
@@ -84,4 +84,4 @@ def as_iso(seconds: float) -> str:
 
 def as_text(accuracy: float | None) -> str:
     """Format an accuracy, in percent, for the terminal."""
-    return "not evaluated yet" if accuracy is None else f"{accuracy:.2f} % accuracy on the test images"
+    return "not evaluated yet" if accuracy is None else f"{percent(accuracy)} accuracy on the test images"

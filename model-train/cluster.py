@@ -87,7 +87,7 @@ class Preparation:
         start, *_ = self.node.exchange("start", (lambda: self.decide(fresh)) if leads else bytes)
         if start:
             self.node.exchange("following", bytes if leads else lambda: self.follow(start))
-            self.has_begun.touch()
+            self.has_begun.write_bytes(b"1")
         return self.started
 
     def describe(self) -> bytes:
@@ -98,7 +98,7 @@ class Preparation:
         files = Path(__file__).parent.glob("*.py")
         programs = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
         parts = {"flags": flags, "data": DATA_SET.sha256, "programs": programs}
-        starts_over = self.args.dry_run or (self.args.fresh and not self.has_begun.exists())
+        starts_over = self.args.fresh and not self.has_begun.stat().st_size
         return json.dumps(parts | {"starts over": starts_over}).encode()
 
     def images(self, first: int, last: int | None) -> "tuple[torch.Tensor, torch.Tensor]":
@@ -115,12 +115,12 @@ class Preparation:
         if self.folder:
             self.folder.mkdir(parents=True, exist_ok=True)
             self.lock.enter_context(plan.volume_lock(self.folder))
-        todo = plan.decide(self.requested, fresh, self.args.model)
+            todo = plan.decide(self.requested, fresh, self.folder)
+        else:
+            todo = plan.dry_run(self.requested)
         if todo.action == "nothing":
             say(f"train: {todo.message}")
             return b""
-        if self.args.dry_run:
-            todo = replace(todo, message="dry run", settings=replace(todo.settings, epochs=1))
         todo = replace(todo, nodes=self.node.world)
         plan.check_limits(todo.settings)
         record, shared = start_or_resume(todo, *self.images(0, self.count_images(todo.settings)), self.folder)

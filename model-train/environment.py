@@ -2,4 +2,4 @@
 
 # Two have defaults: seconds to wait for another node while training, and before.
 TIMEOUT, JOIN_TIMEOUT = ("NODE_TIMEOUT", "30"), ("NODE_JOIN_TIMEOUT", "300")
-HAS_BEGUN = "NODE_HAS_BEGUN"  # names a file that a node makes once it trains: restarted, it resumes despite --fresh
+HAS_BEGUN = "NODE_HAS_BEGUN"  # names a file that a node writes to once it trains: restarted, it resumes despite --fresh

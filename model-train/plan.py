@@ -15,12 +15,20 @@
 | a checkpoint, no record | anything                                     | refuse                               |
 | anything                | --fresh                                      | start                                |
 
+While another training has the volume's lock, all that is not "do nothing" is refused, with one exception: if nothing is
+requested and there is a finished model, do nothing, so that evaluate, infer and serve can use it.
+
 The record is train_results.json.
 """
 
 import contextlib
 import hashlib
+import math
+import os
+import platform
+import zipfile
 from collections.abc import Iterator
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +42,7 @@ from artifacts import (
     TRAIN_RESULTS,
     WEIGHTS,
     check_destinations,
-    locked_folder,
+    file_lock,
     read_limited,
 )
 from msgspec import Struct
@@ -46,6 +54,7 @@ from settings import Settings, flag
 # The memory that train needs, in bytes: for torch and the images, per worker for torch's buffers, and per image of a
 # batch for what a step keeps of it (float32; measured with 1 to 64 workers and batches of 96 to 10,000).
 PARENT_MEMORY, WORKER_MEMORY, IMAGE_MEMORY = 225_000_000, 32_000_000, 150_000
+LOCK = ".train.lock"  # in the volume; its text names the holder: "HOST at TIME"
 MAY_CHANGE = ("epochs", "num_processes")  # settings that an unfinished training may resume with other values of
 
 
@@ -56,6 +65,19 @@ class Plan(Struct):
     message: str
     settings: Settings
     nodes: int = 1  # machines that train together
+
+
+class Busy(Failure):
+    """Another training has the lock of the volume; `holder` says what is known of it."""
+
+    def __init__(self, folder: Path, holder: str) -> None:
+        super().__init__(f"{folder} is locked by {holder}. Wait for it to finish, or stop it.", status=2)
+        self.holder = holder
+
+
+def dry_run(requested: dict[str, Any]) -> Plan:
+    """Return the plan of a dry run, which neither reads nor changes the volume."""
+    return Plan("start", "dry run", Settings(**requested | {"epochs": 1}))
 
 
 def decide(requested: dict[str, Any], fresh: bool, folder: Path) -> Plan:
@@ -117,30 +139,41 @@ def check_epochs(record: Record, requested: int, folder: Path) -> None:
 
     Stopping a long training early is not the same as a short training: its learning rate has not decayed to 0.
     """
-    done = record.epochs_done()
+    done = math.floor(10 * record.epochs_done()) / 10
     if requested != record.settings.epochs and requested <= done:
         raise Failure(
-            f"the training in {folder} has already done {done:.1f} of {record.settings.epochs} epochs, so --epochs "
+            f"the training in {folder} has already done {done} of {record.settings.epochs} epochs, so --epochs "
             f"{requested} is too few: give a larger number than that, or omit it. {FRESH_HINT}",
             status=2,
         )
+
+
+def beside(busy: Busy, is_asked: bool, folder: Path) -> Plan:
+    """Return the plan while another training has the lock: do nothing, if nothing is asked and there is a model.
+
+    Otherwise raise the Failure. The other stages check the model themselves, so here it need only be a zip to its end.
+    """
+    model = folder / WEIGHTS
+    if is_asked or not (model.is_file() and zipfile.is_zipfile(model)):
+        raise busy
+    return Plan("nothing", f"{model} stays in use until {busy.holder} has finished", Settings())
 
 
 @contextlib.contextmanager
 def volume_lock(folder: Path) -> Iterator[None]:
     """Lock the volume, for one training at a time, until the block or the process ends.
 
-    Raise Failure with status 2 if another training has the lock, and say what is known of it.
+    Raise Busy if another training has the lock, Failure if there can be no lock.
     """
     with contextlib.ExitStack() as stack:
         try:
-            stack.enter_context(locked_folder(folder, wait=False))
+            file = stack.enter_context(file_lock(folder / LOCK, wait=False))
         except BlockingIOError:
-            other = "another train container"
-            with contextlib.suppress(Failure):
-                if record := read_record(folder):
-                    other = f"the training that began on {record.host} at {record.began}"
-            raise Failure(f"{folder} is locked by {other}. Wait for it to finish, or stop it.", status=2) from None
+            raise Busy(folder, read_holder(folder / LOCK)) from None
+        name = f"{platform.node()} at {datetime.now(UTC).isoformat(timespec='seconds')}"
+        with contextlib.suppress(OSError):  # a full disk: the lock holds without a name
+            os.truncate(file.fileno(), 0)
+            os.write(file.fileno(), name.encode())
         yield
 
 
@@ -153,3 +186,12 @@ def check_limits(wanted: Settings) -> None:
     cores = process.count_cores()
     if workers > cores:
         say(f"train: warning: {workers} workers share {cores} core{'s' * (cores > 1)}, which slows training down")
+
+
+def read_holder(lock: Path) -> str:
+    """Return what is known of the training that has a lock."""
+    with contextlib.suppress(Failure):
+        name = read_limited(lock, 1000, "").decode(errors="replace")
+        if name and name.isprintable():
+            return f"the training that began on {name}"
+    return "another train container"

@@ -19,7 +19,24 @@ from types import FrameType, TracebackType
 from typing import IO, Any, NoReturn
 
 STOP_SIGNALS = (signal.SIGHUP, signal.SIGINT, signal.SIGQUIT, signal.SIGTERM)
+# With any of these, torch's OpenMP binds the thread that imports it to one core, and so all workers that it forks.
+BINDING_VARIABLES = ("OMP_PROC_BIND", "OMP_PLACES", "GOMP_CPU_AFFINITY", "KMP_AFFINITY")
 THREADS_HINT = "cannot start enough processes and threads. Raise MNIST_PIDS, then run it again."
+
+
+to_remove: set[Path] = set()  # files that a signal that ends the process at once must not leave behind
+
+
+def command(stage: str, *flags: str) -> str:
+    """Return the words to type that run a stage: in the image, in a job of Slurm, or else as `make local` does."""
+    folder = {"train": "model-train", "evaluate": "model-eval", "infer": "model-infer"}[stage]
+    if Path("/opt/entrypoint.sh").exists():
+        words = f"docker compose run --rm {stage}"
+    elif stage == "train" and "SLURM_JOB_ID" in os.environ:
+        words = "sbatch deploy/train.sbatch"
+    else:
+        words = f".venv/bin/python {folder}/{stage}.py --data data --model model"
+    return " ".join((words, *flags))
 
 
 class Failure(Exception):
@@ -38,7 +55,7 @@ def prepare_process(stage: str, needed_memory: int = 0) -> None:
 
     Until there is work to save, a signal ends the process at once; an exception might be swallowed by an import.
     """
-    handle_stop_signals(lambda number, frame: os._exit(128 + number))
+    handle_stop_signals(end_at_once)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)  # blocked by the image's entrypoint until they are handled
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # inherited as ignored, it would hide the death of workers
     for descriptor in (0, 1, 2):
@@ -55,8 +72,18 @@ def prepare_process(stage: str, needed_memory: int = 0) -> None:
     sys.excepthook = report_crash
     os.environ["OPENBLAS_NUM_THREADS"] = "1"  # numpy's BLAS is not used here; by default it starts a thread per core
     os.environ["MPLBACKEND"] = "agg"  # figures are written to files, never shown
+    for name in BINDING_VARIABLES:
+        os.environ.pop(name, None)
     with exit_on_failure(stage):
         check_memory(needed_memory, stage)
+
+
+def end_at_once(number: int, frame: FrameType | None) -> NoReturn:
+    """Handle a signal: end the process with its status."""
+    for path in to_remove:
+        with contextlib.suppress(OSError):
+            path.unlink()
+    os._exit(128 + number)
 
 
 def end_process(status: int) -> NoReturn:
@@ -146,6 +173,11 @@ def print_error(text: str) -> None:
     flush(sys.stderr)
 
 
+def percent(value: float, digits: int = 2) -> str:
+    """Format a percentage. Only 100 itself is shown as 100 %."""
+    return f"{value if value == 100 else min(value, 100 - 10**-digits):.{digits}f} %"
+
+
 def can_write(stream: IO[str]) -> bool:
     """Return whether a standard stream accepts text within a second; a pipe that nobody reads does not."""
     try:
@@ -185,8 +217,8 @@ def check_memory(needed: int, what: str) -> None:
         with contextlib.suppress(OSError, ValueError):  # no such file, or "max" in it
             limit = int(Path(path).read_text())
             if limit < needed:
-                raise Failure(
-                    f"{what} needs about {needed // 10**6} MB of memory, but the limit is {limit // 10**6} MB. "
+                raise Failure(  # rounded up and down, or both could be shown as the same
+                    f"{what} needs about {-(-needed // 10**6)} MB of memory, but the limit is {limit // 10**6} MB. "
                     f"Raise MNIST_MEMORY, then run it again.",
                     status=2,
                 )

@@ -5,7 +5,7 @@ import sys
 import time
 
 from artifacts import as_png, new_figure
-from process import can_write, say
+from process import can_write, percent, say
 from record import EpochRecord, Record
 
 LINE_SECONDS = 5
@@ -58,7 +58,7 @@ class Progress:
         text = (
             f"train: epoch {epoch.epoch} of {self.record.settings.epochs}: {epoch.seconds:.1f} s, "
             f"loss {epoch.train_loss:.4f}, validation loss {epoch.validation_loss:.4f}, "
-            f"validation accuracy {epoch.validation_accuracy:.2f} %"
+            f"validation accuracy {percent(epoch.validation_accuracy)}"
         )
         if self.bar is None and not self.quiet:
             say(text)
@@ -86,7 +86,7 @@ def draw_curves(history: list[EpochRecord]) -> bytes:
     losses.set(title="Loss (negative log-likelihood)", yscale="log")
     losses.legend()
     accuracy.plot(epochs, [epoch.validation_accuracy for epoch in history], "s-", color="tab:orange")
-    accuracy.set(title=f"Validation accuracy in percent: {history[-1].validation_accuracy:.2f}")
+    accuracy.set(title=f"Validation accuracy: {percent(history[-1].validation_accuracy)}")
     for axes in (losses, accuracy):
         axes.set(xlabel="epoch", xlim=(0.5, len(history) + 0.5))
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))

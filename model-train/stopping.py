@@ -3,10 +3,10 @@
 import time
 from types import FrameType
 
-from process import signal_name
+from process import command, signal_name
 
 STOP_SECONDS = 1.5  # for the batches that the workers have when the training is asked to stop
-RESUME_HINT = "Resume with: docker compose run --rm train"
+RESUME_HINT = f"Resume with: {command('train')}"
 
 
 class RunningClock:

@@ -34,8 +34,7 @@ import plan
 import settings
 from artifacts import CURVES, FRESH_HINT, WEIGHTS, publish
 from dataset import read_data
-from msgspec.structs import replace
-from process import Failure, exit_on_failure, print_error, say
+from process import Failure, exit_on_failure, percent, print_error, say
 from record import Record
 from settings import TRAINING_IMAGES
 
@@ -54,23 +53,24 @@ def main() -> int:
     """Run the stage and return its exit status."""
     args = settings.parse_args()
     requested = {name: getattr(args, name) for name in settings.SETTINGS if getattr(args, name) is not None}
-    fresh = args.fresh or args.dry_run  # a dry run neither reads nor changes the volume
-    decide = partial(plan.decide, requested, fresh=fresh, folder=args.model)
+    decide = partial(plan.decide, requested, fresh=args.fresh, folder=args.model)
     with exit_on_failure("train"):
         if "TORCHELASTIC_RUN_ID" in os.environ:  # this is one of several nodes
             from cluster import train_on_node
 
             return train_on_node(args, requested, train)
         if args.dry_run:
-            todo = decide()
-            return train_alone(replace(todo, message="dry run", settings=replace(todo.settings, epochs=1)), args)
+            return train_alone(plan.dry_run(requested), args)
         args.model.mkdir(parents=True, exist_ok=True)
         todo = decide()
         if todo.action != "nothing":
-            with plan.volume_lock(args.model):
-                todo = decide()  # again: another training may have ended between the first look and the lock
-                if todo.action != "nothing":
-                    return train_alone(todo, args)
+            try:
+                with plan.volume_lock(args.model):
+                    todo = decide()  # again: another training may have ended between the first look and the lock
+                    if todo.action != "nothing":
+                        return train_alone(todo, args)
+            except plan.Busy as busy:
+                todo = plan.beside(busy, bool(requested or args.fresh), args.model)
         try:
             read_data(args.data)  # the next stages need the data but cannot write to its folder
         except Failure as failure:
@@ -177,7 +177,7 @@ def publish_model(record: Record, shared: "SharedState", folder: Path | None) ->
     accuracy = record.history[-1].validation_accuracy
     if accuracy < MIN_VALIDATION_ACCURACY:
         raise Failure(
-            f"the validation accuracy after the last epoch is only {accuracy:.1f} % (chance is 10 %); the model is not "
+            f"the validation accuracy after the last epoch is only {accuracy:.2f} % (chance is 10 %); the model is not "
             f"published. Settings: {record.settings.as_flags()}. {FRESH_HINT}"
         )
     buffer = io.BytesIO()
@@ -187,7 +187,7 @@ def publish_model(record: Record, shared: "SharedState", folder: Path | None) ->
     # The record comes last: if train is killed in between, the next run resumes and publishes again.
     record.finished, record.model_sha256 = True, hashlib.sha256(buffer.getvalue()).hexdigest()
     record.publish(folder)
-    say(f"train: finished in {record.seconds:.1f} s: {accuracy:.2f} % validation accuracy")
+    say(f"train: finished in {record.seconds:.1f} s: {percent(accuracy)} validation accuracy")
 
 
 if __name__ == "__main__":

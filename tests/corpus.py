@@ -339,7 +339,13 @@ HARMLESS_RECORDS = {
 
 TRAIN_ON = ("--epochs", "9999")  # has train go on where it would say that it is finished: it reads data and checkpoint
 TRAINING_IMAGES, TRAINING_LABELS, TEST_IMAGES, TEST_LABELS = (f"{stages.RAW}/{name}" for name in stages.RAW_FILES)
-FIXES = ("--fresh", "make data", "rm ", "run --rm train")  # a failure is to name one of these commands
+FIXES = (
+    "--fresh",
+    "make data",
+    "rm ",
+    "run --rm train",
+    "train.py --data",
+)  # a failure is to name one of these commands
 
 
 def cases():
@@ -401,4 +407,6 @@ def run_in_container(stage, *flags, model, data):
     """Runs a stage in a container without a network, with twice the memory that it takes, for half a minute at most."""
     options = {"environment": {"MNIST_MEMORY": "600m"}, "train": {"network_mode": "none"}}
     with Pipeline(model, data, **options) as project:
-        return project.run(stage, *flags, seconds=30)
+        result = project.run(stage, *flags, seconds=30)
+        assert ".venv" not in result.stderr  # that is how a stage is run without containers
+        return result

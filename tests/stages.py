@@ -85,9 +85,9 @@ def finish(process):
 
 
 @contextlib.contextmanager
-def training(folder, *flags):
+def training(folder, *flags, **env):
     """A training that speaks often; the block has its process once it is in the middle of an epoch."""
-    with running(command("train", "--log-interval", "10", *flags, model=folder)) as process:
+    with running(command("train", "--log-interval", "10", *flags, model=folder), **env) as process:
         assert any("images/s" in line for line in process.stdout), process.stderr.read()
         yield process
 

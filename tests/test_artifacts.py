@@ -1,9 +1,11 @@
 """artifacts.py: files that are published whole, locks, limits, and failures in one line."""
 
 import errno
+import fcntl
 import os
 import shutil
 import stat
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -11,6 +13,7 @@ from types import SimpleNamespace
 
 import artifacts
 import checkpoint
+import plan
 import process
 import pytest
 import stages
@@ -28,8 +31,8 @@ def test_a_published_file_is_readable_by_all_and_nothing_is_left_beside_it(tmp_p
     assert os.listdir(tmp_path) == ["file"]
 
 
-def fail(*args):
-    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+def fail(*args, number=errno.ENOSPC):
+    raise OSError(number, os.strerror(number))
 
 
 @pytest.mark.parametrize("system_call", ["fsync", "fchmod"])
@@ -40,6 +43,16 @@ def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(tmp_path, monke
         artifacts.publish(tmp_path / "file", b"new")
     assert (tmp_path / "file").read_bytes() == b"old"
     assert os.listdir(tmp_path) == ["file"]
+
+
+@pytest.mark.parametrize(
+    ("module", "call", "number", "hint"),
+    [(Path, "rename", errno.EPERM, "chattr -i"), (fcntl, "flock", errno.ENOLCK, "no locks")],
+)
+def test_the_hint_fits_a_file_that_may_not_be_replaced_or_locked(tmp_path, monkeypatch, module, call, number, hint):
+    monkeypatch.setattr(module, call, partial(fail, number=number))
+    with pytest.raises(Failure, match=f"/file .*{hint}"):
+        artifacts.publish(tmp_path / "file", b"new")
 
 
 def save_checkpoint(folder):
@@ -82,16 +95,60 @@ def test_of_several_writers_of_the_same_file_one_is_the_last_and_its_file_is_who
 
 
 def test_a_lock_ends_with_the_process_that_has_it(tmp_path):
+    lock = tmp_path / "lock"
+
     def is_locked():
         try:
-            with artifacts.locked_folder(tmp_path, wait=False):
+            with artifacts.file_lock(lock, wait=False):
                 return False
         except BlockingIOError:
             return True
 
-    with stages.running(["flock", str(tmp_path), "sleep", "infinity"]):
-        stages.wait_until(is_locked)
+    script = (
+        "import artifacts, pathlib, signal, sys\n"
+        "with artifacts.file_lock(pathlib.Path(sys.argv[1])):\n"
+        "    print(flush=True)\n"
+        "    signal.pause()"
+    )
+    with stages.running([sys.executable, "-c", script, lock], PYTHONPATH=Path(artifacts.__file__).parent) as process:
+        process.stdout.readline()
+        assert is_locked()
     stages.wait_until(lambda: not is_locked())
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_lock_is_one_that_other_hosts_see_over_nfs(tmp_path, monkeypatch):
+    """NFS's server is told only of locks of regular files that are open for writing: flock(2)."""
+
+    def flock(file, operation, really=fcntl.flock):
+        mode, flags = os.stat(getattr(file, "name", file)).st_mode, fcntl.fcntl(file, fcntl.F_GETFL)
+        if stat.S_ISREG(mode) and flags & os.O_ACCMODE != os.O_RDONLY:
+            really(file, operation)
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with plan.volume_lock(tmp_path), pytest.raises(Failure, match="locked by"), plan.volume_lock(tmp_path):
+        pass
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.EOPNOTSUPP])
+def test_a_volume_without_locks_is_refused_in_one_line(tmp_path, monkeypatch, number):
+    monkeypatch.setattr(fcntl, "flock", partial(fail, number=number))
+    stages.assert_fails(stages.call("train", model=tmp_path), 1, tmp_path, "no locks")
+
+
+def test_a_file_that_is_linked_from_elsewhere_stays_a_lock_and_is_not_written_to(tmp_path):
+    """As after `cp -al` of the volume of a running training."""
+    lock, copy = tmp_path / "lock", tmp_path / "copy"
+    with artifacts.file_lock(lock) as file:
+        os.write(file.fileno(), b"the holder")
+        copy.hardlink_to(lock)
+        with pytest.raises(BlockingIOError), artifacts.file_lock(lock, wait=False):
+            pass
+    lock.hardlink_to(copy)
+    artifacts.publish(tmp_path / "file", b"new")
+    with artifacts.file_lock(lock) as file:
+        os.write(file.fileno(), b"another one")
+    assert copy.read_bytes() == b"the holder"
 
 
 @pytest.mark.parametrize(
@@ -109,6 +166,14 @@ def test_work_for_which_there_is_too_little_memory_is_refused(volume, monkeypatc
     monkeypatch.setattr(Path, "read_text", lambda path, *rest: limit.get(path.name) or read_text(path, *rest))
     stages.assert_fails(stages.call(stage, *flags, model=volume), 2, "MNIST_MEMORY")
     assert stages.contents(volume) == before
+
+
+def test_numbers_that_are_rounded_do_not_contradict_what_is_said_of_them(monkeypatch):
+    assert [process.percent(value) for value in (100, 99.999, 99.46)] == ["100.00 %", "99.99 %", "99.46 %"]
+    assert [process.percent(value, 0) for value in (100, 99.9, 99.4)] == ["100 %", "99 %", "99 %"]
+    monkeypatch.setattr(Path, "read_text", lambda path: "317000000")
+    with pytest.raises(Failure, match=r"needs about 318 MB .* 317 MB"):
+        process.check_memory(317_000_001, "it")
 
 
 @pytest.mark.parametrize(("quota", "cores"), [("100000 100000", 1), ("50000 100000", 1), ("150000 100000", 1)])
@@ -134,3 +199,14 @@ def test_a_failure_is_one_line_whatever_a_path_has_in_it(tmp_path):
 def test_a_folder_that_cannot_be_made_is_a_failure_that_names_it(tmp_path):
     (tmp_path / "file").write_text("in the way")
     stages.assert_fails(stages.call("train", model=tmp_path / "file" / "volume"), 1, tmp_path / "file")
+
+
+@pytest.mark.parametrize(
+    ("variables", "words"),
+    [
+        ({}, ".venv/bin/python model-train/train.py --data data --model model --fresh"),
+        ({"SLURM_JOB_ID": "7"}, "sbatch deploy/train.sbatch --fresh"),
+    ],
+)
+def test_a_message_names_the_command_that_works_where_the_program_runs(volume, variables, words):
+    stages.assert_fails(stages.run("train", "--lr", "0.2", model=volume, **variables), 2, words)

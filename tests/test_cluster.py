@@ -2,7 +2,9 @@
 
 import functools
 import json
+import os
 import signal
+import socket
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
@@ -10,6 +12,7 @@ from unittest import mock
 
 import cluster
 import hogwild
+import launch
 import nodes
 import pytest
 import record
@@ -146,7 +149,13 @@ def pair(data, tmp_path_factory):
     """How both nodes of a training of one epoch ended, and its volume, to look at."""
     folder, port = tmp_path_factory.mktemp("pair"), nodes.free_port()
     flags = (*nodes.SMALL, "--averaging", "0.5")
-    return nodes.run(*[nodes.command(*flags, port=port, model=folder)] * 2), folder
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TMPDIR", str(tmp_path_factory.mktemp("temporary")))
+        return nodes.run(*[nodes.command(*flags, port=port, model=folder)] * 2), folder
+
+
+def test_two_nodes_leave_no_temporary_files(pair, tmp_path_factory):
+    assert [*tmp_path_factory.getbasetemp().glob("temporary*/*")] == []
 
 
 def test_two_nodes_train_a_model_on_every_image_once(pair):
@@ -263,9 +272,92 @@ def test_a_node_that_stays_alone_ends_in_one_line(data, tmp_path):
     stages.assert_fails(end, 1, "too few nodes")
 
 
+@pytest.fixture
+def own_address(monkeypatch):
+    """The address of this machine in a network, while its own name, own-name, is at 127.0.1.1 as on Debian."""
+    look_up = socket.getaddrinfo
+    names = {"own-name": "127.0.1.1"}
+    monkeypatch.setattr(socket, "getaddrinfo", lambda host, *more, **kw: look_up(names.get(host, host), *more, **kw))
+    monkeypatch.setattr(os, "environ", {})
+    addresses = [address for address in launch.find_interfaces() if not address.startswith("127.")]
+    return addresses[0] if addresses else pytest.skip("this machine is in no network")
+
+
+@pytest.mark.parametrize("given", [None, "own-name"])
+@pytest.mark.parametrize("endpoint", ["own-name", "its address"])
+def test_a_node_tells_the_others_an_address_that_they_can_reach(own_address, given, endpoint):
+    args = SimpleNamespace(local_addr=given)
+    launch.announce_own_address(args, own_address if endpoint == "its address" else endpoint)
+    assert os.environ["GLOO_SOCKET_IFNAME"] in launch.find_interfaces().values()
+    assert os.environ["GLOO_SOCKET_IFNAME"] != launch.find_interfaces()["127.0.0.1"]
+    assert given or launch.find_interfaces()[args.local_addr] == os.environ["GLOO_SOCKET_IFNAME"]
+
+
+def test_the_node_that_has_the_address_of_the_endpoint_hosts_it(own_address, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["launch.py", "--rdzv-endpoint", f"{own_address}:29400"])
+    words = launch.torchrun_words(launch.parse_args()[0], own_address, 29400)
+    assert words[words.index("--rdzv-endpoint") + 1] == "127.0.0.1:29400"
+
+
 @pytest.mark.parametrize(
-    "flags", ["--epochs 0", "--nnodes 2:1", "--nnodes two", "--nnodes 0", "--max-restarts -1", "--timeout 0"]
+    "flags",
+    [
+        *("--epochs 0", "--nnodes 2:1", "--nnodes two", "--nnodes 0", "--max-restarts -1", "--timeout 0"),
+        *("--rdzv-endpoint host0", "--rdzv-endpoint :1", "--rdzv-endpoint host0:one", "--rdzv-endpoint host0:65536"),
+    ],
 )
 def test_a_wrong_flag_ends_a_node_with_status_2_before_torchrun_starts(tmp_path, flags):
     (end,) = nodes.run(nodes.command(*flags.split(), port=nodes.free_port(), model=tmp_path))
     stages.assert_fails(end, 2, flags.split()[0])
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *(("PET_NNODES", "two"), ("PET_NODE_RANK", "one"), ("PET_NODE_RANK", "2"), ("PET_MASTER_PORT", "65536")),
+        *(("PET_MASTER_PORT", "one"), ("PET_MASTER_PORT", ""), ("PET_MASTER_ADDR", ""), ("PET_MAX_RESTARTS", "-1")),
+    ],
+)
+def test_a_wrong_variable_of_torchrun_ends_a_node_in_one_line_with_status_2(tmp_path, name, value):
+    words = nodes.command(port=1, model=tmp_path)
+    del words[2:6]  # --rdzv-endpoint, --nnodes
+    right = {"PET_NNODES": 2, "PET_NODE_RANK": 0, "PET_MASTER_ADDR": "127.0.0.1", "PET_MASTER_PORT": 1}
+    with stages.running(words, **right | {name: value}) as process:
+        stages.assert_fails(stages.finish(process), 2)
+
+
+# deploy/train.sbatch, with stand-ins for Slurm's commands ------------------------------------------------------------
+
+
+@pytest.fixture
+def sbatch(tmp_path, monkeypatch):
+    """A function that runs the job on one node, where sbatch is a script; it returns how the job ended.
+
+    What the commands are called with is in the file `calls`.
+    """
+    names = ("PARTITION", "ACCOUNT", "QOS", "ID", "NODELIST")
+    place = {f"SLURM_JOB_{name}": name.lower() for name in names} | {"SLURM_JOB_ID": "7", "SLURM_NNODES": "1"}
+
+    def run(script):
+        record = f'echo "$(basename "$0") $*" >>{tmp_path}/calls'
+        for name, does in (("sbatch", script), ("srun", "exit 3"), ("scontrol", "echo n1")):
+            (tmp_path / name).write_text(f"#!/bin/sh\n{record}\n{does}\n")
+            (tmp_path / name).chmod(0o755)
+        path = f"{tmp_path}:{os.environ['PATH']}"
+        with stages.running(["bash", stages.TREE / "deploy/train.sbatch"], PATH=path, **place) as process:
+            return stages.finish(process)
+
+    return run
+
+
+def test_the_jobs_that_follow_a_training_have_its_partition_account_and_qos(sbatch, tmp_path):
+    assert sbatch("echo 8").returncode == 3
+    jobs = [line for line in (tmp_path / "calls").read_text().splitlines() if line.startswith("sbatch")]
+    assert len(jobs) == 2
+    for job in jobs:
+        assert {"--partition=partition", "--account=account", "--qos=qos"} <= {*job.split()}
+
+
+def test_a_job_trains_although_those_that_follow_cannot_be_submitted_and_says_so(sbatch, tmp_path):
+    stages.assert_fails(sbatch("exit 1"), 3, "cannot be submitted", "model-eval/evaluate.py")
+    assert "srun" in (tmp_path / "calls").read_text()

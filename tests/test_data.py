@@ -5,6 +5,7 @@ import functools
 import gzip
 import hashlib
 import http.server
+import io
 import shutil
 import sys
 import threading
@@ -153,6 +154,42 @@ def test_two_first_downloads_at_once_put_only_whole_files_in_place(mirrors_at, c
     assert (one.returncode, two.returncode) == (0, 0)
     assert sizes == {(name, artifacts.DATA_SET.size(name)) for name in stages.RAW_FILES}
     assert stages.contents(folder) == WHOLE
+
+
+BY_HAND = {
+    "compressed": "MNIST/raw/{name}.gz",
+    "compressed, in the data folder": "{name}.gz",
+    "as 7-Zip names them": "MNIST/raw/{dotted}",
+    "as in Kaggle's archive": "archive/{dotted}",
+    "as in Kaggle's archive, each in a folder": "MNIST/raw/{name}/{name}",
+}
+
+
+@pytest.fixture(params=BY_HAND.values(), ids=BY_HAND.keys())
+def by_hand(request, compressed, data, tmp_path):
+    """A data folder in which somebody has put the files under other names."""
+    for name in stages.RAW_FILES:
+        path = tmp_path / "by_hand" / request.param.format(name=name, dotted=name.replace("-idx", ".idx"))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        source = compressed / path.name if path.suffix == ".gz" else data / stages.RAW / name
+        shutil.copy(source, path)
+    return tmp_path / "by_hand"
+
+
+def test_train_uses_files_that_were_put_there_by_hand(by_hand, mirrors_at):
+    mirrors_at(NOWHERE)
+    dataset.read_data(by_hand)
+    assert WHOLE.items() <= stages.contents(by_hand).items()
+
+
+def test_make_data_uses_files_that_were_put_there_by_hand(by_hand, run_fetch):
+    assert run_fetch(by_hand) == 0
+    assert WHOLE.items() <= stages.contents(by_hand).items()
+
+
+def test_of_a_file_that_is_too_large_no_more_is_unpacked_than_shows_it():
+    size = artifacts.DATA_SET.size(LABELS)
+    assert len(dataset.unpack(io.BytesIO(gzip.compress(bytes(10 * size))), LABELS)) == size + 1
 
 
 # `make data` ----------------------------------------------------------------------------------------------------------

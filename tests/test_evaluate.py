@@ -91,6 +91,12 @@ def test_a_model_under_the_smallest_accuracy_fails_and_leaves_the_old_results(vo
     assert stages.contents(volume) == before
 
 
+def test_an_accuracy_just_under_the_smallest_is_not_rounded_to_it(finished, volume):
+    accuracy = stages.read_json(finished / "eval_results.json")["Accuracy"]
+    result = stages.call("evaluate", "--min-accuracy", str(accuracy + 1e-7), model=volume)
+    stages.assert_fails(result, 1, f"{accuracy} %", accuracy + 1e-7)
+
+
 def test_a_model_whose_output_is_not_finite_fails(volume):
     weights = torch.load(volume / "mnist_cnn.pt", weights_only=True)
     torch.save({name: 1e30 * tensor for name, tensor in weights.items()}, volume / "mnist_cnn.pt")

@@ -1,6 +1,9 @@
 """plan.py: what a run of train does, by what it is asked for and what is in the volume."""
 
+import os
+import platform
 import re
+from datetime import UTC, datetime, timedelta
 
 import checkpoint
 import plan
@@ -66,10 +69,10 @@ def test_a_training_whose_model_is_missing_is_unfinished(volume):
     assert decide(volume)[0] == "resume"
 
 
-@pytest.mark.parametrize("batches", [573, 800])
-def test_an_unfinished_training_does_not_become_one_of_fewer_epochs_than_it_has_done(unfinished, batches):
+@pytest.mark.parametrize(("batches", "done", "epochs"), [(573, "1.0", 1), (800, "1.3", 1), (1718, "2.9", 2)])
+def test_an_unfinished_training_does_not_become_one_of_fewer_epochs_than_it_has_done(unfinished, batches, done, epochs):
     stages.edit_record(unfinished, batches=batches)
-    assert_refused(unfinished, 2, "--epochs 1", epochs=1)
+    assert_refused(unfinished, 2, f"done {done} of 3", f"--epochs {epochs}", epochs=epochs)
 
 
 def test_a_checkpoint_that_is_ahead_of_the_record_does_not_become_a_training_of_fewer_epochs(unfinished):
@@ -137,13 +140,49 @@ def test_fresh_starts_over_from_anything(volume, record):
 
 
 def test_a_volume_is_locked_for_one_training_at_a_time_and_another_one_is_told_which(volume):
-    record = stages.results(volume)
-    with (
-        plan.volume_lock(volume),
-        pytest.raises(Failure, match=re.escape(f"{record['host']} at {record['began']}")) as refusal,
-        plan.volume_lock(volume),
-    ):
-        pass
+    stages.edit_record(volume, host="of an older training", began="long ago")
+    before = stages.contents(volume)
+    with plan.volume_lock(volume):
+        host, _, time = (volume / plan.LOCK).read_text().partition(" at ")
+        with pytest.raises(Failure, match=f"began on {host} at {re.escape(time)}") as refusal, plan.volume_lock(volume):
+            pass
     assert refusal.value.status == 2
+    assert host == platform.node()
+    assert abs(datetime.fromisoformat(time) - datetime.now(UTC)) < timedelta(minutes=5)
     with plan.volume_lock(volume):
         pass
+    assert stages.contents(volume) == before
+
+
+def test_a_lock_whose_text_is_not_fit_for_a_terminal_names_no_holder(tmp_path):
+    with plan.volume_lock(tmp_path):
+        (tmp_path / plan.LOCK).write_bytes(b"\x1b[2J")
+        with pytest.raises(Failure, match="another train container"), plan.volume_lock(tmp_path):
+            pass
+
+
+@pytest.mark.parametrize(
+    ("model", "flags", "status"),
+    [
+        *[("whole", (), 0), ("whole", ("--log-interval", "9"), 0), ("whole", ("--epochs", "3"), 2)],
+        *[("whole", ("--fresh",), 2), ("cut off", (), 2), ("a pipe", (), 2), ("missing", (), 2)],
+    ],
+)
+def test_beside_another_training_a_finished_model_is_a_success_if_nothing_is_asked(volume, model, flags, status):
+    stages.edit_record(volume, finished=False, settings={"epochs": 3})
+    path = volume / "mnist_cnn.pt"
+    if model == "cut off":
+        path.write_bytes(path.read_bytes()[:-100])
+    elif model != "whole":
+        path.unlink()
+    if model == "a pipe":
+        os.mkfifo(path)
+    with plan.volume_lock(volume):
+        before = stages.contents(volume)
+        result = stages.call("train", *flags, model=volume)
+        assert stages.contents(volume) == before
+    if status:
+        stages.assert_fails(result, status, volume, platform.node())
+    else:
+        stages.assert_succeeds(result)
+        assert len(result.stdout.splitlines()) == 1

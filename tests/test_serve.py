@@ -21,6 +21,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import net
+import process
 import pytest
 import stages
 import torch
@@ -373,11 +374,11 @@ def test_damaged_results_are_left_out(volume, epochs):
 
 def test_without_a_model_it_says_how_to_train_one_and_loads_it_then(trained, tmp_path, digit):
     with serving(tmp_path) as service:
-        until(lambda: "docker compose run" in service.health()["setup"]["logs"])
+        until(lambda: process.command("train") in service.health()["setup"]["logs"])
         assert service.health()["status"] == "STARTING"
         status, headers, response = service("POST", "/predictions", {"input": {"image": data_url(digit)}})
         assert (status, headers["Retry-After"]) == (503, "1")
-        assert "docker compose run" in response["detail"]
+        assert process.command("train") in response["detail"]
         shutil.copy(trained / "mnist_cnn.pt", tmp_path)
         until(lambda: service.health()["status"] == "READY")
         assert {path.name for path in tmp_path.iterdir()} == {"mnist_cnn.pt"}  # it writes nothing

@@ -4,7 +4,9 @@ import os
 import pty
 import signal
 import subprocess
+from pathlib import Path
 
+import plan
 import process
 import pytest
 import stages
@@ -124,7 +126,9 @@ def test_a_model_that_was_deleted_is_published_again(volume):
 
 
 @pytest.mark.parametrize("workers", [1, os.cpu_count() + 1])
-def test_a_dry_run_publishes_nothing_and_works_with_more_workers_than_cores(volume, workers):
+def test_a_dry_run_neither_reads_nor_writes_the_volume_and_works_with_more_workers_than_cores(volume, workers):
+    (volume / "training.png").unlink()
+    (volume / "training.png").mkdir()  # which a training would be refused for
     before = stages.contents(volume)
     result = stages.run("train", "--dry-run", "--num-processes", str(workers), model=volume)
     stages.assert_succeeds(result)
@@ -166,9 +170,26 @@ def test_a_stop_while_the_workers_stand_still_says_that_it_saved_no_checkpoint(d
     with stages.training(tmp_path) as process:
         for worker in stages.workers(process):
             os.kill(worker, signal.SIGSTOP)
-        before = stages.contents(tmp_path)
+        before = stages.contents(tmp_path, but=tmp_path / plan.LOCK)
         assert "the last checkpoint" in stages.stop(process, signal.SIGTERM)
     assert stages.contents(tmp_path) == before
+
+
+def test_a_training_that_is_killed_leaves_the_volume_to_the_next_one_at_once(data, tmp_path):
+    with stages.training(tmp_path) as process:
+        workers = stages.workers(process)
+        process.kill()
+        process.wait()
+        stages.wait_until(lambda: not any(Path(f"/proc/{worker}/stat").exists() for worker in workers))
+        with plan.volume_lock(tmp_path):
+            pass
+
+
+@pytest.mark.parametrize("variable", [{"OMP_PROC_BIND": "true"}, {"GOMP_CPU_AFFINITY": "0"}, {"OMP_PLACES": "cores"}])
+def test_each_worker_may_use_every_core_whatever_openmp_is_told(data, tmp_path, variable):
+    with stages.training(tmp_path, **variable) as process:
+        may_use = [os.sched_getaffinity(worker) for worker in stages.workers(process)]
+    assert may_use == 2 * [os.sched_getaffinity(0)]
 
 
 def test_on_a_terminal_there_is_a_bar_instead_of_lines(data, tmp_path):

@@ -1,6 +1,7 @@
 """The tree: copies that must be the same, docker-compose.yml, Dockerfiles, and the style of the code."""
 
 import ast
+import os
 import re
 import shutil
 import subprocess
@@ -13,6 +14,7 @@ import yaml
 
 DOCKERFILES = {stage: next((stages.TREE / folder).glob("Dockerfile.*")) for stage, folder in stages.FOLDERS.items()}
 DASHES = "# " + 118 * "-"
+COPIES = ["net.py", "artifacts.py", "process.py", "entrypoint.sh", "requirements-torch.txt", "requirements.txt"]
 
 
 def run(*command, folder=stages.TREE):
@@ -33,12 +35,21 @@ def compose():
 # Copies ---------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["net.py", "artifacts.py", "process.py", "requirements-torch.txt", "requirements.txt"])
+@pytest.mark.parametrize("name", COPIES)
 @pytest.mark.parametrize("stage", ["evaluate", "infer"])
 def test_every_image_gets_the_same_copy_and_git_knows_that_it_is_one(stage, name):
     copy = stages.TREE / stages.FOLDERS[stage] / name
     assert copy.read_bytes() == (stages.TREE / "model-train" / name).read_bytes(), "run: make copies"
     assert run("git", "check-attr", "linguist-generated", copy).split()[-1] == "set"
+
+
+def test_a_checkout_on_windows_has_line_feeds_in_every_text(tmp_path):
+    run("git", "clone", "--config", "core.autocrlf=true", stages.TREE, tmp_path / "checkout")
+    lines = run("git", "ls-files", "--eol", folder=tmp_path / "checkout").splitlines()
+    assert [line for line in lines if not re.match(r"i/\S+ +w/(lf|-text|none) ", line)] == []
+    assert not any(
+        "<<" in path.read_text() for path in DOCKERFILES.values()
+    )  # a here-document, which needs new engines
 
 
 def test_the_data_set_and_what_runs_leave_stay_out_of_git():
@@ -76,7 +87,7 @@ def test_all_programs_of_a_stage_are_copied_into_its_image(stage):
 
 
 def test_the_project_its_services_and_their_dockerfiles_have_the_names_that_are_expected(compose):
-    assert compose["name"] == "mnist"
+    assert "name" not in compose  # so that a project is named after its checkout's folder, and has a volume of its own
     builds = {stage: service["build"] for stage, service in compose["services"].items()}
     assert builds == {
         "train": {"context": "model-train", "dockerfile": "Dockerfile.train"},
@@ -101,7 +112,7 @@ def test_only_train_has_a_network_of_its_own_kind(compose):
 @pytest.mark.parametrize("stage", stages.STAGES)
 def test_no_stage_is_restarted_or_has_more_rights_than_it_needs(compose, stage):
     service = compose["services"][stage]
-    assert (service["restart"], service["init"], service["read_only"]) == ("no", True, True)
+    assert (service["restart"], service["init"], service["read_only"]) == ("no", False, True)
     assert (service["cap_drop"], service["security_opt"]) == (["ALL"], ["no-new-privileges:true"])
     assert {*service["cap_add"]} <= {"SETUID", "SETGID", "SETPCAP"}
     assert "privileged" not in service
@@ -117,8 +128,13 @@ def test_serve_starts_only_where_it_is_named_reads_only_and_is_reached_from_this
     assert all(volume.endswith(":ro") for volume in serve["volumes"])
     assert "network_mode" not in serve
     stage = compose["services"]["evaluate"]
-    for right in ("read_only", "cap_drop", "cap_add", "security_opt", "restart", "init"):
+    for right in ("read_only", "cap_drop", "cap_add", "security_opt", "init"):
         assert serve[right] == stage[right]
+
+
+def test_serve_comes_back_when_the_engine_does_and_needs_no_newer_engine_than_the_stages(compose):
+    assert compose["serve"]["restart"] == "unless-stopped"
+    assert "start_interval" not in compose["serve"]["healthcheck"]
 
 
 # Style ----------------------------------------------------------------------------------------------------------------
@@ -166,6 +182,66 @@ def test_every_target_of_the_makefile_is_listed_by_make_alone():
     targets = " ".join(rules).split()[1:]
     listed = run("make")
     assert all(f"make {target} " in listed for target in targets)
+
+
+# A python3 whose environments have a Python that only notes what it is asked for, and fails at some of it.
+PYTHON = """#!/bin/sh
+mkdir -p .venv/bin
+cat >.venv/bin/python <<'END'
+#!/bin/sh
+echo "$*" >>calls
+case "$*" in {fails}) exit 1 ;; esac
+END
+chmod +x .venv/bin/python
+"""
+
+
+@pytest.fixture
+def make_environment(tmp_path, monkeypatch):
+    """A function that runs `make local`, without what comes after the environment, where Python fails at a pattern.
+
+    It returns how make ended, and what Python was asked for.
+    """
+    for name in ("Makefile", "model-train/requirements-torch.txt", "model-train/requirements.txt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        shutil.copy(stages.TREE / name, tmp_path / name)
+    shutil.copytree(stages.TREE / "model-infer", tmp_path / "model-infer")
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.delenv("TORCH_INDEX", raising=False)
+
+    def make(fails, *variables):
+        (tmp_path / "python3").write_text(PYTHON.replace("{fails}", fails))
+        (tmp_path / "python3").chmod(0o755)
+        (tmp_path / "calls").write_text("")
+        command = ["make", "--silent", ".venv/for-stages", *variables]
+        result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+        return result, (tmp_path / "calls").read_text().splitlines()
+
+    return make
+
+
+def test_where_the_index_of_pytorch_cannot_be_reached_torch_is_installed_from_the_default_one(make_environment):
+    result, calls = make_environment("*download.pytorch.org*")
+    assert result.returncode == 0, result.stderr
+    assert "2.7 GB" in result.stderr
+    assert not {"--no-deps", "--index-url"} & {*calls[1].split()}
+    assert make_environment("never")[1] == []
+
+
+def test_an_index_for_torch_that_is_given_and_fails_is_named_and_no_other_is_used(make_environment):
+    result, calls = make_environment("*mirror.example*", "TORCH_INDEX=https://mirror.example/cpu")
+    assert result.returncode != 0
+    assert "TORCH_INDEX=https://mirror.example/cpu" in result.stderr
+    assert len(calls) == 1
+
+
+@pytest.mark.parametrize("fails", ["*requirements-serve.txt", "*import*torch*"])
+def test_an_installation_that_failed_is_not_taken_for_done(make_environment, fails):
+    result, _ = make_environment(fails, "TORCH_INDEX=https://mirror.example/whole")
+    assert result.returncode != 0
+    result, calls = make_environment("never")
+    assert result.returncode == 0
+    assert calls
 
 
 def test_prepare_refuses_another_kind_of_machine_in_one_line(tmp_path):

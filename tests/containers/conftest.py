@@ -8,7 +8,9 @@ import shutil
 import subprocess
 
 import pytest
-from pipeline import Pipeline, output_of, remove_images
+from pipeline import Pipeline, as_root, output_of, remove_images
+
+OWNERS = (0, 1000, 1234)  # of a checkout: root, the first user of a machine, another one
 
 pytest.register_assert_rewrite("scenarios", "slurm")
 
@@ -53,6 +55,15 @@ def complete(first_run, tmp_path_factory):
 def volume(complete, tmp_path):
     """A copy of a volume after all three stages."""
     return shutil.copytree(complete, tmp_path / "volume")
+
+
+@pytest.fixture(scope="module", params=OWNERS)
+def owned(request, data, tmp_path_factory):
+    """A data folder with an owner, as in a checkout of that user, and the owner."""
+    folder = shutil.copytree(data / "MNIST", tmp_path_factory.mktemp("owned") / "data" / "MNIST").parent
+    as_root(folder, f"chown -R {request.param}:{request.param} .")
+    yield folder, request.param
+    as_root(folder, f"chown -R {os.getuid()}:{os.getgid()} .")  # or pytest could not remove it
 
 
 @pytest.fixture(scope="session")

@@ -74,10 +74,10 @@ def kill_while_publishing(volume, stage, file):
     assert not any(name.startswith(".") for name in after)
 
 
-def stop_training(volume, number, wait=Container.wait_until_it_trains):
-    """Sends a signal to a training after `wait`."""
+def stop_training(volume, number, wait=Container.wait_until_it_trains, data=None):
+    """Sends a signal to a training after `wait`; data is a data folder other than that of the tree."""
     before = stages.batches_saved(volume)
-    with Pipeline(volume) as project:
+    with Pipeline(volume, data) as project:
         train = project.start("train", *LONG, *OFTEN)
         wait(train)
         asked = time.time()

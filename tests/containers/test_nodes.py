@@ -7,7 +7,7 @@ import nodes
 import pytest
 import stages
 from nodes import Cluster
-from pipeline import Pipeline, statuses
+from pipeline import PREFIX, Pipeline, statuses
 
 BATCHES = 115  # of an epoch, with batches of 480 images: an odd number
 
@@ -84,3 +84,24 @@ def test_one_machine_goes_on_with_what_two_nodes_have_trained(trained_by_two):
         assert project.run("train", "--epochs", "3", "--num-processes", "2").returncode == 0
     assert stages.results(volume)["nodes"] == 1
     assert stages.images_trained_on(volume) == 3 * 55_000
+
+
+@pytest.mark.parametrize("by", ["name", "address"])
+def test_two_hosts_whose_own_names_are_at_127_0_1_1_train_together(tmp_path, by):
+    subnet = f"10.{int(PREFIX[-2:], 16)}.213"
+    with Cluster(tmp_path / "volume", ("--epochs", "1", "--batch-size", "500", "--num-processes", "1")) as project:
+        endpoint = {"name": "host0", "address": f"{subnet}.10"}[by]
+        for number, node in enumerate(project.nodes):
+            hosts = tmp_path / node
+            hosts.write_text(f"127.0.0.1 localhost\n127.0.1.1 host{number}\n")  # as Debian has it
+            service = project.override["services"][node]
+            service["hostname"] = f"host{number}"
+            service["volumes"] = [f"{hosts}:/etc/hosts:ro"]
+            service["networks"] = {"nodes": {"ipv4_address": f"{subnet}.{10 + number}", "aliases": [f"host{number}"]}}
+            program = ["/opt/entrypoint.sh", "/opt/app/launch.py", "--nnodes=2", f"--rdzv-endpoint={endpoint}:29400"]
+            service["entrypoint"] = program
+        project.override["networks"] = {"nodes": {"ipam": {"config": [{"subnet": f"{subnet}.0/24"}]}}}
+        project.start_nodes()
+        ends = project.end_nodes()
+    assert [(end.returncode, end.stderr) for end in ends] == [(0, "")] * 2
+    assert stages.images_trained_on(tmp_path / "volume") == 55_000

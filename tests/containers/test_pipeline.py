@@ -2,13 +2,14 @@
 
 import os
 import shlex
+import socket
 import subprocess
 
 import example
 import pytest
 import torch
-from pipeline import COMPOSE_FILE, Pipeline, statuses
-from stages import MADE_BY, contents, read_json, sha256
+from pipeline import COMPOSE_FILE, OFTEN, Pipeline, statuses
+from stages import MADE_BY, assert_succeeds, contents, read_json, sha256
 
 SUCCESS = {"train": 0, "evaluate": 0, "infer": 0}
 
@@ -68,6 +69,24 @@ def test_the_pipeline_again_runs_one_stage_after_the_other_and_leaves_five_pictu
             assert ended["evaluate"].ended <= ended["infer"].began
             assert len([*(volume / "results").iterdir()]) == 5
     assert identity(volume / "mnist_cnn.pt") == before
+
+
+def test_the_finished_model_is_evaluated_used_and_served_while_another_training_goes_on(volume):
+    before = identity(volume / "mnist_cnn.pt")
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        environment = {"MNIST_PORT": str(free.getsockname()[1])}
+    with Pipeline(volume, environment=environment) as project:
+        train = project.start("train", "--epochs", "70", *OFTEN)
+        train.wait_until_it_trains()
+        for words in (("run", "--rm", "-T", "evaluate"), ("run", "--rm", "-T", "infer"), ("up", "--wait", "serve")):
+            done = project.compose(*words)
+            assert done.returncode == 0, done.stderr
+            assert_succeeds(project.container("train").end())
+        assert train.state()["Running"]
+        assert not read_json(volume / "train_results.json")["finished"]
+    assert identity(volume / "mnist_cnn.pt") == before
+    for name in ("eval_results.json", "predictions.json"):
+        assert read_json(volume / name)["model_sha256"] == before[0]
 
 
 @pytest.mark.parametrize(

@@ -2,13 +2,11 @@
 
 import json
 import os
-import shutil
 
 import pytest
 from pipeline import DATA_FOLDER, MODEL, Pipeline, as_root, statuses
 from stages import MADE_BY, QUICK, STAGES, assert_fails, assert_succeeds, assert_whole, contents
 
-OWNERS = (0, 1000, 1234)  # of a checkout: root, the first user of a machine, another one
 OTHER = 12345
 FLAGS = {"train": (*QUICK, "--fresh"), "evaluate": ("--min-accuracy", "20"), "infer": ()}  # for little work
 
@@ -36,15 +34,6 @@ print(json.dumps({
     "flags": sys.argv[1:],
 }))
 """
-
-
-@pytest.fixture(scope="module", params=OWNERS)
-def owned(request, data, tmp_path_factory):
-    """A data folder with an owner, and the owner."""
-    folder = shutil.copytree(data / "MNIST", tmp_path_factory.mktemp("owned") / "data" / "MNIST").parent
-    as_root(folder, f"chown -R {request.param}:{request.param} .")
-    yield folder, request.param
-    as_root(folder, f"chown -R {os.getuid()}:{os.getgid()} .")  # or pytest could not remove it
 
 
 @pytest.fixture(scope="module", params=STAGES)

@@ -12,8 +12,10 @@ def test_a_job_that_is_cancelled_saves_a_checkpoint_and_the_same_command_resumes
     assert {job["JobState"] for job in cluster.end().values()} == {"CANCELLED"}
     assert (cluster.model / "checkpoint.pt").stat().st_mtime > asked
     assert not (cluster.model / "mnist_cnn.pt").exists()
-    cluster.submit(flags=FLAGS)
-    assert_finished(cluster, cluster.end(), run)
+    cluster.submit("--partition=other", flags=FLAGS)  # which is not the default
+    jobs = cluster.end()
+    assert {job["Partition"] for job in jobs.values()} == {"other"}
+    assert_finished(cluster, jobs, run)
     assert results(cluster.model)["nodes"] == 2
 
 
