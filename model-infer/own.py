@@ -68,7 +68,8 @@ def find_pictures(names: list[str], data: Path, results: Path) -> list[Path]:
         matches = [] if os.path.exists(data / name) else sorted(glob.glob(name, root_dir=data))
         files = [data / match for match in matches if not os.path.isdir(data / match)]
         paths |= dict.fromkeys(files or [data / name])  # a name without a match is refused later, like a missing file
-    if any(path.resolve().is_relative_to(results.resolve()) for path in paths):
+    # Unlike Path.resolve(), realpath() does not fail for a loop of links, which is then refused like a missing file.
+    if any(Path(os.path.realpath(path)).is_relative_to(os.path.realpath(results)) for path in paths):
         raise Failure(f"{results} is replaced by the results. Move the pictures elsewhere.", status=2)
     if len(paths) > MAX_PICTURES:
         raise Failure(f"{len(paths):,} pictures are too many for one run. Name at most {MAX_PICTURES:,}.", status=2)
