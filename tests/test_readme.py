@@ -28,6 +28,7 @@ OF_TOOLS = {
         "--platform",
         "--recursive",
         "--nodes",
+        "--no-start",
     ),
 }
 
