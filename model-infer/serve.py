@@ -29,7 +29,7 @@ from process import exit_on_failure, say
 from service import make_app
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-MEMORY = 600_000_000  # bytes for torch, a picture of 50 megapixels, and the large bodies it accepts at once; measured
+MEMORY = 950_000_000  # bytes for torch, the largest picture, and the bodies it accepts at once; measured: 900 MB
 HEADER_SECONDS = 10  # from the first byte of a request, or from connecting, until its headers are complete
 REQUEST_SECONDS = 60  # from there until the client has the response: body, prediction, and a slow client's reading
 KEEP_ALIVE_SECONDS = 75  # without a byte between two requests

@@ -29,6 +29,7 @@ OF_TOOLS = {
         "--platform",
         "--recursive",
         "--nodes",
+        "--no-start",
     ),
 }
 

@@ -281,6 +281,7 @@ def hostile_pictures():
     for width, height in ((50_000, 50_000), (2**31 - 1, 2**31 - 1), (0, 0), (1, 2**31 - 1), (8000, 8000)):
         yield f"claims {width} x {height}", png_claiming(width, height)
     yield "bomb", as_file(Image.new("1", (20_000, 20_000)))
+    yield "too large for its format", as_file(Image.new("RGB", (5_000, 5_000)), "WEBP")
     yield "50 megapixels", as_file(Image.new("L", (7_000, 7_000), 255))
     yield "palette with alpha", as_file(plain.convert("P"), transparency=bytes(256))
     yield "animated", as_file(plain, "GIF", save_all=True, append_images=[plain] * 50)
