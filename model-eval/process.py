@@ -151,7 +151,7 @@ def report_crash(kind: type[BaseException], error: BaseException, traceback: Tra
     """Report an uncaught exception: a lack of memory in one line, anything else, which is a bug, as a traceback."""
     if issubclass(kind, MemoryError) or "failed to map segment" in str(error):
         print_error(f"{Path(sys.argv[0]).stem}: out of memory ({error}). Raise the memory limit, then run it again.")
-    else:
+    elif can_write(sys.stderr):
         sys.__excepthook__(kind, error, traceback)
 
 
@@ -159,18 +159,21 @@ def report_crash(kind: type[BaseException], error: BaseException, traceback: Tra
 
 
 def say(text: str, end: str = "\n") -> None:
-    """Print to standard output, or drop the text if it cannot be written: output must not stop the work."""
-    if can_write(sys.stdout):
-        with contextlib.suppress(OSError):
-            print(text, end=end)
-        flush(sys.stdout)
+    """Print to standard output."""
+    write(sys.stdout, text + end)
 
 
 def print_error(text: str) -> None:
     """Print a failure or a warning to standard error, on one line even if a path or a flag contains a line break."""
-    with contextlib.suppress(OSError):
-        print(text.replace("\n", "\\n"), file=sys.stderr)
-    flush(sys.stderr)
+    write(sys.stderr, text.replace("\n", "\\n") + "\n")
+
+
+def write(stream: IO[str], text: str) -> None:
+    """Write to a standard stream, or drop the text if it cannot be written: output must not stop the work."""
+    if can_write(stream):
+        with contextlib.suppress(OSError):
+            stream.write(text)
+        flush(stream)
 
 
 def percent(value: float, digits: int = 2) -> str:

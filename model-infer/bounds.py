@@ -4,6 +4,7 @@ Where possible, a request is refused before its body is read.
 """
 
 import asyncio
+import ipaddress
 import json
 import time
 from collections.abc import Iterable
@@ -15,6 +16,7 @@ MAX_BODY = 28_000_000  # bytes: a picture of 20 MB in base64, which adds a third
 MAX_BODIES = 64_000_000  # bytes of all bodies in memory at once
 MAX_REQUESTS = 100  # in progress at once
 BODY_SECONDS = 10  # for a body to arrive
+PROBED = ("/health-check", "/metrics")  # under whatever host name: they change nothing and have nothing secret
 RETRY_SECONDS = 1  # the Retry-After of a response with status 503
 
 # The page loads its own files only. Its icon, and the image that the network saw, are data: URLs.
@@ -54,6 +56,8 @@ class Bounds:
             await self.app(scope, receive, send)
             return
         started, status = time.perf_counter(), CLIENT_LEFT
+        if scope["method"] == "HEAD":  # uvicorn knows the method from its own scope, and sends no body
+            scope = {**scope, "method": "GET"}
 
         async def send_with_headers(message: Message) -> None:
             nonlocal status
@@ -86,14 +90,17 @@ class Bounds:
             await self.app(scope, replay(b"".join(chunks), receive), send)
         except Refused as refused:
             await refuse(send, refused.status, str(refused))
+        except asyncio.CancelledError:  # uvicorn waits for responses only so long after a stop signal
+            await refuse(send, 503, "the service is stopping. Try again.")
         finally:
             self.bytes -= sum(map(len, chunks))
 
     def check(self, scope: Scope) -> None:
         """Raise Refused if the headers of a request are reason enough."""
         headers = dict(scope["headers"])
-        if host_name(headers.get(b"host", b"").decode("latin-1")) not in self.hosts:
-            # Protects from DNS rebinding: a foreign page whose host name was made to point here.
+        host = host_name(headers.get(b"host", b"").decode("latin-1"))
+        if host not in self.hosts and not is_address(host) and scope["path"] not in PROBED:
+            # Protects from DNS rebinding: a foreign page whose host name was made to point here. An address cannot be.
             raise Refused(421, "unknown host name. To allow it, start the service with: serve --allow-host NAME")
         if self.requests > MAX_REQUESTS and scope["path"] != "/health-check":
             raise Refused(503, "too many requests at once. Try again.")
@@ -130,7 +137,8 @@ class Bounds:
 
 def has_body(scope: Scope) -> bool:
     """Return whether the endpoint of a request reads a body; the others ignore theirs."""
-    return scope["method"] in ("POST", "PUT") and str(scope["path"]).startswith("/predictions")
+    method, path = scope["method"], str(scope["path"])
+    return (method, path) == ("POST", "/predictions") or (method == "PUT" and path.startswith("/predictions/"))
 
 
 def may_be_endless(scope: Scope) -> bool:
@@ -153,6 +161,14 @@ def host_name(host: str) -> str:
     """Return the name in a Host header without the port: localhost for `localhost:8000`, ::1 for `[::1]:8000`."""
     name = host[1:].partition("]")[0] if host.startswith("[") else host.partition(":")[0]
     return name.lower().rstrip(".")
+
+
+def is_address(host: str) -> bool:
+    """Return whether a host is an IP address."""
+    try:
+        return bool(ipaddress.ip_address(host))
+    except ValueError:
+        return False
 
 
 def as_raw(headers: dict[str, str]) -> list[tuple[bytes, bytes]]:

@@ -4,6 +4,8 @@ Only renaming a folder replaces all of its files at once.
 """
 
 import contextlib
+import ctypes
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -41,11 +43,22 @@ def replace_folder(folder: Path, files: dict[str, bytes]) -> None:
         new.chmod(0o777)  # like the volume's root, so that a later run under another uid can replace it
         for name, content in files.items():
             publish(new / name, content)
-        if folder.exists():
-            folder.rename(old)
-        new.rename(folder)
+        if not exchange(new, folder):
+            if folder.exists():
+                folder.rename(old)
+            new.rename(folder)
     finally:
         clean_up(folder, new, old)
+
+
+def exchange(one: Path, other: Path) -> bool:
+    """Exchange two folders in one step, so that neither name is ever missing; return whether that was possible.
+
+    It is not if one of them does not exist, nor on some file systems, such as NFS.
+    """
+    renameat2 = getattr(ctypes.CDLL(None), "renameat2", None)  # since glibc 2.28; Python has no function for it
+    here, flag = -100, 2  # AT_FDCWD and RENAME_EXCHANGE of Linux
+    return renameat2 is not None and renameat2(here, os.fsencode(one), here, os.fsencode(other), flag) == 0
 
 
 def clean_up(folder: Path, new: Path, old: Path) -> None:

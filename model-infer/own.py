@@ -20,7 +20,7 @@ warnings.filterwarnings("ignore", message="Glyph")  # matplotlib's font lacks ch
 
 MAX_PICTURES = 1_000
 MAX_PICTURE_BYTES = 200_000_000
-MEMORY = 900_000_000  # bytes that a run with a picture of 50 megapixels needs; measured
+MEMORY = 1_000_000_000  # bytes that a run needs with the largest picture, an uncompressed TIFF; measured: 980 MB
 
 
 class Result(prediction.Prediction):
@@ -68,7 +68,8 @@ def find_pictures(names: list[str], data: Path, results: Path) -> list[Path]:
         matches = [] if os.path.exists(data / name) else sorted(glob.glob(name, root_dir=data))
         files = [data / match for match in matches if not os.path.isdir(data / match)]
         paths |= dict.fromkeys(files or [data / name])  # a name without a match is refused later, like a missing file
-    if any(path.resolve().is_relative_to(results.resolve()) for path in paths):
+    # Unlike Path.resolve(), realpath() does not fail for a loop of links, which is then refused like a missing file.
+    if any(Path(os.path.realpath(path)).is_relative_to(os.path.realpath(results)) for path in paths):
         raise Failure(f"{results} is replaced by the results. Move the pictures elsewhere.", status=2)
     if len(paths) > MAX_PICTURES:
         raise Failure(f"{len(paths):,} pictures are too many for one run. Name at most {MAX_PICTURES:,}.", status=2)
@@ -79,7 +80,7 @@ def predict_picture(predictor: prediction.Predictor, path: Path) -> tuple[Result
     """Predict a picture and draw the result as a PNG. Raise Failure if the file cannot be read, or has no ink."""
     if os.path.isdir(path):  # unlike Path.is_dir(), it is False for a name that is too long
         raise Failure(f"{path} is a folder. Name the pictures in it.")
-    content = artifacts.read_limited(path, MAX_PICTURE_BYTES, "Name another.")
+    content = bytes(artifacts.read_limited(path, MAX_PICTURE_BYTES, "Name another."))  # Pillow would copy a bytearray
     try:
         image = picture.open_picture(content)
         digit = picture.prepare(image)
@@ -132,10 +133,11 @@ def draw(name: str, image: Image.Image, digit: torch.Tensor, result: Result) -> 
 
 
 def thumbnail(image: Image.Image) -> Image.Image:
-    """Return a picture in RGB, its longer side at most 480 pixels, with light grey where it is transparent."""
-    small = image.copy()
-    if small.mode.startswith(("I", "F")):
-        small = picture.stretch(small)
+    """Return a picture in RGB, its longer side at most 480 pixels, with light grey where it is transparent.
+
+    The picture itself may be reduced too: there may not be enough memory for a copy.
+    """
+    small = picture.stretch(image) if image.mode.startswith(("I", "F")) else image
     small.thumbnail((480, 480), reducing_gap=2)
     small = small.convert("RGBA")
     return Image.alpha_composite(Image.new("RGBA", small.size, "#dddddd"), small).convert("RGB")

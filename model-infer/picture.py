@@ -10,6 +10,7 @@ Pixels are numbers of ink in here: 0 is background, 255 full ink, as in MNIST.
 
 import io
 import warnings
+from contextlib import suppress
 from functools import reduce
 
 import numpy as np
@@ -18,7 +19,15 @@ from numpy.typing import NDArray
 from PIL import Image, ImageFilter, ImageOps, UnidentifiedImageError
 from process import Failure
 
+# Other formats are not opened: some are programs, or contain a picture of any format and size.
+LINE_BY_LINE = ("BMP", "DIB", "GIF", "ICO", "PCX", "PNG", "PPM", "SGI", "TGA", "TIFF")
+# Bytes a pixel, at most, to decode and prepare a picture: by its format, or by its mode if it is decoded line by line.
+# Measured as in tests/test_picture.py; AVIF may have more bits than Pillow writes, which takes more.
+FORMAT_BYTES = {"JPEG2000": 25, "WEBP": 18, "AVIF": 20, "JPEG": 5, "MPO": 5}
+MODE_BYTES = {"1": 4, "L": 4, "P": 8, "CMYK": 12, "I;16": 14, "I": 30, "F": 30}
+OTHER_BYTES = 10
 MAX_PIXELS = 50_000_000
+MEMORY = 400_000_000  # bytes for a picture, beside its file
 WORKING_SIDE = 1000  # pixels of the longer side, to which larger pictures are reduced
 GRID_SIDE = 100  # cells of the longer side of the grid on which light and connected pieces of ink are looked for
 
@@ -45,37 +54,46 @@ Box = tuple[int, int, int, int]  # top, left, bottom, right; the last two are ex
 
 
 def open_picture(content: bytes | bytearray) -> Image.Image:
-    """Return the picture in a file, upright, of any format that Pillow decodes by itself; the first of several.
+    """Return the picture in a file, upright, of one of the formats above; the first of several.
 
-    Raise Failure if there is none, or it is damaged, or has more than MAX_PIXELS.
+    Raise Failure if there is none, or it is damaged, or too large.
     """
-    limit = MAX_PIXELS
     try:
         Image.init()
-        formats = [name for name in Image.OPEN if name != "EPS"]  # a program, which Pillow has Ghostscript run
+        formats = [name for name in Image.OPEN if name in LINE_BY_LINE or name in FORMAT_BYTES]
         with Image.open(io.BytesIO(content), formats=formats) as image:
-            # 32 bits a pixel take four times the memory, and more while they are scaled.
-            limit = MAX_PIXELS // 4 if image.mode in ("I", "F") else MAX_PIXELS
-            if image.width * image.height > limit:
-                raise Image.DecompressionBombError
+            pixels = image.width * image.height
             # Of a JPEG only as many pixels are decoded as will be looked at.
             image.draft(None, (WORKING_SIDE, WORKING_SIDE))
+            needed = needed_memory(image, pixels)
+            if needed > MEMORY:
+                limits = f"takes {needed // 10**6:,} MB to decode, of at most {MEMORY // 10**6:,} MB"
+                raise Failure(f"too many pixels: this {image.format} ({image.mode}) {limits}")
             image.load()
             return upright(image.getchannel("L") if image.mode == "LAB" else image)  # Pillow cannot convert Lab colours
+    except Failure:
+        raise
     except UnidentifiedImageError:
         raise Failure("not a picture of a known format") from None
     except Image.DecompressionBombError:
-        raise Failure(f"a picture of more than {limit:,} pixels") from None
+        raise Failure(f"a picture of more than {MAX_PIXELS:,} pixels") from None
     except Exception:  # a damaged file ends Pillow's decoders in any of a dozen ways
         raise Failure("a damaged picture, which cannot be decoded") from None
 
 
+def needed_memory(image: Image.Image, pixels: int) -> int:
+    """Return the bytes that it takes to decode and prepare a picture of so many pixels, fewer after draft()."""
+    each = FORMAT_BYTES.get(image.format or "", MODE_BYTES.get(image.mode, OTHER_BYTES))
+    # Of a progressive JPEG, libjpeg keeps 2 bytes for each pixel and band, of the whole picture.
+    coefficients = 2 * len(image.getbands()) * pixels if image.format in ("JPEG", "MPO") else 0
+    return each * image.width * image.height + coefficients
+
+
 def upright(image: Image.Image) -> Image.Image:
     """Turn and mirror a picture as its EXIF says; return it as it is if that cannot be read."""
-    try:
-        return ImageOps.exif_transpose(image)
-    except Exception:
-        return image.copy()
+    with suppress(Exception):
+        ImageOps.exif_transpose(image, in_place=True)  # otherwise it copies even what is upright
+    return image
 
 
 def prepare(image: Image.Image) -> torch.Tensor:
@@ -109,8 +127,10 @@ def stretch(image: Image.Image) -> Image.Image:
     if values.dtype.kind == "f":
         values = np.nan_to_num(values, posinf=0, neginf=0)
     low, high = float(values.min()), float(values.max())
-    scaled = (values.astype(np.float32) - low) * (255 / max(high - low, 1e-9))
-    return Image.fromarray(scaled.clip(0, 255).astype(np.uint8))
+    scaled = values.astype(np.float32)  # in place from here on: a picture may be large
+    scaled -= low
+    scaled *= 255 / max(high - low, 1e-9)
+    return Image.fromarray(scaled.clip(0, 255, out=scaled).astype(np.uint8))
 
 
 def shrink(image: Image.Image, factor: int) -> Ink:

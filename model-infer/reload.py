@@ -9,6 +9,7 @@ from metrics import Metrics
 from prediction import Predictor, load_predictor
 from process import Failure, command, percent, print_error, say
 
+FIRST_SECOND, LAST_SECOND = -62_135_596_800, 253_402_300_799  # of the years 1 to 9999, which datetime can represent
 LOADING = "the model is being loaded"
 NO_MODEL = f"there is no model yet. Train one with: {command('train')}"
 
@@ -33,6 +34,7 @@ class ServedModel:
         self.served: Served | None = None  # None until a model has been loaded
         self.problem = LOADING  # why the model in the volume is not served, or ""
         self.failed = False  # whether it could not be loaded
+        self.watched = True  # whether the service still looks for a new one
 
     def refresh(self) -> None:
         """Load the model if one of its files has changed since the last call."""
@@ -78,8 +80,8 @@ def fingerprint(path: Path) -> tuple[int, int, int] | None:
 
 
 def as_iso(seconds: float) -> str:
-    """Return a time, in seconds since 1970, in ISO 8601."""
-    return datetime.fromtimestamp(seconds, UTC).isoformat(timespec="seconds")
+    """Return a time, in seconds since 1970, in ISO 8601; the nearest one, if it is before year 1 or after 9999."""
+    return datetime.fromtimestamp(min(max(seconds, FIRST_SECOND), LAST_SECOND), UTC).isoformat(timespec="seconds")
 
 
 def as_text(accuracy: float | None) -> str:

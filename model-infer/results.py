@@ -37,7 +37,9 @@ def read_results(folder: Path, sha256: str | None) -> dict[str, Any]:
 def read_part(path: Path, convert: Callable[..., dict[str, Any]], *arguments: Any) -> dict[str, Any] | None:
     """Read a JSON file and convert its content; return None if it is missing or damaged."""
     try:
-        return convert(path, json.loads(read_limited(path, MAX_JSON_BYTES, "")), *arguments)
+        part = convert(path, json.loads(read_limited(path, MAX_JSON_BYTES, "")), *arguments)
+        json.dumps(part, allow_nan=False)  # raises ValueError if a forged number has made another one infinite
+        return part
     except (Failure, OSError, ValueError, ArithmeticError, LookupError, TypeError, AttributeError, RecursionError):
         return None
 
@@ -104,9 +106,12 @@ def age(path: Path) -> float:
 
 
 def url_of(path: Path) -> str | None:
-    """Return the URL of a picture, or None if there is none. It has the file's time: a new picture gets a new URL."""
+    """Return the URL of a picture, relative to that of /results: the service may be under a prefix of a proxy.
+
+    It has the file's time, so that a new picture gets a new URL. Return None if there is no picture.
+    """
     try:
-        return f"/results/{path.name}?of={path.stat().st_mtime_ns}"
+        return f"results/{path.name}?of={path.stat().st_mtime_ns}"
     except OSError:
         return None
 

@@ -16,44 +16,80 @@ if __name__ == "__main__":
 
 import argparse
 import asyncio
+import math
 import socket
 import sys
 from functools import partial
 from pathlib import Path
 
 import artifacts
-import h11
 import torch
 import uvicorn
 from process import exit_on_failure, say
 from service import make_app
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-MEMORY = 600_000_000  # bytes for torch, a picture of 50 megapixels, and the large bodies it accepts at once; measured
-HEADER_SECONDS = 10  # for the headers of a request to arrive
+MEMORY = 950_000_000  # bytes for torch, the largest picture, and the bodies it accepts at once; measured: 900 MB
+HEADER_SECONDS = 10  # from the first byte of a request, or from connecting, until its headers are complete
+REQUEST_SECONDS = 60  # from there until the client has the response: body, prediction, and a slow client's reading
+KEEP_ALIVE_SECONDS = 75  # without a byte between two requests
 MAX_HEADER_BYTES = 16_384
 MAX_CONNECTIONS = 400
 STOP_SECONDS = 2  # for the requests in progress on a stop signal
-HOSTS = ("localhost", "127.0.0.1", "::1", "serve")  # `serve` is its host name in Compose's network
+HOSTS = ("localhost", "serve")  # and every address; `serve` is its host name in Compose's network
 
 
 class Protocol(H11Protocol):
-    """Uvicorn's HTTP/1.1; also closes a connection on which headers do not arrive in time, which uvicorn keeps open."""
+    """Uvicorn's HTTP/1.1, with a limit to each step of a connection, and to their number.
+
+    Uvicorn's only timer, between two requests, ends with any byte, and a client that does not read has no limit at all.
+    A new connection beyond the limit takes the place of the one that has been idle the longest. There always is one:
+    Bounds answers at most MAX_REQUESTS at a time, and refuses more at once.
+    """
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        """Start the timeout of the first request's headers."""
+        """Wait for the first request; if there are too many connections, close the one that is idle the longest."""
         super().connection_made(transport)
-        self.timeout = self.loop.call_later(HEADER_SECONDS, transport.close)
+        self.timer: asyncio.TimerHandle | None = None
+        self.limit(HEADER_SECONDS)
+        if len(self.connections) > MAX_CONNECTIONS:
+            oldest = min(self.connections, key=lambda connection: connection.idle_since)  # type: ignore[union-attr]
+            self.connections.remove(oldest)  # otherwise only after this round of the event loop, with more connections
+            oldest.transport.abort()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Forget the connection."""
+        super().connection_lost(exc)
+        assert self.timer
+        self.timer.cancel()
 
     def data_received(self, data: bytes) -> None:
-        """Cancel the timeout when headers are complete; start it when those of a further request begin."""
+        """Handle data: the first after a response begins a request."""
+        if self.timeout_keep_alive_task:
+            self.limit(HEADER_SECONDS)
         super().data_received(data)
-        # Between two requests the state is also IDLE, but then uvicorn's own timeout runs.
-        is_incomplete = self.conn.their_state is h11.IDLE and self.timeout_keep_alive_task is None
-        if not is_incomplete:
-            self.timeout.cancel()
-        elif self.timeout.cancelled():
-            self.timeout = self.loop.call_later(HEADER_SECONDS, self.transport.close)
+
+    def handle_events(self) -> None:
+        """Handle what has been received, which may complete the headers of a request."""
+        previous = self.cycle
+        super().handle_events()
+        if self.cycle is not previous:
+            self.limit(REQUEST_SECONDS)
+            self.idle_since = math.inf
+
+    def on_response_complete(self) -> None:
+        """Wait for the next request; a client that has not read the response yet gets no more time for that."""
+        self.idle_since = self.loop.time()
+        if not self.transport.get_write_buffer_size():
+            self.limit(KEEP_ALIVE_SECONDS)
+        super().on_response_complete()
+
+    def limit(self, seconds: float) -> None:
+        """Close the connection after some seconds, unless this is called again before."""
+        if self.timer:
+            self.timer.cancel()
+        self.timer = self.loop.call_later(seconds, self.transport.abort)
+        self.idle_since = self.loop.time()
 
 
 def main() -> int:
@@ -64,7 +100,7 @@ def main() -> int:
         process.check_threads(20)  # one that predicts, asyncio's for reading files, and a margin
         torch.set_num_threads(1)
         config = uvicorn.Config(
-            make_app(args.model, args.data, {*HOSTS, *args.allow_host}),
+            make_app(args.model, args.data, {*HOSTS, args.host, *args.allow_host}),
             http=Protocol,
             ws="none",
             loop="asyncio",
@@ -73,7 +109,7 @@ def main() -> int:
             proxy_headers=False,
             server_header=False,
             h11_max_incomplete_event_size=MAX_HEADER_BYTES,
-            limit_concurrency=MAX_CONNECTIONS,
+            timeout_keep_alive=KEEP_ALIVE_SECONDS,
             timeout_graceful_shutdown=STOP_SECONDS,
         )
         family = socket.AF_INET6 if ":" in args.host else socket.AF_INET
@@ -96,7 +132,7 @@ def parse_args() -> argparse.Namespace:
     text = "address to listen on (default: %(default)s, reachable from this machine only)"
     parser.add_argument("--host", default="127.0.0.1", metavar="ADDRESS", help=text)
     parser.add_argument("--port", type=parse_port, default=8000, help="port to listen on (default: %(default)s)")
-    text = f"accept this name in the Host header, besides {', '.join(HOSTS)}; may be repeated"
+    text = f"accept this name in the Host header, besides {', '.join(HOSTS)} and addresses; may be repeated"
     parser.add_argument("--allow-host", action="append", default=[], metavar="NAME", help=text)
     parser.add_argument("--data", type=Path, default=artifacts.DATA, help="folder of the data (default: %(default)s)")
     text = "folder of the volume's files (default: %(default)s)"

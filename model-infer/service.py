@@ -5,7 +5,9 @@ import binascii
 import io
 import json
 import re
+import string
 import time
+import uuid
 from collections.abc import AsyncIterator, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, suppress
@@ -13,6 +15,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any, Literal
+from urllib.parse import unquote_to_bytes
 
 import results
 import torch
@@ -34,7 +37,9 @@ WAIT_SECONDS = 20  # for a prediction, with its time in the queue
 POLL_SECONDS = 1  # between two checks for a new model
 PAGE = Path(__file__).parent / "page"
 PAGE_FILES = {"index.html": "text/html", "style.css": "text/css", "page.js": "text/javascript"}
-DATA_URL = re.compile(r"data:[\w.+/-]*(;[\w.+-]+=[\w.+-]+)*;base64,")
+DATA_URL = "^[Dd][Aa][Tt][Aa]:[^,]{0,200};[Bb][Aa][Ss][Ee]64,"  # what is before the content, as in RFC 2397
+MAX_CODED = 1_000_000  # %-coded characters in a data URL: each takes 100 bytes of memory while they are decoded
+ID = "^[A-Za-z0-9._-]{1,80}$"
 INDEX = {
     "docs_url": "/docs",
     "openapi_url": "/openapi.json",
@@ -57,21 +62,21 @@ class Input(BaseModel):
         description="A picture of a digit, in any format that Pillow opens, as a base64 data URL. "
         "Other URLs are refused.",
         json_schema_extra={
-            "pattern": "^data:[A-Za-z0-9_.+/-]*;base64,",
+            "pattern": DATA_URL,
             "example": "data:image/png;base64,iVBORw0KG...",
         },
     )
 
 
-PredictionId = Annotated[str, Field(pattern="^[A-Za-z0-9_-]{1,64}$", description="An ID chosen by the client.")]
+PredictionId = Annotated[str, Field(pattern=ID, description="An ID chosen by the client.")]
 
 
 class PredictionRequest(BaseModel):
-    """A request for a prediction."""
+    """A request for a prediction. Other keys, such as Cog's created_at, are ignored."""
 
-    model_config = ConfigDict(extra="forbid")
     input: Input
     id: PredictionId | None = None
+    webhook: None = Field(None, description="The service calls no other one.")
 
 
 class Output(BaseModel):
@@ -92,9 +97,10 @@ class PredictionMetrics(BaseModel):
 class PredictionResponse(BaseModel):
     """The response to a request for a prediction."""
 
-    id: str | None = None
+    id: str
     status: Literal["succeeded"]
     output: Output
+    logs: str = Field(description="Always empty.")
     metrics: PredictionMetrics
 
 
@@ -186,22 +192,24 @@ class Service:
         finally:
             self.waiting -= 1
         self.metrics.predictions.labels(response["output"]["confidence"]).inc()
-        return as_json(response if prediction_id is None else {"id": prediction_id} | response)
+        return as_json({"id": prediction_id or uuid.uuid4().hex} | response)
 
     def health(self) -> dict[str, Any]:
         """Return the state of the service, as Health describes it."""
         served, problem = self.model.served, self.model.problem
         setup: dict[str, Any] = {"started_at": self.started, "completed_at": served and served.loaded, "logs": problem}
-        if served is None:
-            status, setup["status"] = ("SETUP_FAILED", "failed") if self.model.failed else ("STARTING", "starting")
-            return {"status": status, "setup": setup, "model": None}
-        setup["status"] = "succeeded"
-        predictor = served.predictor
-        return {
-            "status": "BUSY" if self.waiting >= MAX_WAITING else "READY",
-            "setup": setup,
-            "model": {"sha256": predictor.sha256, "date": served.published, "accuracy": predictor.accuracy},
+        if not self.model.watched or (served is None and self.model.failed):
+            status, setup["status"] = "SETUP_FAILED", "failed"
+        elif served is None:
+            status, setup["status"] = "STARTING", "starting"
+        else:
+            status, setup["status"] = "BUSY" if self.waiting >= MAX_WAITING else "READY", "succeeded"
+        model = served and {
+            "sha256": served.predictor.sha256,
+            "date": served.published,
+            "accuracy": served.predictor.accuracy,
         }
+        return {"status": status, "setup": setup, "model": model}
 
 
 def predict(predictor: Predictor, image: str) -> dict[str, Any]:
@@ -211,18 +219,22 @@ def predict(predictor: Predictor, image: str) -> dict[str, Any]:
     return {
         "status": "succeeded",
         "output": predictor.predict(pixels) | {"image": as_data_url(pixels)},
+        "logs": "",
         "metrics": {"predict_time": round(time.perf_counter() - started, 6)},
     }
 
 
 def decode(data_url: str) -> bytes:
     """Return the content of a base64 data URL. Raise Failure for anything else, such as an http URL."""
-    header = DATA_URL.match(data_url[:200])  # a header is much shorter; the content may have 28 MB
+    header = re.match(DATA_URL, data_url)
     if not header:
         raise Failure("image: not a base64 data URL. Send one such as data:image/png;base64,...")
+    if data_url.count("%") > MAX_CODED:
+        raise Failure(f"image: more than {MAX_CODED:,} %-coded characters. Send plain base64.")
     try:
-        return binascii.a2b_base64(data_url[header.end() :], strict_mode=True)
-    except ValueError:  # from binascii, or because the text is not ASCII
+        content = unquote_to_bytes(data_url[header.end() :]).translate(None, string.whitespace.encode())
+        return binascii.a2b_base64(content, strict_mode=True)
+    except ValueError:  # from binascii, or because the text has a lone surrogate
         raise Failure("image: its base64 is not valid. Encode the picture's file again.") from None
 
 
@@ -300,10 +312,14 @@ def make_app(model: Path, data: Path, hosts: Iterable[str]) -> FastAPI:
 
 
 async def watch(model: ServedModel) -> None:
-    """Check for a new model in the volume as long as the service runs."""
-    while True:
-        await asyncio.to_thread(model.refresh)
-        await asyncio.sleep(POLL_SECONDS)
+    """Check for a new model in the volume as long as the service runs. If a bug ends that, the health check fails."""
+    try:
+        while True:
+            await asyncio.to_thread(model.refresh)
+            await asyncio.sleep(POLL_SECONDS)
+    except Exception as error:
+        model.watched = False
+        model.report(f"looking for a new model failed ({error!r}). Restart the service.", failed=True)
 
 
 def add_page(app: FastAPI) -> None:
@@ -344,7 +360,7 @@ def add_predictions(app: FastAPI, service: Service) -> None:
 
     @app.put("/predictions/{prediction_id}", response_model=PredictionResponse, responses=REFUSALS)
     async def predict_picture_by_id(
-        prediction_id: Annotated[str, InPath(pattern="^[A-Za-z0-9_-]{1,64}$")], request: PredictionRequest
+        prediction_id: Annotated[str, InPath(pattern=ID)], request: PredictionRequest
     ) -> Response:
         """Predict the digit in a picture, with an ID chosen by the client."""
         if request.id not in (None, prediction_id):
@@ -356,7 +372,7 @@ def add_state(app: FastAPI, service: Service) -> None:
     """Add the endpoints for the state of the service and the results of the pipeline."""
     model = service.model
 
-    @app.get("/health-check", response_model=Health, responses=REFUSED_HOST)
+    @app.get("/health-check", response_model=Health)
     async def health_check() -> Response:
         """Return the state of the service in `status`; the HTTP status is always 200."""
         return as_json(service.health())
@@ -380,7 +396,7 @@ def add_state(app: FastAPI, service: Service) -> None:
             raise HTTPException(404, "there is no such picture. GET /results lists them.")
         return Response(content, headers={"Cache-Control": "no-cache"}, media_type="image/png")
 
-    @app.get("/metrics", response_class=Response, responses=content_of("text/plain"))
+    @app.get("/metrics", response_class=Response, responses={200: {"content": {"text/plain": {}}}})
     async def read_metrics() -> Response:
         """Return the service's metrics in Prometheus' text format."""
         return Response(service.metrics.as_text(), media_type=CONTENT_TYPE)

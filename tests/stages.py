@@ -9,7 +9,11 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
+import urllib.error
+import urllib.request
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from unittest import mock
 
@@ -76,6 +80,44 @@ def running(words, **env):
         finally:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
+
+
+@contextlib.contextmanager
+def proxied(address, prefix):
+    """A proxy that passes what is asked under a prefix on to an HTTP service without it; the block has its address."""
+
+    class Proxy(BaseHTTPRequestHandler):
+        def pass_on(self):
+            if not self.path.startswith(f"{prefix}/"):
+                self.send_error(404)
+                return
+            body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+            request = urllib.request.Request(
+                address + self.path.removeprefix(prefix), body or None, dict(self.headers), method=self.command
+            )
+            try:
+                response = urllib.request.urlopen(request, timeout=SECONDS)
+            except urllib.error.HTTPError as refused:
+                response = refused
+            with response:
+                self.send_response(response.status)
+                for name in ("Content-Type", "Content-Length", "Content-Security-Policy"):
+                    if name in response.headers:
+                        self.send_header(name, response.headers[name])
+                self.end_headers()
+                self.wfile.write(response.read())
+
+        do_GET = do_POST = pass_on
+
+        def log_message(self, *arguments):
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Proxy) as server:
+        threading.Thread(target=server.serve_forever).start()
+        try:
+            yield f"http://127.0.0.1:{server.server_port}{prefix}"
+        finally:
+            server.shutdown()
 
 
 def finish(process):

@@ -3,8 +3,11 @@
 import collections
 import io
 import json
+import os
+from pathlib import Path
 
 import example
+import folders
 import infer
 import pytest
 import stages
@@ -73,6 +76,23 @@ def test_exactly_the_pictures_that_were_requested_are_there_named_by_prediction_
     pictures = {f"results/{name(sample)}" for sample in predictions["predictions"]}
     assert {*stages.contents(folder)} == {"mnist_cnn.pt"} | stages.MADE_BY["infer"] | pictures
     stages.assert_whole(folder)
+
+
+@pytest.mark.parametrize("supported", [True, False], ids=["exchanging names", "on a file system that cannot"])
+def test_results_are_replaced_and_while_names_can_be_exchanged_never_missing(tmp_path, monkeypatch, supported):
+    rename = Path.rename
+
+    def rename_and_look(path, target):
+        rename(path, target)
+        assert not supported or (tmp_path / "results").exists()
+
+    folders.replace_folder(tmp_path / "results", {"1_1.png": b"old"})
+    monkeypatch.setattr(Path, "rename", rename_and_look)
+    if not supported:
+        monkeypatch.setattr(folders, "exchange", lambda one, other: False)
+    folders.replace_folder(tmp_path / "results", {"2_2.png": b"new"})
+    assert stages.contents(tmp_path).keys() == {"results/2_2.png"}
+    assert os.listdir(tmp_path) == ["results"]
 
 
 def test_a_seed_chooses_the_same_images_again_and_another_seed_others(start):

@@ -7,11 +7,13 @@ import pytest
 import stages
 
 # How a shell would be told: `"$@"` is the stage. The images have Python write at once; plain Python has a buffer.
-UNREAD = 'exec 3> >(true); wait $!; "$@" >&3'
+GONE = 'exec 3> >(true); wait $!; "$@" >&3'
+UNREAD = 'exec 3<> <(:); dd if=/dev/zero of=/dev/fd/3 oflag=nonblock 2>/dev/null; "$@" >&3 2>&3'
 OUTPUTS = {
     "stdout closed": '"$@" >&-',
     "both closed": '"$@" >&- 2>&-',
-    "a pipe that nobody reads": UNREAD,
+    "a pipe whose reader is gone": GONE,
+    "both to a full pipe that nobody reads": UNREAD,
     "stdout full": '"$@" >/dev/full',
     "stdout full at the end": 'PYTHONUNBUFFERED= "$@" >/dev/full',
     "both full": '"$@" >/dev/full 2>/dev/full',
@@ -54,14 +56,14 @@ def test_a_training_whose_reader_leaves_after_a_line_publishes_its_files(start):
     assert {*os.listdir(folder)} == stages.MADE_BY["train"]
 
 
-@pytest.mark.parametrize("output", ["stdout closed", "both full"])
+@pytest.mark.parametrize("output", ["stdout closed", "both full", "both to a full pipe that nobody reads"])
 def test_work_that_fails_has_its_exit_status_whatever_the_outputs_are(tmp_path, output):
     result = run(OUTPUTS[output], "infer", model=tmp_path)
     assert result.returncode == 1
     assert len(result.stderr.splitlines()) == (output == "stdout closed"), result.stderr
 
 
-@pytest.mark.parametrize("script", ['"$@" >/dev/full', UNREAD], ids=["full", "a pipe that nobody reads"])
+@pytest.mark.parametrize("script", ['"$@" >/dev/full', GONE], ids=["full", "a pipe whose reader is gone"])
 def test_help_that_cannot_be_written_is_no_failure(volumes, script):
     assert_all_succeed(f"export PYTHONUNBUFFERED=; {script}", dict.fromkeys(stages.STAGES, ("--help",)), volumes)
 

@@ -65,7 +65,9 @@ def test_a_file_gets_the_same_probabilities_as_its_prepared_pixels(volume, folde
 
 
 def test_unreadable_pictures_are_named_and_the_others_predicted(volume, folder):
-    wrong = ("blank.png", "broken.png", "missing.png", "no/*.png", "scans", "x" * 300)
+    wrong = ("blank.png", "broken.png", "missing.png", "no/*.png", "scans", "x" * 300, "loop.png", "loop.p")
+    (folder / "loop.png").symlink_to("loop.p")
+    (folder / "loop.p").symlink_to("loop.png")
     result = stages.run("infer", *wrong[:2], "photo.png", *wrong[2:], model=volume, data=folder)
     assert result.returncode == 1
     lines = result.stderr.splitlines()

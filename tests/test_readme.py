@@ -13,7 +13,8 @@ DOCUMENTS = [README, *sorted((stages.TREE / "docs").glob("*.md")), *(stages.TREE
 ALL = "\n".join(path.read_text() for path in DOCUMENTS)
 # Flags that are not the programs' but of the tools that the documents' commands call.
 OF_TOOLS = {
-    *("--attach-dependencies", "--images", "--profile"),
+    *("--attach-dependencies", "--images", "--profile", "--abort-on-container-exit", "--abort-on-container-failure"),
+    *("--exit-code-from", "--all", "--time", "--type", "--now"),
     *("--build", "--rm", "--volumes", "--build-arg", "--no-deps", "--remove-orphans", "--detach", "--help"),
     *("--signal", "--entrypoint", "--project-name", "--mount", "--volume", "--name", "--cpus", "--memory", "--user"),
     *(
@@ -29,6 +30,7 @@ OF_TOOLS = {
         "--platform",
         "--recursive",
         "--nodes",
+        "--no-start",
     ),
 }
 

@@ -1,11 +1,13 @@
 """serve as a process on loopback: API, hostile requests, limits, metrics, reloading the model, stopping."""
 
+import asyncio
 import base64
 import contextlib
 import http.client
 import io
 import json
 import os
+import re
 import select
 import shutil
 import signal
@@ -16,19 +18,26 @@ import sys
 import tempfile
 import threading
 import time
+import urllib.parse
+import urllib.request
 import zlib
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import net
 import process
 import pytest
+import reload
 import stages
 import torch
+from metrics import Metrics
 from picture import prepare
 from PIL import Image
 from prediction import load_predictor
 from results import read_results
+from service import Service as Endpoints
+from service import watch
 
 PROGRAM = stages.TREE / "model-infer" / "serve.py"
 WAIT = 30  # seconds at most, for something that takes about one
@@ -50,7 +59,7 @@ class Service:
             connection.request(method, path, body, {"Content-Type": "application/json"} | headers)
             response = connection.getresponse()
             content = response.read()
-        is_json = response.getheader("Content-Type", "").startswith("application/json")
+        is_json = method != "HEAD" and response.getheader("Content-Type", "").startswith("application/json")
         return response.status, response.headers, json.loads(content) if is_json else content
 
     def predict(self, content):
@@ -132,8 +141,81 @@ def test_probabilities_are_those_of_infer_to_the_last_bit(service, digit, traine
 
 def test_a_client_can_choose_the_id_of_a_prediction(service, digit):
     body = {"input": {"image": data_url(digit)}}
-    assert service("PUT", "/predictions/mine-1", body)[2]["id"] == "mine-1"
-    assert service("PUT", "/predictions/mine-1", body | {"id": "other"})[0] == 422
+    for name in ("mine-1", "v1.2_" + 75 * "x"):
+        assert service("PUT", f"/predictions/{name}", body)[2]["id"] == name
+        assert service("POST", "/predictions", body | {"id": name})[2]["id"] == name
+        assert service("PUT", f"/predictions/{name}", body | {"id": "other"})[0] == 422
+        assert service("POST", f"/predictions/{name}/cancel")[0] == 404  # none is under way
+    assert service("POST", "/predictions", body)[2]["id"] != service("POST", "/predictions", body)[2]["id"]
+
+
+def test_what_else_cogs_clients_send_is_accepted_but_a_webhook_is_not(service, digit):
+    body = {"input": {"image": data_url(digit)}, "webhook": None, "created_at": "2026-01-01T00:00:00Z", "context": {}}
+    body |= {"output_file_prefix": "x", "webhook_events_filter": ["completed"], "unknown": 1}
+    status, _, response = service("POST", "/predictions", body)
+    assert (status, response["logs"]) == (200, "")
+    assert service("POST", "/predictions", body | {"webhook": "http://127.0.0.1:1/"})[0] == 422
+
+
+@pytest.mark.parametrize(
+    ("header", "encode"),
+    [
+        ("data:;base64,", lambda text: text),
+        ("data:image/png;base64, ", lambda text: text + "\n"),
+        ("data:image/png;base64,", lambda text: "\r\n".join(text[i : i + 76] for i in range(0, len(text), 76))),
+        ("data:image/png;base64,", lambda text: urllib.parse.quote(text, safe="")),
+        ("data:image/png;base64,", lambda text: "".join(f"%{ord(character):02x}" for character in text)),
+        ('data:image/png;name="my digit (1).png";base64,', lambda text: text),
+        ("data:image/png;name=my%20digit.png;charset=utf-8;base64,", lambda text: text),
+        ("DATA:IMAGE/PNG;BASE64,", lambda text: text),
+    ],
+)
+def test_a_data_url_is_read_as_urllib_and_browsers_read_it(service, digit, header, encode):
+    image = header + encode(base64.b64encode(digit).decode())
+    assert service("POST", "/predictions", {"input": {"image": image}})[2]["output"]["prediction"] == 7
+
+
+def test_a_data_url_with_very_many_coded_characters_is_refused(service):
+    status, _, response = service("POST", "/predictions", {"input": {"image": "data:;base64," + 1_000_001 * "%41"}})
+    assert status == 422
+    assert "%-coded" in response["detail"]
+
+
+@pytest.mark.parametrize("path", ["/", "/docs", "/page.js", "/openapi.json", "/health-check", "/results", "/metrics"])
+def test_head_has_the_headers_of_get_and_no_content(service, path):
+    status, headers, content = service("HEAD", path)
+    assert (status, content) == (200, b"")
+    assert headers["Content-Type"] == service("GET", path)[1]["Content-Type"]
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "192.0.2.7:8000", "[2001:db8::7]:8000", "LOCALHOST."])
+def test_any_address_is_accepted_as_host(service, host):
+    assert service("GET", "/", Host=host)[0] == 200
+
+
+@pytest.mark.parametrize("path", ["/health-check", "/metrics"])
+def test_a_probe_is_answered_under_any_host_name(service, path):
+    assert service("GET", path, Host="host.docker.internal:8000")[0] == 200
+
+
+def test_under_a_prefix_behind_a_proxy_every_url_of_the_page_is_found(finished):
+    with serving(finished) as service, stages.proxied(f"http://127.0.0.1:{service.port}", "/digits") as address:
+        until(lambda: service.health()["status"] == "READY")
+
+        def get(url):
+            with urllib.request.urlopen(urllib.request.Request(url, headers={"Accept": "text/html"})) as response:
+                return response.read()
+
+        for page in (f"{address}/", f"{address}/docs"):
+            html, script = get(page).decode(), get(urllib.parse.urljoin(page, "page.js")).decode()
+            urls = re.findall(r'(?:href|src)="(?!data:)([^"]+)"', html)
+            urls += re.findall(r'await get\("([^"]+)"', script) + re.findall(r'href: "([^"]+)"', script)
+            assert {"style.css", "page.js", "docs", "results", "health-check", "openapi.json"} <= {*urls}
+            results = json.loads(get(urllib.parse.urljoin(page, "results")))
+            pictures = [results["mistakes"], *(sample["picture"] for sample in results["predictions"]["samples"])]
+            assert len(pictures) == 6
+            for url in urls + pictures:
+                get(urllib.parse.urljoin(page, url))
 
 
 def test_the_page_loads_nothing_from_other_hosts_and_the_api_is_at_the_same_one(service):
@@ -199,6 +281,7 @@ def hostile_pictures():
     for width, height in ((50_000, 50_000), (2**31 - 1, 2**31 - 1), (0, 0), (1, 2**31 - 1), (8000, 8000)):
         yield f"claims {width} x {height}", png_claiming(width, height)
     yield "bomb", as_file(Image.new("1", (20_000, 20_000)))
+    yield "too large for its format", as_file(Image.new("RGB", (5_000, 5_000)), "WEBP")
     yield "50 megapixels", as_file(Image.new("L", (7_000, 7_000), 255))
     yield "palette with alpha", as_file(plain.convert("P"), transparency=bytes(256))
     yield "animated", as_file(plain, "GIF", save_all=True, append_images=[plain] * 50)
@@ -258,7 +341,9 @@ def test_a_hostile_body_is_refused_in_one_line(service, body):
         (404, "GET", "/nothing", {}),
         (405, "DELETE", "/predictions", {}),
         (405, "PUT", "/results", {"Content-Type": "text/plain"}),
-        (422, "PUT", "/predictions/" + "x" * 65, {}),
+        (422, "PUT", "/predictions/" + "x" * 81, {}),
+        (404, "POST", "/predictions/unknown/cancel", {"Content-Type": "text/plain"}),
+        (405, "HEAD", "/predictions", {}),
     ],
 )
 def test_a_refused_request_gets_its_status(service, status, method, path, headers):
@@ -286,13 +371,32 @@ def test_endless_and_slow_requests_are_cut_off(service):
         assert b" 408 " in slow.recv(1000)
 
 
-def test_the_headers_of_a_second_request_on_a_connection_may_not_be_slow_either(service):
-    connection = http.client.HTTPConnection("127.0.0.1", service.port, timeout=WAIT)
-    with contextlib.closing(connection):
-        connection.request("GET", "/health-check")
-        assert json.load(connection.getresponse())["status"] == "READY"
-        connection.sock.sendall(b"GET /health-check HTTP/1.1\r\nHost: ")
-        assert connection.sock.recv(1000) == b""  # closed
+def test_a_silent_client_keeps_its_connection_only_between_two_requests(service):
+    with contextlib.ExitStack() as stack:
+        connections = []
+        # No endpoint reads the second one's body, so that it is answered before that has come.
+        for headers, more in (({}, b""), ({"Content-Length": "1000"}, b"a part"), ({}, b"GET / HTTP/1.1\r\nHost: ")):
+            connection = http.client.HTTPConnection("127.0.0.1", service.port, timeout=WAIT)
+            connections.append(stack.enter_context(contextlib.closing(connection)))
+            connection.request("GET", "/health-check", headers=headers)
+            assert json.load(connection.getresponse())["status"] == "READY"
+            connection.sock.sendall(more)
+        kept, *closed = connections
+        assert [connection.sock.recv(1000) for connection in closed] == [b"", b""]
+        kept.request("GET", "/health-check")
+        assert json.load(kept.getresponse())["status"] == "READY"
+
+
+@pytest.mark.parametrize("begun", [b"", b"GET /health-check HTTP/1.1\r\nHost: localhost\r\n\r\n"])
+def test_idle_connections_shut_nobody_out(service, digit, begun):
+    with contextlib.ExitStack() as stack:
+        connect = partial(socket.create_connection, ("127.0.0.1", service.port), timeout=WAIT)
+        idle = [stack.enter_context(connect()) for _ in range(450)]
+        for connection in idle:
+            with contextlib.suppress(OSError):
+                connection.sendall(begun)
+        assert service.health()["status"] == "READY"
+        assert service.predict(digit)[0] == 200
 
 
 def test_a_body_that_no_endpoint_reads_is_not_read_to_its_end(service):
@@ -372,6 +476,30 @@ def test_damaged_results_are_left_out(volume, epochs):
     assert read_results(volume, None)["training"] is None
 
 
+def test_forged_results_that_make_a_number_infinite_are_left_out(volume):
+    stages.edit_record(volume, batches=1, images_per_second=5e-324)
+    assert read_results(volume, None)["training"] is None
+
+
+@pytest.mark.parametrize("seconds", [10**12, -(10**12)])
+def test_a_model_of_any_date_is_loaded(trained, monkeypatch, seconds):
+    monkeypatch.setattr(reload, "fingerprint", lambda path: (seconds * 10**9, 1, 1))
+    model = reload.ServedModel(trained, stages.DATA, Metrics())
+    model.refresh()
+    assert model.served.published[:4] in ("0001", "9999")
+
+
+def test_the_end_of_the_task_that_looks_for_new_models_fails_the_health_check(trained, monkeypatch, capsys):
+    model = reload.ServedModel(trained, stages.DATA, Metrics())
+    model.refresh()
+    endpoints = Endpoints(model, model.metrics)
+    assert endpoints.health()["status"] == "READY"
+    monkeypatch.setattr(reload, "fingerprint", lambda path: {}[path])
+    asyncio.run(watch(model))
+    assert endpoints.health()["status"] == "SETUP_FAILED"
+    assert len(capsys.readouterr().err.splitlines()) == 1
+
+
 def test_without_a_model_it_says_how_to_train_one_and_loads_it_then(trained, tmp_path, digit):
     with serving(tmp_path) as service:
         until(lambda: process.command("train") in service.health()["setup"]["logs"])
@@ -409,3 +537,19 @@ def test_on_sigterm_it_completes_requests_and_exits_within_3_s(trained, digit):
             client.join()
         assert {*statuses} == {200}
         assert len(errors) <= len(clients)  # connections opened just as it stopped
+
+
+def test_on_sigterm_a_long_queue_is_refused_with_503_within_3_s(trained):
+    # 60 pictures take some ten seconds; one of them takes a fraction of a second.
+    slow = as_file(Image.linear_gradient("L").resize((5000, 5000)))
+    with serving(trained) as service, ThreadPoolExecutor(60) as pool:
+        until(lambda: service.health()["status"] == "READY")
+        body = json.dumps({"input": {"image": data_url(slow)}}).encode()
+        responses = [pool.submit(service, "POST", "/predictions", body) for _ in range(60)]
+        until(lambda: b"mnist_requests_in_progress 6" in service("GET", "/metrics")[2] or responses[20].done())
+        service.process.send_signal(signal.SIGTERM)
+        assert service.process.wait(3) == 143
+        responses = [response.result() for response in responses]
+    assert {status for status, _, _ in responses} == {200, 503}
+    refused = [headers for status, headers, _ in responses if status == 503]
+    assert all(headers["Retry-After"] and headers["Content-Security-Policy"] for headers in refused)

@@ -109,6 +109,12 @@ def test_only_train_has_a_network_of_its_own_kind(compose):
     assert modes == {"train": None, "evaluate": "none", "infer": "host"}
 
 
+def test_an_override_takes_the_hosts_network_away_where_an_engine_refuses_it(compose):
+    override = yaml.safe_load((stages.TREE / "deploy/compose.no-host-network.yml").read_text())
+    on_host = [name for name, service in compose["services"].items() if service.get("network_mode") == "host"]
+    assert override == {"services": {name: {"network_mode": "none"} for name in on_host}}
+
+
 @pytest.mark.parametrize("stage", stages.STAGES)
 def test_no_stage_is_restarted_or_has_more_rights_than_it_needs(compose, stage):
     service = compose["services"][stage]

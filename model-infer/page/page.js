@@ -321,7 +321,7 @@ async function askOnce() {
 /** Return the service's { output }, or { problem, retrySeconds }; retrySeconds is 0 if trying again will not help. */
 async function request(image) {
   try {
-    const response = await fetch("/predictions", {
+    const response = await fetch("predictions", {
       method: "POST",
       headers: { "Content-Type": "application/json" },
       body: JSON.stringify({ input: { image } }),
@@ -390,7 +390,7 @@ const bars = Array.from({ length: 10 }, (_, digit) => {
 let shownResults = "";
 
 async function updateResults() {
-  const text = await get("/results", (response) => response.text());
+  const text = await get("results", (response) => response.text());
   if (!text || text === shownResults) return; // rebuilding the view would reset scrolling and selection
   shownResults = text;
   const { classes, model, training, evaluation, predictions, mistakes } = JSON.parse(text);
@@ -537,7 +537,7 @@ function showPredictions(predictions, classes) {
 // API -----------------------------------------------------------------------------------------------------------------
 
 async function showDocs() {
-  const api = await get("/openapi.json", (response) => response.json());
+  const api = await get("openapi.json", (response) => response.json());
   if (!api) {
     byId("docs-content").replaceChildren(note("The service does not respond. Reload the page."));
     return;
@@ -546,11 +546,11 @@ async function showDocs() {
   const endpoints = Object.entries(paths).flatMap(([path, methods]) =>
     Object.entries(methods).map(([method, operation]) => showEndpoint(method, path, operation)));
   const example = `(printf '{"input": {"image": "data:image/png;base64,'; base64 -w0 digit.png; printf '"}}') |
-  curl -H 'Content-Type: application/json' --data-binary @- ${location.origin}/predictions`;
+  curl -H 'Content-Type: application/json' --data-binary @- ${new URL("predictions", location)}`;
   byId("docs-content").replaceChildren(
     note(info.description),
     element("pre", {}, example),
-    element("p", {}, "Full description: ", element("a", { href: "/openapi.json" }, "openapi.json")),
+    element("p", {}, "Full description: ", element("a", { href: "openapi.json" }, "openapi.json")),
     ...endpoints,
   );
 }
@@ -569,7 +569,7 @@ function showEndpoint(method, path, { description, responses }) {
 const TITLES = { draw: "Draw a digit", results: "Results", docs: "API" };
 
 function view() {
-  if (location.pathname === "/docs") return "docs";
+  if (location.pathname.endsWith("/docs")) return "docs";
   return location.hash === "#results" ? "results" : "draw";
 }
 
@@ -593,7 +593,7 @@ async function get(path, read) {
 
 /** Update what the page shows of the service's state, and the results if they are visible. */
 async function update() {
-  const health = await get("/health-check", (response) => response.json());
+  const health = await get("health-check", (response) => response.json());
   byId("notice").hidden = health?.status === "READY" && !health.setup.logs;
   const problem = health ? health.setup.logs || "The service is busy." : "The service does not respond. Is it running?";
   byId("notice").textContent = problem;

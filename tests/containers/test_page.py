@@ -18,6 +18,7 @@ from pathlib import Path
 
 import net
 import pytest
+import stages
 import strokes
 from PIL import Image
 from pipeline import Pipeline
@@ -37,7 +38,9 @@ AXE = Path(importlib.util.find_spec("axe_playwright_python").origin).with_name("
 # Replaces the service's predictions, for outcomes that no drawing is certain to have.
 MOCK = """const [content, real] = [arguments[0], window.fetch];
 window.fetch = async (path, ...rest) =>
-  path === "/predictions" ? new Response(JSON.stringify(content)) : real(path, ...rest);"""
+  path === "predictions" ? new Response(JSON.stringify(content)) : real(path, ...rest);"""
+
+LOADED = "return [...document.querySelectorAll('#results img')].filter((i) => i.complete && i.naturalWidth).length"
 
 
 @pytest.fixture(scope="module")
@@ -163,7 +166,7 @@ def page(served, tmp_path):
     """Return a function that opens the page in a new browser. After the test, assert_clean() must succeed."""
     with contextlib.ExitStack() as stack:
 
-        def open_page(**window):
+        def open_page(address=served.address, **window):
             options = webdriver.ChromeOptions()
             for flag in [*FLAGS, f"--user-data-dir={tmp_path / 'profile'}"]:
                 options.add_argument(flag)
@@ -171,7 +174,7 @@ def page(served, tmp_path):
             options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
             driver = webdriver.Chrome(options, webdriver.ChromeService(shutil.which("chromedriver")))
             stack.callback(driver.quit)
-            opened = Page(driver, served.address, **window)
+            opened = Page(driver, address, **window)
             stack.callback(opened.assert_clean)
             return opened
 
@@ -301,12 +304,25 @@ def test_results_and_api_are_shown(page, served):
     opened.open("/#results")
     opened.until(lambda: "Confusion" in opened.text("results-content"))
     assert f"{get(served, '/results')['evaluation']['accuracy']:.2f} %" in opened.text("results-content")
-    loaded = "return [...document.querySelectorAll('#results img')].filter((i) => i.complete && i.naturalWidth).length"
-    opened.until(lambda: opened.script(loaded) == 6)
+    opened.until(lambda: opened.script(LOADED) == 6)
     opened.check_accessibility("results")
     opened.open("/docs")
     opened.until(lambda: "/predictions/{prediction_id}" in opened.text("docs-content"))
     opened.check_accessibility("docs")
+
+
+def test_under_a_prefix_behind_a_proxy_the_page_works(page, served):
+    with stages.proxied(served.address, "/digits") as address:
+        opened = page(address)
+        assert opened.draw(SEVEN) == "7"
+        opened.open("/#results")
+        opened.until(lambda: "Confusion" in opened.text("results-content"))
+        opened.until(lambda: opened.script(LOADED) == 6)
+        opened.script("document.querySelector('[data-view=docs]').click()")
+        opened.until(lambda: "/predictions/{prediction_id}" in opened.text("docs-content"))
+        assert f"{address}/predictions" in opened.text("docs-content")
+        opened.script("document.querySelector('[data-view=draw]').click()")
+        opened.until(lambda: opened.script("return location.href") == f"{address}/#draw")
 
 
 def test_a_running_training_is_shown_and_its_model_replaces_the_old_one(page, served):
