@@ -3,7 +3,7 @@ CPU_INDEX = https://download.pytorch.org/whl/cpu
 PYTHON = .venv/bin/python
 INSTALL = $(PYTHON) -m pip install --quiet
 STAGES = model-eval model-infer
-COPIES = net.py artifacts.py process.py entrypoint.sh
+COPIES = net.py stage entrypoint.sh .dockerignore
 
 .PHONY: help test data local serve copies lint audit bench chaos cluster-test scaling
 help: ## list the targets
@@ -38,13 +38,14 @@ scaling: .venv/for-tests ## measure training on two nodes, simulate it on up to 
 	$(PYTHON) tests/bench/scaling.py $(FLAGS)
 
 copies: ## copy what the three images share from model-train to the others
-	@for stage in $(STAGES); do cp $(addprefix model-train/,$(COPIES)) model-train/requirements*.txt $$stage/; done
+	@for stage in $(STAGES); do \
+		rm -rf $$stage/stage && cp -r $(addprefix model-train/,$(COPIES)) model-train/requirements*.txt $$stage/; done
 
 lint: .venv/for-tests ## format the code and report lint and type errors
 	$(PYTHON) -m ruff format .
 	$(PYTHON) -m ruff check --fix .
 	@for folder in data model-train model-eval model-infer; do \
-		(cd $$folder && ../$(PYTHON) -m mypy --config-file ../pyproject.toml *.py) || exit 1; done
+		(cd $$folder && ../$(PYTHON) -m mypy --config-file ../pyproject.toml .) || exit 1; done
 
 audit: .venv/for-tests ## look up known vulnerabilities of the pinned packages; needs network access
 	$(INSTALL) pip-audit==2.10.1

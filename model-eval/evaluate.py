@@ -11,7 +11,7 @@ Writes  MODEL/eval_results.json: test loss, accuracy, figures per class, confusi
 An accuracy under --min-accuracy is a failure: exit status 1, and nothing is written.
 """
 
-import process
+from stage import process
 
 if __name__ == "__main__":
     # Before the other imports: a signal during them would end in a traceback, and a lack of memory in a silent kill.
@@ -23,12 +23,15 @@ from functools import partial
 from pathlib import Path
 from typing import TypedDict
 
-import artifacts
-import net
 import torch
 import torch.nn.functional as F
-from artifacts import CONFUSION_MATRIX, DATA_SET, EVAL_RESULTS, MISTAKES, WEIGHTS, as_png, new_figure, publish
-from process import Failure, exit_on_failure, percent, say, stop_signals_deferred
+
+import net
+from stage import dataset, files, weights
+from stage.dataset import DATA_SET
+from stage.figures import as_png, new_figure
+from stage.files import CONFUSION_MATRIX, EVAL_RESULTS, MISTAKES, WEIGHTS, publish
+from stage.process import Failure, exit_on_failure, percent, say, stop_signals_deferred
 
 
 class ClassResult(TypedDict):
@@ -51,16 +54,18 @@ EvalResults = TypedDict(
 
 def main() -> int:
     """Run the stage and return its exit status."""
+    process.imports_done()
     args = parse_args()
     with exit_on_failure("evaluate"):
         process.check_threads(2 * process.count_cores() + 2)  # torch's, those of net.predict(), and a margin
-        artifacts.check_destinations(args.model, EVAL_RESULTS, CONFUSION_MATRIX, MISTAKES)
+        files.check_destinations(args.model, EVAL_RESULTS, CONFUSION_MATRIX, MISTAKES)
         torch.set_num_threads(process.count_cores())
-        model, sha256 = net.load_model(args.model)
-        images, labels = net.read_split(args.data, "t10k")
+        model = net.Net()
+        sha256 = weights.load_model(model, args.model)
+        images, labels = dataset.read_split(args.data, "t10k")
         log_probabilities = net.predict(model, images)
         if not log_probabilities.isfinite().all():
-            raise Failure(f"the output of {args.model / WEIGHTS} is not finite. {artifacts.FRESH_HINT}")
+            raise Failure(f"the output of {args.model / WEIGHTS} is not finite. {files.FRESH_HINT}")
         results = evaluate(log_probabilities, labels)
         say(as_table(results))
         if results["Accuracy"] < args.min_accuracy:
@@ -68,13 +73,13 @@ def main() -> int:
                 f"{args.model / WEIGHTS} has {results['Accuracy']} % accuracy, below --min-accuracy "
                 f"{args.min_accuracy}; no results are written. Train longer: {process.command('train', '--epochs N')}"
             )
-        files = {
+        results_files = {
             CONFUSION_MATRIX: draw_confusion_matrix(results["confusion_matrix"]),
             MISTAKES: draw_mistakes(images, labels, log_probabilities),
             EVAL_RESULTS: json.dumps(results | {"model_sha256": sha256}, indent=1).encode(),
         }
         with stop_signals_deferred():
-            for name, content in files.items():
+            for name, content in results_files.items():
                 publish(args.model / name, content)
     return 0
 
@@ -87,9 +92,9 @@ def parse_args() -> argparse.Namespace:
     parser.error = partial(process.refuse_flags, "evaluate")  # type: ignore[method-assign]
     text = "fail if the accuracy on the test images is below this percentage (0 to 100; default: %(default)s)"
     parser.add_argument("--min-accuracy", type=parse_percentage, default=95.0, metavar="PERCENT", help=text)
-    parser.add_argument("--data", type=Path, default=artifacts.DATA, help="folder of the data (default: %(default)s)")
+    parser.add_argument("--data", type=Path, default=files.DATA, help="folder of the data (default: %(default)s)")
     text = "folder of the volume's files (default: %(default)s)"
-    parser.add_argument("--model", type=Path, default=artifacts.MODEL, help=text)
+    parser.add_argument("--model", type=Path, default=files.MODEL, help=text)
     return parser.parse_args()
 
 

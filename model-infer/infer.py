@@ -14,7 +14,7 @@ With pictures, by their paths in DATA, it reads those and the raw training files
     python model-infer/infer.py --data data --model model --samples 8 --seed 1
 """
 
-import process
+from stage import process
 
 if __name__ == "__main__":
     # Before the other imports: a signal during them would end in a traceback, and a lack of memory in a silent kill.
@@ -27,14 +27,14 @@ from functools import partial
 from pathlib import Path
 from typing import TypedDict
 
-import artifacts
-import folders
-import net
-import own
-import prediction
 import torch
-from artifacts import DATA_SET, PREDICTIONS, PREDICTIONS_SHEET, RESULTS, as_png, new_figure, publish
-from process import exit_on_failure, percent, say
+
+from pictures import folders, own, prediction
+from stage import dataset, figures, files
+from stage.dataset import DATA_SET
+from stage.figures import as_png, new_figure
+from stage.files import PREDICTIONS, PREDICTIONS_SHEET, RESULTS, publish
+from stage.process import exit_on_failure, percent, say
 
 SAMPLES = 5
 # Creates a container of infer if there is none, as after `run --rm`, to copy from.
@@ -54,12 +54,13 @@ class Sample(TypedDict):
 
 def main() -> int:
     """Run the stage and return its exit status."""
+    process.imports_done()
     args = parse_args()
     with exit_on_failure("infer"):
         process.check_threads(4)  # torch starts few, since the network predicts on one thread
         torch.set_num_threads(1)
         status = own.predict_pictures(args.pictures, args.data, args.model) if args.pictures else predict_samples(args)
-        if args.model == artifacts.MODEL:
+        if args.model == files.MODEL:
             say(f"infer: copy all files out of the volume with: {COPY_COMMAND}")
     return status
 
@@ -75,9 +76,9 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--samples", type=integer_in(1, MAX_SAMPLES), metavar="N", help=text)
     text = "seed for choosing the images (default: different images each time)"
     parser.add_argument("--seed", type=integer_in(0, 2**32 - 1), metavar="N", help=text)
-    parser.add_argument("--data", type=Path, default=artifacts.DATA, help="folder of the data (default: %(default)s)")
+    parser.add_argument("--data", type=Path, default=files.DATA, help="folder of the data (default: %(default)s)")
     text = "folder of the volume's files (default: %(default)s)"
-    parser.add_argument("--model", type=Path, default=artifacts.MODEL, help=text)
+    parser.add_argument("--model", type=Path, default=files.MODEL, help=text)
     args = parser.parse_args()
     for flag in ("samples", "seed"):
         if args.pictures and getattr(args, flag) is not None:
@@ -103,10 +104,10 @@ def predict_samples(args: argparse.Namespace) -> int:
     """Predict random test images, publish the predictions, and return the exit status."""
     count = args.samples or SAMPLES
     process.check_memory(BASE_MEMORY + count * SAMPLE_MEMORY, f"infer with {count} samples")
-    artifacts.check_destinations(args.model, PREDICTIONS, PREDICTIONS_SHEET)
+    files.check_destinations(args.model, PREDICTIONS, PREDICTIONS_SHEET)
     folders.check_destination(args.model / RESULTS)
     predictor = prediction.load_predictor(args.model)
-    images, labels = net.read_split(args.data, "t10k")
+    images, labels = dataset.read_split(args.data, "t10k")
     indices = choose(len(images), count, args.seed)
     samples = [predict(predictor, images[index], int(labels[index]), index) for index in indices.tolist()]
     publish_all(args.model, samples, images[indices], predictor)
@@ -156,7 +157,7 @@ def draw(samples: list[Sample], images: torch.Tensor) -> bytes:
         axes.imshow(image.numpy(), cmap="gray", vmin=0, vmax=255)
         axes.axis("off")
         predicted, true = (DATA_SET.classes[sample[key]] for key in ("prediction", "truth"))
-        color = artifacts.BLUE if predicted == true else artifacts.VERMILION
+        color = figures.BLUE if predicted == true else figures.VERMILION
         confidence = 100 * max(sample["probabilities"])
         center = left + 0.5 * width
         figure.text(

@@ -9,7 +9,7 @@ Writes  nothing
 On SIGTERM it completes the requests in progress and exits within 3 s, with status 143 (130 on SIGINT).
 """
 
-import process
+from stage import process
 
 if __name__ == "__main__":
     process.prepare_process("serve", needed_memory=215_000_000)  # before the other imports, as in infer.py
@@ -22,12 +22,13 @@ import sys
 from functools import partial
 from pathlib import Path
 
-import artifacts
 import torch
 import uvicorn
-from process import exit_on_failure, say
-from service import make_app
 from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from stage import files
+from stage.process import exit_on_failure, say
+from web.service import make_app
 
 MEMORY = 950_000_000  # bytes for torch, the largest picture, and the bodies it accepts at once; measured: 900 MB
 HEADER_SECONDS = 10  # from the first byte of a request, or from connecting, until its headers are complete
@@ -94,6 +95,7 @@ class Protocol(H11Protocol):
 
 def main() -> int:
     """Run the service until a signal stops it, and return the exit status."""
+    process.imports_done()
     args = parse_args()
     with exit_on_failure("serve"):
         process.check_memory(MEMORY, "serve")
@@ -134,9 +136,9 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--port", type=parse_port, default=8000, help="port to listen on (default: %(default)s)")
     text = f"accept this name in the Host header, besides {', '.join(HOSTS)} and addresses; may be repeated"
     parser.add_argument("--allow-host", action="append", default=[], metavar="NAME", help=text)
-    parser.add_argument("--data", type=Path, default=artifacts.DATA, help="folder of the data (default: %(default)s)")
+    parser.add_argument("--data", type=Path, default=files.DATA, help="folder of the data (default: %(default)s)")
     text = "folder of the volume's files (default: %(default)s)"
-    parser.add_argument("--model", type=Path, default=artifacts.MODEL, help=text)
+    parser.add_argument("--model", type=Path, default=files.MODEL, help=text)
     return parser.parse_args()
 
 

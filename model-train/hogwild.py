@@ -13,11 +13,13 @@ import mmap
 from collections.abc import Iterator
 from pathlib import Path
 
-import layers
-import net
 import torch
 import torch.nn.functional as F
-from record import Record
+
+import layers
+import net
+from stage import dataset
+from training.record import Record
 
 # One thread per process, set before the fork: children of a process that has used OpenMP threads deadlock.
 torch.set_num_threads(1)
@@ -48,7 +50,7 @@ class SharedState:
 
     def __init__(self, record: Record, images: torch.Tensor, labels: torch.Tensor) -> None:
         self.settings, self.images, self.labels = record.settings, images, labels
-        self.batches_per_epoch = math.ceil(len(images) / self.settings.batch_size)
+        self.batches_per_epoch = dataset.batches_per_epoch(self.settings.batch_size, len(images))
         # The learning rate's schedule covers the batches in [schedule_start, schedule_end). It starts at 0, or where
         # a finished training was continued.
         self.schedule_start = record.start

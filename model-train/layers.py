@@ -9,8 +9,9 @@ the CPU. The gradients are written out, because autograd would take 6 % longer.
 
 import torch
 import torch.nn.functional as F
-from net import Net
 from torch import Tensor
+
+from net import Net
 
 
 def loss_and_gradients(model: Net, images: Tensor, labels: Tensor, dtype: torch.dtype) -> tuple[Tensor, list[Tensor]]:

@@ -14,7 +14,7 @@ What MODEL contains decides what train does: see plan.py. This process does not 
 the workers, which train as hogwild.py describes, and it validates, saves and publishes.
 """
 
-import process
+from stage import process
 
 if __name__ == "__main__":
     # Before the other imports: a signal during them would end in a traceback. check_limits() checks the memory.
@@ -30,21 +30,21 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import plan
-import settings
-from artifacts import CURVES, FRESH_HINT, WEIGHTS, publish
-from dataset import read_data
-from process import Failure, exit_on_failure, percent, print_error, say
-from record import Record
-from settings import TRAINING_IMAGES
+from stage import dataset
+from stage.dataset import TRAINING_IMAGES
+from stage.files import CURVES, FRESH_HINT, WEIGHTS, publish
+from stage.process import Failure, exit_on_failure, percent, print_error, say
+from training import plan, settings
+from training.download import read_data
+from training.record import Record
 
 if TYPE_CHECKING:  # imported where used: torch takes a second to import, and a finished training does not need it
-    from alone import Alone
-    from checkpoint import Checkpoints
-    from cluster import Nodes
+    from cluster.nodes import Nodes
     from hogwild import SharedState
-    from progress import Progress
-    from workers import Workers
+    from training.alone import Alone
+    from training.checkpoint import Checkpoints
+    from training.progress import Progress
+    from training.workers import Workers
 
 MIN_VALIDATION_ACCURACY = 20  # percent; chance is 10
 
@@ -56,7 +56,7 @@ def main() -> int:
     decide = partial(plan.decide, requested, fresh=args.fresh, folder=args.model)
     with exit_on_failure("train"):
         if "TORCHELASTIC_RUN_ID" in os.environ:  # this is one of several nodes
-            from cluster import train_on_node
+            from cluster.nodes import train_on_node
 
             return train_on_node(args, requested, train)
         if args.dry_run:
@@ -84,11 +84,10 @@ def train_alone(todo: plan.Plan, args: argparse.Namespace) -> int:
     plan.check_limits(todo.settings)
     with ThreadPoolExecutor(1) as executor:  # verifying the data takes 0.1 s, and importing torch leaves a core idle
         reading = executor.submit(read_data, args.data)
-        import net  # these import torch
-        from alone import Alone
-        from checkpoint import start_or_resume
+        from training.alone import Alone
+        from training.checkpoint import start_or_resume
     raw = reading.result()
-    images, labels = net.to_tensors(raw["train-images-idx3-ubyte"], raw["train-labels-idx1-ubyte"])
+    images, labels = dataset.to_tensors(raw["train-images-idx3-ubyte"], raw["train-labels-idx1-ubyte"])
     validation = images[TRAINING_IMAGES:], labels[TRAINING_IMAGES:]
     count = todo.settings.num_processes * todo.settings.batch_size if args.dry_run else TRAINING_IMAGES
     record, shared = start_or_resume(todo, images[:count], labels[:count], None if args.dry_run else args.model)
@@ -98,11 +97,12 @@ def train_alone(todo: plan.Plan, args: argparse.Namespace) -> int:
 
 def train(record: Record, shared: "SharedState", nodes: "Alone | Nodes", args: argparse.Namespace) -> int:
     """Train, on one machine or together with other nodes; publish the model, and return the exit status."""
-    from checkpoint import Checkpoints
-    from progress import Progress
-    from stopping import Stopped, StopRequest
-    from workers import Workers
+    from training.checkpoint import Checkpoints
+    from training.progress import Progress
+    from training.stopping import Stopped, StopRequest
+    from training.workers import Workers
 
+    process.imports_done()
     folder = args.model if nodes.leads and not args.dry_run else None
     checkpoints = Checkpoints(folder, shared, record)
     progress = Progress(record, len(shared.images), args.log_interval, quiet=not nodes.leads)
@@ -170,7 +170,8 @@ def publish_model(record: Record, shared: "SharedState", folder: Path | None) ->
     Raise Failure if the model has not learned anything.
     """
     import torch
-    from progress import draw_curves
+
+    from training.progress import draw_curves
 
     if not folder:
         return

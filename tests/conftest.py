@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import pytest
+
 import stages
 
 # A shell has a job in the background ignore these, and the stages would inherit that.

@@ -16,9 +16,10 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+import torch
+
 import example
 import stages
-import torch
 from pipeline import MODEL, Pipeline
 
 MARKER = "code-was-run"  # the file that forged pickles make in the volume, if they are obeyed

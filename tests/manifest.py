@@ -1,7 +1,8 @@
 """What deploy/trainjob.yaml says: the claim, the TrainJob, and the Jobs of the other two stages."""
 
-import stages
 import yaml
+
+import stages
 
 CLAIM, TRAIN, *JOBS = yaml.safe_load_all((stages.TREE / "deploy/trainjob.yaml").read_text())
 

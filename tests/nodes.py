@@ -23,7 +23,7 @@ def free_port():
 
 def command(*flags, port, model, data=stages.DATA, tree=TREE):
     """The command line of one of two nodes on this machine; flags can be those of launch.py and of train."""
-    program = [sys.executable, str(tree / "model-train" / "launch.py"), "--rdzv-endpoint", f"127.0.0.1:{port}"]
+    program = [sys.executable, str(tree / "model-train/cluster/launch.py"), "--rdzv-endpoint", f"127.0.0.1:{port}"]
     where = ["--data", str(data), "--model", str(model)]
     return [*program, "--nnodes", "2", "--local-addr", "127.0.0.1", *where, *flags]
 

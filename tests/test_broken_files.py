@@ -5,8 +5,9 @@ import os
 import resource
 from unittest import mock
 
-import corpus
 import pytest
+
+import corpus
 import stages
 
 MEMORY = 500_000_000  # the most bytes that a stage may take in addition to those of this process

@@ -10,16 +10,17 @@ from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 from unittest import mock
 
-import cluster
-import hogwild
-import launch
-import nodes
 import pytest
-import record
-import stages
 import torch
-from process import Failure
-from settings import Settings
+
+import hogwild
+import nodes
+import stages
+from cluster import launch
+from cluster import nodes as cluster
+from stage.process import Failure
+from training import record
+from training.settings import Settings
 
 DESCRIPTION = {"flags": {"--lr": "0.1"}, "data": {"train": "1" * 64}, "programs": {"net.py": "2" * 64}}
 

@@ -10,17 +10,18 @@ import shutil
 import sys
 import threading
 
-import artifacts
-import corpus
-import dataset
-import fetch
 import pytest
-import stages
 from torchvision.datasets import MNIST
+
+import corpus
+import fetch
+import stages
+from stage import dataset
+from training import download
 
 NOWHERE = "http://127.0.0.1:9/"  # nobody listens there
 LABELS = "t10k-labels-idx1-ubyte"
-SHA256 = artifacts.DATA_SET.sha256
+SHA256 = dataset.DATA_SET.sha256
 WHOLE = {f"{stages.RAW}/{name}": sha256 for name, sha256 in SHA256.items()}  # what stages.contents() says of all files
 
 
@@ -90,13 +91,14 @@ def mirrors_at(compressed, monkeypatch):
 
 
 DOWNLOAD = """
-import sys, pathlib, torchvision, dataset
+import sys, pathlib, torchvision
+from training import download
 torchvision.datasets.MNIST.mirrors, torchvision.datasets.MNIST.resources = {mirrors}, {resources}
-dataset.read_data(pathlib.Path(sys.argv[1]))
+download.read_data(pathlib.Path(sys.argv[1]))
 """
 
 
-def download(folder):
+def downloading(folder):
     """Starts a process that reads the data of a folder, with the mirrors of this process."""
     code = DOWNLOAD.format(mirrors=MNIST.mirrors, resources=MNIST.resources)
     return stages.running([sys.executable, "-c", code, folder], PYTHONPATH=stages.TREE / "model-train")
@@ -132,11 +134,11 @@ def test_a_killed_download_leaves_no_truncated_file_and_the_next_one_is_whole(mi
     moments = {"downloading": Hanging.halfway.is_set, "unpacking": lambda: [*folder.rglob("*ubyte")]}
     with mirror(compressed, Hanging if moment == "downloading" else Quiet) as first, mirror(compressed) as second:
         mirrors_at(first)
-        with download(folder) as process:
+        with downloading(folder) as process:
             stages.wait_until(lambda: moments[moment]() or process.poll() is not None, moment)
         assert stages.contents(folder / stages.RAW).items() <= SHA256.items()
         mirrors_at(second)
-        assert dataset.read_data(folder).keys() == {*stages.RAW_FILES}
+        assert download.read_data(folder).keys() == {*stages.RAW_FILES}
     assert stages.contents(folder) == WHOLE
 
 
@@ -149,10 +151,10 @@ def test_two_first_downloads_at_once_put_only_whole_files_in_place(mirrors_at, c
 
     with mirror(compressed) as address:
         mirrors_at(address)
-        with download(folder) as one, download(folder) as two:
+        with downloading(folder) as one, downloading(folder) as two:
             stages.wait_until(both_ended)
     assert (one.returncode, two.returncode) == (0, 0)
-    assert sizes == {(name, artifacts.DATA_SET.size(name)) for name in stages.RAW_FILES}
+    assert sizes == {(name, dataset.DATA_SET.size(name)) for name in stages.RAW_FILES}
     assert stages.contents(folder) == WHOLE
 
 
@@ -178,7 +180,7 @@ def by_hand(request, compressed, data, tmp_path):
 
 def test_train_uses_files_that_were_put_there_by_hand(by_hand, mirrors_at):
     mirrors_at(NOWHERE)
-    dataset.read_data(by_hand)
+    download.read_data(by_hand)
     assert WHOLE.items() <= stages.contents(by_hand).items()
 
 
@@ -188,8 +190,8 @@ def test_make_data_uses_files_that_were_put_there_by_hand(by_hand, run_fetch):
 
 
 def test_of_a_file_that_is_too_large_no_more_is_unpacked_than_shows_it():
-    size = artifacts.DATA_SET.size(LABELS)
-    assert len(dataset.unpack(io.BytesIO(gzip.compress(bytes(10 * size))), LABELS)) == size + 1
+    size = dataset.DATA_SET.size(LABELS)
+    assert len(download.unpack(io.BytesIO(gzip.compress(bytes(10 * size))), LABELS)) == size + 1
 
 
 # `make data` ----------------------------------------------------------------------------------------------------------

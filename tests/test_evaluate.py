@@ -2,12 +2,13 @@
 
 import io
 
-import evaluate
-import example
 import pytest
-import stages
 import torch
 from PIL import Image
+
+import evaluate
+import example
+import stages
 
 LABELS = torch.tensor([digit for digit in range(9) for _ in range(20 + digit)])  # there is no 9
 

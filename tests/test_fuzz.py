@@ -11,17 +11,17 @@ import pickletools
 import warnings
 import zipfile
 
-import checkpoint
-import corpus
-import net
-import plan
 import pytest
-import record
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from process import Failure
-from settings import Settings
+
+import corpus
+import net
+from stage import weights
+from stage.process import Failure
+from training import checkpoint, plan, record
+from training.settings import Settings
 
 FUZZ = settings(
     derandomize=True,
@@ -105,7 +105,8 @@ def one_line(read):
 @one_line
 def read_model(folder, content):
     (folder / "mnist_cnn.pt").write_bytes(content)
-    model, _ = net.load_model(folder)
+    model = net.Net()
+    weights.load_model(model, folder)
     assert all(tensor.isfinite().all() for tensor in model.state_dict().values())
 
 

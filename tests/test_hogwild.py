@@ -2,15 +2,16 @@
 
 import math
 
+import pytest
+import torch
+from torch.nn import functional
+
 import example
 import hogwild
 import layers
 import net
-import pytest
-import record
-import torch
-from settings import Settings
-from torch.nn import functional
+from training import record
+from training.settings import Settings
 
 
 def new_trainer(count=960, **changes):

@@ -6,13 +6,14 @@ import json
 import os
 from pathlib import Path
 
-import example
-import folders
-import infer
 import pytest
-import stages
 import torch
 from PIL import Image
+
+import example
+import infer
+import stages
+from pictures import folders
 
 
 def run(folder, *flags):

@@ -1,10 +1,11 @@
 """layers.py, the arithmetic of a training step, held against torch's own convolution, pooling and gradients."""
 
-import example
-import layers
 import pytest
 import torch
 from torch.nn import functional
+
+import example
+import layers
 
 
 def of_torch(model, images, labels):

@@ -1,15 +1,17 @@
 """net.py: the network, its input and its predictions, compared with those of PyTorch's example."""
 
-import example
-import net
 import pytest
 import torch
+
+import example
+import net
+from stage import dataset, weights
 
 
 @pytest.fixture(scope="module")
 def images(data):
     """The first 100 test images."""
-    return net.read_split(data, "t10k")[0][:100]
+    return dataset.read_split(data, "t10k")[0][:100]
 
 
 def test_the_state_dict_has_the_examples_keys_shapes_and_types():
@@ -22,12 +24,14 @@ def test_the_state_dict_has_the_examples_keys_shapes_and_types():
 def test_a_checkpoint_of_the_examples_network_loads(tmp_path):
     expected = example.untrained(seed=5).state_dict()
     torch.save(expected, tmp_path / "mnist_cnn.pt")
-    model, _ = net.load_model(tmp_path)
+    model = net.Net()
+    weights.load_model(model, tmp_path)
     assert all(tensor.equal(expected[key]) for key, tensor in model.state_dict().items())
 
 
 def test_the_predictions_are_those_of_the_examples_network(trained, images):
-    model, _ = net.load_model(trained)
+    model = net.Net()
+    weights.load_model(model, trained)
     expected = example.predict(example.load(trained / "mnist_cnn.pt"), images)
     torch.testing.assert_close(net.predict(model, images), expected, atol=1e-4, rtol=1e-4)
 

@@ -4,6 +4,7 @@ import os
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+
 import stages
 
 # How a shell would be told: `"$@"` is the stage. The images have Python write at once; plain Python has a buffer.

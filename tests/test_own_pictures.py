@@ -3,12 +3,12 @@
 import os
 import shutil
 
-import example
-import picture
-import prediction
 import pytest
-import stages
 from PIL import Image
+
+import example
+import stages
+from pictures import picture, prediction
 
 
 @pytest.fixture(scope="module")

@@ -5,17 +5,17 @@ import os
 import subprocess
 import sys
 
-import example
-import net
 import numpy as np
-import picture
-import prediction
 import pytest
-import rendering
-import stages
 import torch
 from PIL import Image, ImageDraw
-from process import Failure
+
+import example
+import net
+import rendering
+import stages
+from pictures import picture, prediction
+from stage.process import Failure
 
 RENDERED = 300
 # Of the formats and modes, those that take the most memory a pixel; TIFF with all pixels in one strip.

@@ -5,13 +5,12 @@ import platform
 import re
 from datetime import UTC, datetime, timedelta
 
-import checkpoint
-import plan
 import pytest
-import settings
-import stages
 import torch
-from process import Failure
+
+import stages
+from stage.process import Failure
+from training import checkpoint, plan, settings
 
 OTHERS = {  # a value of each setting that the training in a volume did not have
     name: "constant" if name == "schedule" else type(item.default)(2 * item.default + 1)

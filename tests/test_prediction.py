@@ -2,16 +2,16 @@
 
 import io
 
-import example
-import infer
-import net
-import picture
-import prediction
 import pytest
-import stages
 import torch
 from PIL import Image
-from process import Failure
+
+import example
+import infer
+import stages
+from pictures import picture, prediction
+from stage import dataset
+from stage.process import Failure
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +50,7 @@ def test_the_energy_is_that_of_the_logits(predictor, data):
 
 
 def test_at_most_one_percent_of_the_validation_images_are_flagged(predictor, data):
-    images = net.read_split(data, "train")[0][-5000:]
+    images = dataset.read_split(data, "train")[0][-5000:]
     flagged = sum(predictor.predict(image)["confidence"] == "no digit" for image in images)
     print(f"{flagged} of 5,000 validation images are flagged")
     assert 25 <= flagged <= 50

@@ -5,8 +5,9 @@ import subprocess
 import sys
 
 import pytest
-import stages
 import yaml
+
+import stages
 
 README = stages.TREE / "README.md"
 DOCUMENTS = [README, *sorted((stages.TREE / "docs").glob("*.md")), *(stages.TREE / "tests").rglob("README.md")]
@@ -43,7 +44,7 @@ def flags_in(text):
 def of_programs(tmp_path):
     """The flags of the three programs and of launch.py, from their own help, and those of serve."""
     serve = re.findall(r'add_argument\("(--[a-z-]+)"', (stages.TREE / "model-infer/serve.py").read_text())
-    launch = [sys.executable, stages.TREE / "model-train" / "launch.py", "--help"]
+    launch = [sys.executable, stages.TREE / "model-train" / "cluster" / "launch.py", "--help"]
     launch = flags_in(subprocess.run(launch, capture_output=True, text=True, check=True).stdout)
     return {*serve, *launch}.union(
         *(flags_in(stages.call(stage, "--help", model=tmp_path).stdout) for stage in stages.STAGES)

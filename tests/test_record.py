@@ -1,16 +1,15 @@
 """record.py: what train_results.json says, of this version and of others, and how a training resumes by it."""
 
-import checkpoint
-import plan
 import pytest
-import record
-import settings
-import stages
 import torch
-from process import Failure
 
-IMAGES = torch.zeros(1, 28, 28, dtype=torch.uint8).expand(settings.TRAINING_IMAGES, 28, 28)
-LABELS = torch.zeros(settings.TRAINING_IMAGES, dtype=torch.int64)
+import stages
+from stage import dataset
+from stage.process import Failure
+from training import checkpoint, plan, record, settings
+
+IMAGES = torch.zeros(1, 28, 28, dtype=torch.uint8).expand(dataset.TRAINING_IMAGES, 28, 28)
+LABELS = torch.zeros(dataset.TRAINING_IMAGES, dtype=torch.int64)
 OTHER_DATA = dict.fromkeys(stages.RAW_FILES, "0" * 64)
 
 

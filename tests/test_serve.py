@@ -25,19 +25,19 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
-import net
-import process
 import pytest
-import reload
-import stages
 import torch
-from metrics import Metrics
-from picture import prepare
 from PIL import Image
-from prediction import load_predictor
-from results import read_results
-from service import Service as Endpoints
-from service import watch
+
+import stages
+from pictures.picture import prepare
+from pictures.prediction import load_predictor
+from stage import dataset, process
+from web import reload
+from web.metrics import Metrics
+from web.results import read_results
+from web.service import Service as Endpoints
+from web.service import watch
 
 PROGRAM = stages.TREE / "model-infer" / "serve.py"
 WAIT = 30  # seconds at most, for something that takes about one
@@ -116,7 +116,7 @@ def service(trained):
 @pytest.fixture(scope="module")
 def digit(data):
     """A PNG of a 7, dark on white, 280 x 280 pixels."""
-    image = Image.fromarray(255 - net.read_split(data, "t10k")[0][0].numpy()).resize((280, 280))
+    image = Image.fromarray(255 - dataset.read_split(data, "t10k")[0][0].numpy()).resize((280, 280))
     return as_file(image)
 
 

@@ -4,8 +4,9 @@ import typing
 
 import msgspec
 import pytest
-import settings
+
 import stages
+from training import settings
 
 WRONG = {
     "train": [

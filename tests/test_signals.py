@@ -7,6 +7,7 @@ import signal
 from pathlib import Path
 
 import pytest
+
 import stages
 
 STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)

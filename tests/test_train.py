@@ -6,14 +6,14 @@ import signal
 import subprocess
 from pathlib import Path
 
-import plan
-import process
 import pytest
-import stages
 import torch
-import train
-import workers
 from PIL import Image
+
+import stages
+import train
+from stage import process
+from training import plan, workers
 
 POISON = "raise AssertionError('torch must not be imported')"
 

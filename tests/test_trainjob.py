@@ -7,12 +7,13 @@ import copy
 import json
 import re
 
-import artifacts
 import jsonschema
 import pytest
-import stages
 import yaml
+
+import stages
 from manifest import CLAIM, JOBS, TRAIN, container_of, patched_job, pod_of
+from stage import files
 
 VALIDATOR = jsonschema.Draft202012Validator(json.loads((stages.TREE / "tests/trainjob.schema.json").read_text()))
 RESERVED = {f"PET_{name}" for name in ("NNODES", "NPROC_PER_NODE", "NODE_RANK", "MASTER_ADDR", "MASTER_PORT")}
@@ -67,7 +68,7 @@ def test_a_mistake_in_a_train_job_is_found(make):
 def test_every_node_runs_one_train_under_torchrun_in_a_runtime_that_has_no_command_of_its_own():
     spec = TRAIN["spec"]
     assert spec["runtimeRef"]["name"] == "torch-distributed"
-    assert spec["trainer"]["command"] == ["/opt/entrypoint.sh", "/opt/app/launch.py"]
+    assert spec["trainer"]["command"] == ["/opt/entrypoint.sh", "/opt/app/cluster/launch.py"]
     assert spec["trainer"]["numProcPerNode"] == 1
 
 
@@ -92,7 +93,7 @@ def test_the_images_have_the_names_that_compose_gives_them():
 def test_a_pod_has_the_claim_where_the_program_looks_for_data_and_model(job):
     (mount,), (volume,) = container_of(job)["volumeMounts"], pod_of(job)["volumes"]
     assert volume == {"name": mount["name"], "persistentVolumeClaim": {"claimName": CLAIM["metadata"]["name"]}}
-    assert mount["mountPath"] == str(artifacts.DATA.parent) == str(artifacts.MODEL.parent)
+    assert mount["mountPath"] == str(files.DATA.parent) == str(files.MODEL.parent)
 
 
 @pytest.mark.parametrize("job", [TRAIN, *JOBS], ids=stages.STAGES)

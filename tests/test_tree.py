@@ -9,12 +9,16 @@ import sys
 from pathlib import Path
 
 import pytest
-import stages
 import yaml
+
+import stages
 
 DOCKERFILES = {stage: next((stages.TREE / folder).glob("Dockerfile.*")) for stage, folder in stages.FOLDERS.items()}
 DASHES = "# " + 118 * "-"
-COPIES = ["net.py", "artifacts.py", "process.py", "entrypoint.sh", "requirements-torch.txt", "requirements.txt"]
+COPIES = [
+    *("net.py", "entrypoint.sh", ".dockerignore", "requirements-torch.txt", "requirements.txt"),
+    *(f"stage/{path.name}" for path in (stages.TREE / "model-train/stage").glob("*.py")),
+]
 
 
 def run(*command, folder=stages.TREE):

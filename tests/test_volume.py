@@ -4,6 +4,7 @@ import itertools
 import os
 
 import pytest
+
 import stages
 
 

@@ -6,15 +6,14 @@ import signal
 import sys
 import time
 
-import hogwild
 import pytest
-import record
-import stages
-import stopping
 import torch
-import workers
-from process import Failure
-from settings import Settings
+
+import hogwild
+import stages
+from stage.process import Failure
+from training import record, stopping, workers
+from training.settings import Settings
 
 REAL_TIME = time.monotonic
 

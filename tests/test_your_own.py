@@ -7,6 +7,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+
 import stages
 
 PACKAGED = Path("/usr/share/datasets/fashion-mnist")  # of Debian's package dataset-fashion-mnist
@@ -20,7 +21,7 @@ def tree(tmp_path):
         shutil.copytree(stages.TREE / folder, tmp_path / folder)
     shutil.copy(stages.TREE / "Makefile", tmp_path)
     (recipe,) = re.findall(r"```python\n(.*?)```", (stages.TREE / "docs/your-own.md").read_text(), re.DOTALL)
-    original = tmp_path / "model-train/artifacts.py"
+    original = tmp_path / "model-train/stage/dataset.py"
     text, replaced = ORIGINAL.subn(lambda match: recipe, original.read_text())
     assert replaced == 1
     original.write_text(text)

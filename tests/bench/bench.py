@@ -17,12 +17,13 @@ import sys
 from functools import partial
 from pathlib import Path
 
-import containers  # puts the folders of the next ones in the path
-import pipeline
 import report
 import serving
-from artifacts import publish
+
+import containers  # puts the folders of the next ones in the path
+import pipeline
 from pipeline import Pipeline
+from stage.files import publish
 from stages import STAGES, TREE
 
 OUTPUT = Path(__file__).parent / "out"

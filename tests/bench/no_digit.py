@@ -18,12 +18,12 @@ from PIL import Image, ImageDraw, ImageFont
 TREE = Path(__file__).parents[2]
 sys.path.insert(0, str(TREE / "model-infer"))
 
-import net
-import picture
-import prediction
 import torch
 from matplotlib import get_data_path
-from process import Failure
+
+from pictures import picture, prediction
+from stage import dataset
+from stage.process import Failure
 
 LETTERS = "ACDEFGHJKLMNPQRTUVWXY"
 # Of those that matplotlib comes with.
@@ -40,7 +40,7 @@ def main():
     torch.set_num_threads(1)
     predictor = prediction.load_predictor(args.model, args.data)
     rng = np.random.default_rng(args.seed)
-    digits = net.read_split(args.data, "t10k")[0].numpy()
+    digits = dataset.read_split(args.data, "t10k")[0].numpy()
     kinds = {
         "letters": draw_letters(rng),
         "scribbles": (draw_scribble(rng) for _ in range(COUNT)),

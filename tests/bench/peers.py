@@ -13,9 +13,11 @@ import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "model-train"))
-import net
 import torch
 from torch.nn import functional
+
+import net
+from stage import dataset
 
 BATCH_SIZE, LEARNING_RATE, MOMENTUM, WEIGHT_DECAY = 96, 0.05, 0.8, 0.0007
 THREADS, WARM_UP_STEPS = 2, 20
@@ -30,7 +32,7 @@ def main():
     args = parser.parse_args()
     torch.manual_seed(1)
     torch.set_num_threads(THREADS)
-    images, labels = net.read_split(args.data, "train")
+    images, labels = dataset.read_split(args.data, "train")
     batches = torch.randperm(len(images))[: len(images) // BATCH_SIZE * BATCH_SIZE].view(-1, BATCH_SIZE)
     print(json.dumps(measure(peers[args.peer](), images, labels, batches)))
 

@@ -6,16 +6,17 @@ import sys
 import time
 
 sys.path.insert(0, "/opt/app")  # the image's own programs
-import artifacts
-import net
-import process
 import torch
+
+import net
+from stage import dataset, files, process, weights
 
 PASSES, WARM_UP_PASSES = 20, 3
 
 torch.set_num_threads(process.count_cores())  # as evaluate.py does
-model, _ = net.load_model(artifacts.MODEL)
-images, _ = net.read_split(artifacts.DATA, "t10k")
+model = net.Net()
+weights.load_model(model, files.MODEL)
+images, _ = dataset.read_split(files.DATA, "t10k")
 seconds = []
 for _ in range(WARM_UP_PASSES + PASSES):
     began = time.monotonic()

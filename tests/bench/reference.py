@@ -24,11 +24,12 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import torch
 import torch.multiprocessing as mp
 import torch.nn.functional as F
-from example import ExampleNet
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 from torch.utils.data import DataLoader
 from torchvision import transforms
 from torchvision.datasets import MNIST
+
+from example import ExampleNet
 
 WORKERS, BATCH_SIZE, LEARNING_RATE, MOMENTUM = 2, 64, 0.01, 0.5
 

@@ -27,6 +27,7 @@ import pipeline
 import stages
 from nodes import Cluster
 from pipeline import Pipeline
+from stage import dataset, figures
 
 RESULTS, PLOT = Path(__file__).parent / "out" / "scaling.json", stages.TREE / "docs" / "scaling.png"
 SEEDS = range(1, 6)
@@ -76,7 +77,7 @@ def train_on_one(flags):
     """Trains without any of this, as on one machine, and evaluates."""
     with tempfile.TemporaryDirectory() as folder, Pipeline(Path(folder) / "volume", train={"cpuset": "0"}) as project:
         ended = project.run("train", *flags)
-        return figures(project, [ended], Path(folder) / "volume")
+        return measured(project, [ended], Path(folder) / "volume")
 
 
 def train_on_two(flags):
@@ -84,7 +85,7 @@ def train_on_two(flags):
     cores = {"train": {"cpuset": "0"}, "train-2": {"cpuset": "1"}}
     with tempfile.TemporaryDirectory() as folder, Cluster(Path(folder) / "volume", flags, **cores) as project:
         project.start_nodes()
-        return figures(project, project.end_nodes(), Path(folder) / "volume")
+        return measured(project, project.end_nodes(), Path(folder) / "volume")
 
 
 def measure_traffic():
@@ -132,7 +133,7 @@ def bytes_sent(container):
     return int(found[1].split()[8])
 
 
-def figures(project, ends, volume):
+def measured(project, ends, volume):
     """What is kept of a training; the accuracy is that on the test images."""
     if any(end.returncode for end in ends):
         sys.exit(f"scaling: a training failed: {ends}")
@@ -178,17 +179,17 @@ def name_of(world, sync, seed, lr=0.1):
 
 def train_as_nodes(run):
     """The validation accuracy, in percent, that N nodes of one worker reach; None if they diverge."""
-    import cluster
-    import hogwild
-    import net
     import torch
+
+    import hogwild
     import train
-    from record import Record
-    from settings import TRAINING_IMAGES, Settings
+    from cluster import nodes as cluster
+    from training.record import Record
+    from training.settings import TRAINING_IMAGES, Settings
 
     world, sync, seed, lr = run
     raw = train.read_data(stages.DATA)
-    images, labels = net.to_tensors(raw["train-images-idx3-ubyte"], raw["train-labels-idx1-ubyte"])
+    images, labels = dataset.to_tensors(raw["train-images-idx3-ubyte"], raw["train-labels-idx1-ubyte"])
     record = Record.new(Settings(epochs=SIMULATED_EPOCHS, num_processes=1, sync_every=sync, seed=seed, lr=lr))
     trainers = []
     for rank in range(world):
@@ -263,9 +264,7 @@ def draw(results):
 
 def plot(results):
     """Draws accuracy and speed by the number of nodes."""
-    import artifacts
-
-    figure = artifacts.new_figure(9, 3.6, layout="constrained")
+    figure = figures.new_figure(9, 3.6, layout="constrained")
     accuracy, speed = figure.subplots(1, 2)
     one = model_seconds(results, 1, 20)
     for sync, marker in zip(SYNC_EVERY, "osv", strict=True):
@@ -277,7 +276,7 @@ def plot(results):
     accuracy.plot(*zip(*points, strict=True), "k^:", label=f"--sync-every 20, --lr {LOW_PEAK} / nodes")
     measured = statistics.median(pair["1"]["seconds"] / pair["2"]["seconds"] for pair in results["measured"].values())
     speed.plot([1, 2], [1, measured], "k*", markersize=12, label="measured")
-    speed.plot(NODES, NODES, "--", color=artifacts.GREY, label="ideal")
+    speed.plot(NODES, NODES, "--", color=figures.GREY, label="ideal")
     accuracy.set(title=f"Validation accuracy after {SIMULATED_EPOCHS} epochs", ylabel="percent", ylim=(94.5, 99.6))
     speed.set(title="Speed of training, modelled", ylabel="times that of one node", yscale="log")
     for axes in (accuracy, speed):
@@ -285,7 +284,7 @@ def plot(results):
         axes.minorticks_off()
         axes.grid(alpha=0.3)
         axes.legend(fontsize="small")
-    PLOT.write_bytes(artifacts.as_png(figure))
+    PLOT.write_bytes(figures.as_png(figure))
 
 
 if __name__ == "__main__":

@@ -13,8 +13,9 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime
 
-import containers
 from PIL import Image
+
+import containers
 from pipeline import docker
 from stages import DATA, RAW
 
@@ -26,10 +27,12 @@ HEADERS = {"Content-Type": "application/json"}
 
 # Runs in the image: the median seconds in which the network predicts one prepared image.
 PREDICT_ONE = """
-import pathlib, statistics, time, artifacts, net, prediction, torch
+import pathlib, statistics, time, net, torch
+from pictures import prediction
+from stage import dataset, files
 torch.set_num_threads(1)
-predictor = prediction.load_predictor(artifacts.MODEL)
-images, _ = net.read_split(artifacts.DATA, "t10k")
+predictor = prediction.load_predictor(files.MODEL)
+images, _ = dataset.read_split(files.DATA, "t10k")
 seconds = []
 for image in images[:1000]:
     began = time.perf_counter()

@@ -8,9 +8,10 @@ import random
 import time
 from signal import SIGINT, SIGTERM
 
-import corpus
 import pytest
 import scenarios
+
+import corpus
 from pipeline import Pipeline
 from stages import assert_succeeds, read_json
 

@@ -11,8 +11,9 @@ import time
 from pathlib import Path
 from signal import SIGKILL, SIGTERM
 
-import nodes
 import pytest
+
+import nodes
 import stages
 from nodes import Cluster
 from pipeline import DATA_FOLDER, statuses
@@ -233,10 +234,10 @@ def other_data(folder):
     labels = folder / "data" / stages.RAW / "t10k-labels-idx1-ubyte"
     sha256 = stages.sha256(labels)
     labels.write_bytes(labels.read_bytes()[:-1] + b"\0")
-    program = folder / "artifacts.py"
-    text = (stages.TREE / "model-train" / "artifacts.py").read_text()
+    program = folder / "dataset.py"
+    text = (stages.TREE / "model-train/stage/dataset.py").read_text()
     program.write_text(text.replace(sha256, stages.sha256(labels)))
-    return {"volumes": [f"{program}:{APP}/artifacts.py:ro", f"{folder / 'data'}:{DATA_FOLDER}"]}
+    return {"volumes": [f"{program}:{APP}/stage/dataset.py:ro", f"{folder / 'data'}:{DATA_FOLDER}"]}
 
 
 def damaged_data(folder):

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 
 import pytest
+
 from pipeline import Pipeline, as_root, output_of, remove_images
 
 OWNERS = (0, 1000, 1234)  # of a checkout: root, the first user of a machine, another one

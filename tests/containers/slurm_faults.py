@@ -4,8 +4,9 @@ make cluster-test FLAGS="-k job"
 """
 
 import pytest
-from pipeline import docker
 from slurm import ONE_CORE, assert_finished, start_training
+
+from pipeline import docker
 from stages import batches_saved, results, wait_until
 
 

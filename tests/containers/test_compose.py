@@ -3,6 +3,7 @@
 import re
 
 import pytest
+
 from pipeline import COMPOSE_FILE, Pipeline, inspect
 from stages import STAGES, TREE, assert_succeeds
 

@@ -7,6 +7,7 @@ from signal import SIGHUP, SIGINT, SIGQUIT, SIGTERM
 
 import pytest
 import scenarios
+
 from nodes import free_port
 from pipeline import Pipeline, in_image, output_of, statuses
 from stages import STAGES, assert_whole, batches_saved, contents, wait_until

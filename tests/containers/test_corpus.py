@@ -1,7 +1,8 @@
 """Broken and forged files in real containers: some of the corpus, of which `make chaos` tries every file."""
 
-import corpus
 import pytest
+
+import corpus
 
 SOME = [
     "train-images-idx3-ubyte: a flipped bit (train)",

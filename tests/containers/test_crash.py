@@ -5,8 +5,9 @@ from signal import SIGKILL
 
 import pytest
 import scenarios
-from pipeline import DATA_FOLDER, MODEL, OFTEN, READ_ONLY, Container, Pipeline
 from scenarios import LONG, kill_once_there_is
+
+from pipeline import DATA_FOLDER, MODEL, OFTEN, READ_ONLY, Container, Pipeline
 from stages import MADE_BY, assert_fails, assert_succeeds, contents, results
 
 

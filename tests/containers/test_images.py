@@ -3,6 +3,7 @@
 import json
 
 import pytest
+
 from pipeline import docker, image, image_size, in_image, inspect
 from stages import STAGES, TREE
 

@@ -3,8 +3,9 @@
 import json
 
 import pytest
-from pipeline import COMPOSE_FILE, Pipeline, output_of
 from scenarios import FLAGS
+
+from pipeline import COMPOSE_FILE, Pipeline, output_of
 from stages import STAGES, assert_fails, assert_succeeds, assert_whole, contents, results
 
 

@@ -3,8 +3,9 @@
 from collections import defaultdict
 from signal import SIGTERM
 
-import nodes
 import pytest
+
+import nodes
 import stages
 from nodes import Cluster
 from pipeline import PREFIX, Pipeline, statuses
@@ -98,8 +99,8 @@ def test_two_hosts_whose_own_names_are_at_127_0_1_1_train_together(tmp_path, by)
             service["hostname"] = f"host{number}"
             service["volumes"] = [f"{hosts}:/etc/hosts:ro"]
             service["networks"] = {"nodes": {"ipv4_address": f"{subnet}.{10 + number}", "aliases": [f"host{number}"]}}
-            program = ["/opt/entrypoint.sh", "/opt/app/launch.py", "--nnodes=2", f"--rdzv-endpoint={endpoint}:29400"]
-            service["entrypoint"] = program
+            flags = ["--nnodes=2", f"--rdzv-endpoint={endpoint}:29400"]
+            service["entrypoint"] = ["/opt/entrypoint.sh", "/opt/app/cluster/launch.py", *flags]
         project.override["networks"] = {"nodes": {"ipam": {"config": [{"subnet": f"{subnet}.0/24"}]}}}
         project.start_nodes()
         ends = project.end_nodes()

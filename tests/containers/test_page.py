@@ -16,13 +16,14 @@ import time
 import urllib.request
 from pathlib import Path
 
-import net
 import pytest
+from PIL import Image
+from selenium import webdriver
+
 import stages
 import strokes
-from PIL import Image
 from pipeline import Pipeline
-from selenium import webdriver
+from stage import dataset
 
 BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
 # Where containers are required, a missing browser is a failure.
@@ -185,7 +186,7 @@ def page(served, tmp_path):
 def picture(data):
     """A PNG of a 7, dark on white."""
     buffer = io.BytesIO()
-    Image.fromarray(255 - net.read_split(data, "t10k")[0][0].numpy()).resize((400, 400)).save(buffer, "PNG")
+    Image.fromarray(255 - dataset.read_split(data, "t10k")[0][0].numpy()).resize((400, 400)).save(buffer, "PNG")
     return buffer.getvalue()
 
 

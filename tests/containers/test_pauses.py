@@ -4,6 +4,7 @@ import time
 from signal import SIGCONT, SIGKILL, SIGSTOP
 
 import pytest
+
 from pipeline import OFTEN, Pipeline, docker
 from stages import TREE, assert_succeeds, images_trained_on, results
 
@@ -18,7 +19,7 @@ def train(tmp_path, tmp_path_factory):
     text = (TREE / "model-train" / "workers.py").read_text()
     assert text.count("\nHANG_SECONDS = 30") == 1
     workers.write_text(text.replace("\nHANG_SECONDS = 30", f"\nHANG_SECONDS = {HANG_SECONDS}"))
-    with Pipeline(tmp_path, train={"volumes": [f"{workers}:/opt/app/workers.py:ro"]}) as project:
+    with Pipeline(tmp_path, train={"volumes": [f"{workers}:/opt/app/training/workers.py:ro"]}) as project:
         train = project.start("train", *FLAGS, *OFTEN)
         train.wait_until_it_trains()
         yield train

@@ -5,9 +5,10 @@ import os
 import socket
 import subprocess
 
-import example
 import pytest
 import torch
+
+import example
 from pipeline import COMPOSE_FILE, OFTEN, Pipeline, statuses
 from stages import MADE_BY, assert_succeeds, contents, read_json, sha256
 

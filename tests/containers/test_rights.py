@@ -4,6 +4,7 @@ import json
 import os
 
 import pytest
+
 from pipeline import DATA_FOLDER, MODEL, Pipeline, as_root, statuses
 from stages import MADE_BY, QUICK, STAGES, assert_fails, assert_succeeds, assert_whole, contents
 

@@ -3,6 +3,7 @@
 import time
 
 from slurm import FLAGS, assert_finished, start_training
+
 from stages import results
 
 

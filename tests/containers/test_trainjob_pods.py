@@ -7,6 +7,7 @@ import json
 import uuid
 
 import pytest
+
 from manifest import JOBS, TRAIN, container_of, pod_of
 from pipeline import DATA_FOLDER, PREFIX, Container, as_root, docker, image
 from stages import DATA, STAGES, assert_whole, images_trained_on, read_json, results

@@ -4,6 +4,8 @@ import os
 import socket
 import sys
 
+from stage import files
+
 
 def write(line):
     """Adds a line to the record, after the name of the container."""
@@ -13,20 +15,18 @@ def write(line):
 
 def record_files():
     """Records the names of published files."""
-    import artifacts
-
-    publish = artifacts.publish
+    publish = files.publish
 
     def recording(path, content):
         write(f"file {path.name}")
         publish(path, content)
 
-    artifacts.publish = recording
+    files.publish = recording
 
 
 def record_batches():
     """Records the numbers of the batches that are sent to workers."""
-    import workers
+    from training import workers
 
     send = workers.Worker.send
 
@@ -39,7 +39,7 @@ def record_batches():
     workers.Worker.send = recording
 
 
-if os.path.exists("/opt/app/launch.py"):
+if os.path.exists("/opt/app/cluster/launch.py"):
     sys.path.insert(0, "/opt/app")
     record_files()  # first: other programs import publish() by its name
     record_batches()

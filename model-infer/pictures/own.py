@@ -1,0 +1,149 @@
+"""Predicts the user's own pictures: finds the files, predicts each, and draws the predictions."""
+
+import glob
+import os
+import warnings
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+from pictures import folders, picture, prediction
+from stage import figures, files, process
+from stage.dataset import DATA_SET
+from stage.figures import as_png, new_figure
+from stage.files import OWN_RESULTS, PREDICTIONS
+from stage.process import Failure, percent, print_error, say
+
+warnings.filterwarnings("ignore", message="Glyph")  # matplotlib's font lacks characters of some file names
+
+MAX_PICTURES = 1_000
+MAX_PICTURE_BYTES = 200_000_000
+MEMORY = 1_000_000_000  # bytes that a run needs with the largest picture, an uncompressed TIFF; measured: 980 MB
+
+
+class Result(prediction.Prediction):
+    """The prediction of a picture, with the path of its file."""
+
+    file: str
+
+
+def predict_pictures(names: list[str], data: Path, model: Path) -> int:
+    """Predict pictures, publish the predictions, and return the exit status: 1 if a picture was refused."""
+    process.check_memory(MEMORY, "infer with pictures")
+    folder = model / OWN_RESULTS
+    folders.check_destination(folder)
+    predictor = prediction.load_predictor(model, data)
+    paths = find_pictures(names, data, folder)
+    results: list[Result] = []
+    files: dict[str, bytes] = {}
+    for path in paths:
+        try:
+            result, png = predict_picture(predictor, path)
+        except Failure as failure:
+            print_error(f"infer: {failure}")
+            continue
+        results.append(result)
+        files[new_name(result, files)] = png
+        say(f"infer: {path}: {as_text(result)}")
+    if results:
+        files[PREDICTIONS] = predictor.as_json(results)
+        with folders.locked(folder):
+            folders.replace_folder(folder, files)
+    return int(len(results) < len(paths))
+
+
+def find_pictures(names: list[str], data: Path, results: Path) -> list[Path]:
+    """Return the files in the data folder that the names stand for, each once.
+
+    A name may contain wildcards: outside the container, the user's shell cannot expand them. And it may start with
+    data/, which is what the folder is called outside. Raise Failure if there are too many files, or if one is in the
+    folder of the results, which is replaced.
+    """
+    paths: dict[Path, None] = {}
+    for name in names:
+        if Path(name).parts[:1] == ("data",) and not os.path.exists(data / name):
+            name = str(Path(name).relative_to("data"))
+        matches = [] if os.path.exists(data / name) else sorted(glob.glob(name, root_dir=data))
+        files = [data / match for match in matches if not os.path.isdir(data / match)]
+        paths |= dict.fromkeys(files or [data / name])  # a name without a match is refused later, like a missing file
+    # Unlike Path.resolve(), realpath() does not fail for a loop of links, which is then refused like a missing file.
+    if any(Path(os.path.realpath(path)).is_relative_to(os.path.realpath(results)) for path in paths):
+        raise Failure(f"{results} is replaced by the results. Move the pictures elsewhere.", status=2)
+    if len(paths) > MAX_PICTURES:
+        raise Failure(f"{len(paths):,} pictures are too many for one run. Name at most {MAX_PICTURES:,}.", status=2)
+    return [*paths]
+
+
+def predict_picture(predictor: prediction.Predictor, path: Path) -> tuple[Result, bytes]:
+    """Predict a picture and draw the result as a PNG. Raise Failure if the file cannot be read, or has no ink."""
+    if os.path.isdir(path):  # unlike Path.is_dir(), it is False for a name that is too long
+        raise Failure(f"{path} is a folder. Name the pictures in it.")
+    content = bytes(files.read_limited(path, MAX_PICTURE_BYTES, "Name another."))  # Pillow would copy a bytearray
+    try:
+        image = picture.open_picture(content)
+        digit = picture.prepare(image)
+    except Failure as failure:
+        raise Failure(f"{path}: {failure}") from None
+    result: Result = {"file": str(path), **predictor.predict(digit)}
+    return result, draw(path.name, image, digit, result)
+
+
+def new_name(result: Result, taken: dict[str, bytes]) -> str:
+    """Return the name of a picture's result, {predicted}_{stem}.png, with a number if that name is taken."""
+    predicted = "none" if result["prediction"] is None else str(result["prediction"])
+    stem = os.fsencode(Path(result["file"]).stem).decode(errors="replace")  # names need not be UTF-8
+    stem = stem.encode()[:200].decode(errors="ignore")  # a name has at most 255 bytes
+    names = (f"{predicted}_{stem}{suffix}.png" for suffix in ["", *(f"-{n}" for n in range(2, MAX_PICTURES + 1))])
+    return next(name for name in names if name not in taken)
+
+
+def as_text(result: Result) -> str:
+    """Format a prediction for the terminal."""
+    best = max(result["probabilities"])
+    most_likely = f"{DATA_SET.classes[result['probabilities'].index(best)]} ({percent(100 * best, 1)})"
+    if result["confidence"] == "no digit":
+        return f"does not look like a digit; closest to {most_likely}"
+    return f"predicted {most_likely}" + (", not sure" if result["confidence"] == "unsure" else "")
+
+
+def draw(name: str, image: Image.Image, digit: torch.Tensor, result: Result) -> bytes:
+    """Draw a picture, the network's input for it, uint8 [28, 28], and the probabilities, as a PNG."""
+    figure = new_figure(10, 3.8, layout="constrained")
+    left, middle, right = figure.subplots(1, 3, width_ratios=(1, 1, 1.25))
+    left.imshow(np.asarray(thumbnail(image)))
+    left.set_title(printable(name), parse_math=False)
+    middle.imshow(digit.numpy(), cmap="gray", vmin=0, vmax=255)
+    middle.set_title("what the network sees, 28 x 28")
+    for axes in (left, middle):
+        axes.set(xticks=[], yticks=[])
+    percentages = [100 * probability for probability in result["probabilities"]]
+    colors = [figures.BLUE if index == result["prediction"] else figures.GREY for index in range(10)]
+    bars = right.barh(range(10), percentages, color=colors)
+    right.bar_label(bars, [f"{percentage:.1f}" for percentage in percentages], padding=3, fontsize=9)
+    right.set_yticks(range(10), DATA_SET.classes)
+    # Up to 118: the label of a bar of 100 % needs some room.
+    right.set(xlim=(0, 118), xticks=range(0, 101, 25), xlabel="probability in percent", ylabel="class")
+    right.invert_yaxis()
+    right.spines[["top", "right"]].set_visible(False)
+    color = figures.BLUE if result["confidence"] == "sure" else figures.VERMILION
+    figure.suptitle(as_text(result), fontsize=17, color=color)
+    return as_png(figure)
+
+
+def thumbnail(image: Image.Image) -> Image.Image:
+    """Return a picture in RGB, its longer side at most 480 pixels, with light grey where it is transparent.
+
+    The picture itself may be reduced too: there may not be enough memory for a copy.
+    """
+    small = picture.stretch(image) if image.mode.startswith(("I", "F")) else image
+    small.thumbnail((480, 480), reducing_gap=2)
+    small = small.convert("RGBA")
+    return Image.alpha_composite(Image.new("RGBA", small.size, "#dddddd"), small).convert("RGB")
+
+
+def printable(name: str) -> str:
+    """Return the name of a file as a title: at most 32 characters, all printable."""
+    clean = "".join(character if character.isprintable() else "?" for character in name)
+    return clean if len(clean) <= 32 else f"{clean[:14]}...{clean[-15:]}"

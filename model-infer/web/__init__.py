@@ -1,0 +1,1 @@
+"""The service that serve.py runs: endpoints, their limits, and the page."""

@@ -1,0 +1,196 @@
+"""Limits requests: allowed hosts, size and time of a body, requests at once. Adds the security headers and metrics.
+
+Where possible, a request is refused before its body is read.
+"""
+
+import asyncio
+import ipaddress
+import json
+import time
+from collections.abc import Iterable
+
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from web.metrics import Metrics
+
+MAX_BODY = 28_000_000  # bytes: a picture of 20 MB in base64, which adds a third, and the JSON around it
+MAX_BODIES = 64_000_000  # bytes of all bodies in memory at once
+MAX_REQUESTS = 100  # in progress at once
+BODY_SECONDS = 10  # for a body to arrive
+PROBED = ("/health-check", "/metrics")  # under whatever host name: they change nothing and have nothing secret
+RETRY_SECONDS = 1  # the Retry-After of a response with status 503
+
+# The page loads its own files only. Its icon, and the image that the network saw, are data: URLs.
+SECURITY_HEADERS = {
+    "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; "
+    "img-src 'self' data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+    "Cross-Origin-Opener-Policy": "same-origin",
+    "Cross-Origin-Resource-Policy": "same-origin",
+}
+
+
+CLIENT_LEFT = 499  # nginx's status for a client that disconnects before the response
+
+
+class Refused(Exception):
+    """A request is refused, with an HTTP status and a reason in one line."""
+
+    def __init__(self, status: int, reason: str) -> None:
+        super().__init__(reason)
+        self.status = status
+
+
+class Bounds:
+    """ASGI middleware that refuses requests beyond the limits, and adds the security headers to every response."""
+
+    def __init__(self, app: ASGIApp, hosts: Iterable[str], metrics: Metrics) -> None:
+        self.app, self.metrics = app, metrics
+        self.hosts = {host.lower() for host in hosts}
+        self.requests = 0  # in progress
+        self.bytes = 0  # of their bodies
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Respond to a request, and count it."""
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        started, status = time.perf_counter(), CLIENT_LEFT
+        if scope["method"] == "HEAD":  # uvicorn knows the method from its own scope, and sends no body
+            scope = {**scope, "method": "GET"}
+
+        async def send_with_headers(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                # uvicorn reads a body to its end even after the response, unless the connection is to be closed.
+                close = {"Connection": "close"} if status == 408 or may_be_endless(scope) else {}
+                message["headers"] = [*message["headers"], *as_raw(SECURITY_HEADERS | close)]
+            await send(message)
+
+        self.requests += 1
+        self.metrics.in_progress.inc()
+        try:
+            await self.answer(scope, receive, send_with_headers)
+        except Exception:  # a bug: Starlette responds with status 500
+            status = 500
+            raise
+        finally:
+            self.requests -= 1
+            self.metrics.in_progress.dec()
+            self.metrics.count(route_of(scope), status, time.perf_counter() - started)
+
+    async def answer(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Check a request, read its body and pass it on to the app, or refuse it."""
+        chunks: list[bytes] = []
+        try:
+            self.check(scope)
+            if has_body(scope):
+                await self.read_body(receive, chunks)
+            await self.app(scope, replay(b"".join(chunks), receive), send)
+        except Refused as refused:
+            await refuse(send, refused.status, str(refused))
+        except asyncio.CancelledError:  # uvicorn waits for responses only so long after a stop signal
+            await refuse(send, 503, "the service is stopping. Try again.")
+        finally:
+            self.bytes -= sum(map(len, chunks))
+
+    def check(self, scope: Scope) -> None:
+        """Raise Refused if the headers of a request are reason enough."""
+        headers = dict(scope["headers"])
+        host = host_name(headers.get(b"host", b"").decode("latin-1"))
+        if host not in self.hosts and not is_address(host) and scope["path"] not in PROBED:
+            # Protects from DNS rebinding: a foreign page whose host name was made to point here. An address cannot be.
+            raise Refused(421, "unknown host name. To allow it, start the service with: serve --allow-host NAME")
+        if self.requests > MAX_REQUESTS and scope["path"] != "/health-check":
+            raise Refused(503, "too many requests at once. Try again.")
+        if has_body(scope):
+            # A foreign page may send this type only after a CORS preflight, which is never granted.
+            if headers.get(b"content-type", b"").partition(b";")[0].strip().lower() != b"application/json":
+                raise Refused(415, "the Content-Type is not JSON. Send application/json.")
+            length = content_length(headers.get(b"content-length", b""))
+            self.check_size(length, length)
+
+    def check_size(self, size: int, more: int) -> None:
+        """Raise Refused if the size of a body exceeds its limit, or if `more` bytes exceed that of all bodies."""
+        if size > MAX_BODY:
+            raise Refused(413, f"the body is too large. Send at most {MAX_BODY:,} bytes.")
+        if self.bytes + more > MAX_BODIES:
+            raise Refused(503, "too many large requests at once. Try again.")
+
+    async def read_body(self, receive: Receive, chunks: list[bytes]) -> None:
+        """Append the chunks of a body to a list as they arrive. Raise Refused if it is too large or too slow."""
+        size, more, deadline = 0, True, time.monotonic() + BODY_SECONDS
+        while more:
+            try:
+                message = await asyncio.wait_for(receive(), deadline - time.monotonic())
+            except TimeoutError:
+                raise Refused(408, f"the body did not arrive within {BODY_SECONDS} s. Send it faster.") from None
+            if message["type"] == "http.disconnect":
+                raise Refused(CLIENT_LEFT, "the client disconnected")
+            chunk, more = message.get("body", b""), message.get("more_body", False)
+            size += len(chunk)
+            self.check_size(size, len(chunk))
+            chunks.append(chunk)
+            self.bytes += len(chunk)
+
+
+def has_body(scope: Scope) -> bool:
+    """Return whether the endpoint of a request reads a body; the others ignore theirs."""
+    method, path = scope["method"], str(scope["path"])
+    return (method, path) == ("POST", "/predictions") or (method == "PUT" and path.startswith("/predictions/"))
+
+
+def may_be_endless(scope: Scope) -> bool:
+    """Return whether the body of a request may exceed its limit: it is in chunks, or its announced size exceeds it."""
+    headers = dict(scope["headers"])
+    return b"transfer-encoding" in headers or content_length(headers.get(b"content-length", b"")) > MAX_BODY
+
+
+def content_length(value: bytes) -> int:
+    """Return the number in a Content-Length header; 0 if it is unknown, or not a number."""
+    return int(value[:20]) if value.isdigit() else 0
+
+
+def route_of(scope: Scope) -> str:
+    """Return the route of a request, such as /predictions/{id}, or "other": unknown paths would be endless labels."""
+    return getattr(scope.get("route"), "path", "other")
+
+
+def host_name(host: str) -> str:
+    """Return the name in a Host header without the port: localhost for `localhost:8000`, ::1 for `[::1]:8000`."""
+    name = host[1:].partition("]")[0] if host.startswith("[") else host.partition(":")[0]
+    return name.lower().rstrip(".")
+
+
+def is_address(host: str) -> bool:
+    """Return whether a host is an IP address."""
+    try:
+        return bool(ipaddress.ip_address(host))
+    except ValueError:
+        return False
+
+
+def as_raw(headers: dict[str, str]) -> list[tuple[bytes, bytes]]:
+    """Return headers in the form of ASGI."""
+    return [(name.lower().encode(), value.encode()) for name, value in headers.items()]
+
+
+def replay(body: bytes, receive: Receive) -> Receive:
+    """Return a `receive` that yields a body that was already read, then passes on further messages."""
+    messages: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
+
+    async def receive_again() -> Message:
+        return messages.pop() if messages else await receive()
+
+    return receive_again
+
+
+async def refuse(send: Send, status: int, reason: str) -> None:
+    """Send a response with a status and a reason in one line."""
+    headers = {"Content-Type": "application/json"}
+    if status == 503:
+        headers["Retry-After"] = str(RETRY_SECONDS)
+    await send({"type": "http.response.start", "status": status, "headers": as_raw(headers)})
+    await send({"type": "http.response.body", "body": json.dumps({"detail": reason}).encode()})

@@ -1,0 +1,320 @@
+"""The training on one of several nodes: what train does when launch.py has started it.
+
+Batches are numbered as on one machine, and node r of N takes those whose number is r modulo N: the nodes' shares of an
+epoch are disjoint and together complete, and a training may resume on another number of nodes. All nodes pause for each
+averaging (distributed.py) at the same batch number. After it they have the same parameters and the same record.
+
+Node 0 alone locks and writes the volume; it decides what is to be done, and sends the others its record and parameters.
+The others only look whether the volume is the same: after a restart, each of them may become node 0.
+"""
+
+import argparse
+import contextlib
+import hashlib
+import json
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from msgspec.structs import replace
+
+from cluster.environment import HAS_BEGUN
+from stage import dataset
+from stage.dataset import DATA_SET, TRAINING_IMAGES
+from stage.files import FRESH_HINT, TRAIN_RESULTS
+from stage.process import Failure, print_error, say
+from training import plan
+from training.download import read_data
+from training.record import LostWorker, Record
+from training.settings import Settings, flag
+from training.stopping import Stopped
+
+if TYPE_CHECKING:  # torch takes a second to import
+    import torch
+
+    from cluster.network import Node
+    from hogwild import SharedState
+    from training.workers import Workers
+
+    Validation = tuple[torch.Tensor, torch.Tensor]
+
+STOP_SECONDS = 5  # from the first to the last of the signals that stop all nodes
+
+
+def train_on_node(args: argparse.Namespace, requested: dict[str, Any], train: Callable[..., int]) -> int:
+    """Train together with the other nodes, by train.train(); return the exit status, which is the same on all nodes.
+
+    Raise Failure for what torchrun is to try again: another node is lost, or the training fails on this one.
+    """
+    from cluster.network import Node, SharedFailure
+
+    if HAS_BEGUN not in os.environ:
+        raise Failure("torchrun must start launch.py, not train.py: see docs/cluster.md", status=2)
+    node = Node()
+    with contextlib.ExitStack() as lock:  # of the volume, until the end
+        try:
+            preparation = Preparation(node, args, requested, lock)
+            started = preparation.prepare()
+            if not started:
+                return 0
+            validation = preparation.images(TRAINING_IMAGES, None)
+            return train(*started, Nodes(node, *started, validation), args)
+        except SharedFailure as failure:
+            print_error(f"train: {failure}")
+            return failure.status
+
+
+class Preparation:
+    """What a node does until all are ready to train. Each step ends on all nodes before the next one begins."""
+
+    def __init__(
+        self, node: "Node", args: argparse.Namespace, requested: dict[str, Any], lock: contextlib.ExitStack
+    ) -> None:
+        self.node, self.args, self.requested, self.lock = node, args, requested, lock
+        self.folder = None if args.dry_run else args.model
+        self.has_begun = Path(os.environ[HAS_BEGUN])
+        self.raw: dict[str, bytearray] = {}
+        self.started: tuple[Record, SharedState] | None = None
+
+    def prepare(self) -> "tuple[Record, SharedState] | None":
+        """Return the record and the shared state of this node, or None if there is nothing to do.
+
+        Raise SharedFailure if the nodes cannot train together.
+        """
+        leads = self.node.rank == 0
+        descriptions = [json.loads(text) for text in self.node.exchange("description", self.describe)]
+        self.node.exchange("comparison", lambda: check_same(descriptions, self.node.rank))
+        fresh = all(description["starts over"] for description in descriptions)
+        start, *_ = self.node.exchange("start", (lambda: self.decide(fresh)) if leads else bytes)
+        if start:
+            self.node.exchange("following", bytes if leads else lambda: self.follow(start))
+            self.has_begun.write_bytes(b"1")
+        return self.started
+
+    def describe(self) -> bytes:
+        """Read the data, and return what must be the same on all nodes: flags, and the sha256 of data and programs."""
+        self.raw = read_data(self.args.data)
+        flags = {flag(name): str(value) for name, value in self.requested.items()}
+        flags |= {"--dry-run": "given"} if self.args.dry_run else {}
+        files = Path(__file__).parents[1].rglob("*.py")
+        programs = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+        parts = {"flags": flags, "data": DATA_SET.sha256, "programs": programs}
+        starts_over = self.args.fresh and not self.has_begun.stat().st_size
+        return json.dumps(parts | {"starts over": starts_over}).encode()
+
+    def images(self, first: int, last: int | None) -> "tuple[torch.Tensor, torch.Tensor]":
+        """Return some of the training images, uint8 [N, 28, 28], and their labels."""
+        images, labels = dataset.to_tensors(self.raw["train-images-idx3-ubyte"], self.raw["train-labels-idx1-ubyte"])
+        return images[first:last], labels[first:last]
+
+    def decide(self, fresh: bool) -> bytes:
+        """On node 0: decide what to do, as on one machine; return the checkpoint to start from, empty for nothing."""
+        from training.checkpoint import Checkpoints, start_or_resume
+
+        if self.folder:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self.lock.enter_context(plan.volume_lock(self.folder))
+            todo = plan.decide(self.requested, fresh, self.folder)
+        else:
+            todo = plan.dry_run(self.requested)
+        if todo.action == "nothing":
+            say(f"train: {todo.message}")
+            return b""
+        todo = replace(todo, nodes=self.node.world)
+        plan.check_limits(todo.settings)
+        record, shared = start_or_resume(todo, *self.images(0, self.count_images(todo.settings)), self.folder)
+        nodes = f"{self.node.world} node{'s' * (self.node.world > 1)}"
+        say(f"train: {todo.message} on {nodes} ({todo.settings.as_flags()})")
+        self.started = record, shared
+        return Checkpoints(None, shared, record).serialize()
+
+    def count_images(self, settings: Settings) -> int:
+        """Return the number of images to train on. Raise Failure with status 2 if there are not enough batches."""
+        if self.args.dry_run:
+            return settings.num_processes * settings.batch_size * int(self.node.world)
+        batches = dataset.batches_per_epoch(settings.batch_size)
+        if self.node.world > batches:
+            hint = "Use fewer nodes, or a smaller --batch-size"
+            raise Failure(f"an epoch has {batches} batches, too few for {self.node.world} nodes. {hint}", status=2)
+        return TRAINING_IMAGES
+
+    def follow(self, start: bytes) -> bytes:
+        """On the other nodes: start from the checkpoint of node 0, which must be in the volume of this node too."""
+        from hogwild import SharedState
+        from training.checkpoint import load_tensors, parse_checkpoint
+
+        path = Path("the checkpoint that node 0 has sent")
+        tensors, record = parse_checkpoint(start, path)
+        plan.check_limits(record.settings)
+        if self.folder:
+            check_volume(self.folder, record, self.node)
+        shared = SharedState(record, *self.images(0, self.count_images(record.settings)))
+        load_tensors(shared, tensors, len(record.workers), path)
+        self.started = record, shared
+        return b""
+
+
+def check_same(descriptions: list[dict[str, dict[str, str]]], rank: int) -> bytes:
+    """Raise Failure with status 2, naming what differs, unless a node has the flags, data and programs of node 0."""
+    hints = {
+        "flags": "Start all nodes with the same flags",
+        "data": "Copy the data folder of node 0 to all nodes",
+        "programs": "Build the train image from the same files for all nodes",
+    }
+    for kind, hint in hints.items():
+        first, own = descriptions[0][kind], descriptions[rank][kind]
+        for name in sorted(first.keys() | own.keys()):
+            if own.get(name) != first.get(name):
+                here, there = (values.get(name, "missing")[:12] for values in (own, first))
+                what = f"{name} is {here} on node {rank} and {there} on node 0"
+                raise Failure(f"the {kind} of the nodes differ: {what}. {hint}", status=2)
+    return b""
+
+
+def check_volume(folder: Path, record: Record, node: "Node") -> None:
+    """Raise Failure if train_results.json is not what node 0 has just written."""
+    path, deadline = folder / TRAIN_RESULTS, time.monotonic() + node.timeout
+    while not (path.exists() and path.read_bytes() == record.to_json().encode()):
+        if time.monotonic() > deadline:
+            hint = "Mount one volume on all nodes"
+            raise Failure(f"{path} on node {node.rank} is not what node 0 has written to its volume. {hint}")
+        time.sleep(0.1)
+
+
+# The training ---------------------------------------------------------------------------------------------------------
+
+
+class Nodes:
+    """One node among those of a training; alone.py has the same for one machine.
+
+    Its workers train on its share of the batches, and pause for each meeting, after which all nodes have the same
+    parameters and the same record.
+    """
+
+    may_pause, resume_hint = False, ""  # launch.py says how to resume
+
+    def __init__(self, node: "Node", record: Record, shared: "SharedState", validation: "Validation") -> None:
+        import torch
+
+        self.node, self.record, self.shared = node, record, shared
+        images, labels = validation
+        self.validation = images[node.rank :: node.world], labels[node.rank :: node.world]
+        self.leads, self.world, self.name = node.rank == 0, node.world, f"node {node.rank}: "
+        self.first_batch = record.batches + (node.rank - record.batches) % node.world
+        self.own_record = Record.new(record.settings)  # of what its workers have done since the last meeting
+        shared.peak_lr = record.settings.lr * node.world
+        # What is summed: the parameters; six numbers for each worker of each node, where each node fills in its own, so
+        # that all nodes get all; and how many nodes are asked to stop.
+        self.sizes = [len(shared.parameters), node.world * len(record.workers) * 6, 1]
+        self.sums = torch.zeros(sum(self.sizes))
+
+    def connect(self, workers: "Workers") -> None:
+        """Connect to the other nodes, once the workers are forked."""
+        self.workers = workers
+        self.node.start_group()
+
+    def next_meeting(self, end_of_epoch: int) -> int:
+        """Return the batch before which the nodes meet next."""
+        apart = self.record.settings.sync_every * int(self.world)
+        return min(end_of_epoch, self.record.batches + apart)
+
+    def meet(self) -> bool:
+        """Wait for the other nodes, average the parameters, bring the record up to date.
+
+        Return whether a node is asked to stop. Raise Stopped if this one is, and that takes too long, LostNode if
+        another node does not come.
+        """
+        import torch
+
+        parameters, numbers, stopping = torch.split(self.sums, self.sizes)
+        parameters.copy_(self.shared.parameters)
+        numbers = numbers.zero_().view(self.world, -1, 6)
+        told = len(self.own_record.lost_workers)
+        numbers[self.node.rank] = self.done_by_workers()
+        stopping.fill_(bool(self.workers.stop.number))
+        self.node.sum(self.sums, self.workers.watch)
+        self.shared.parameters.copy_(parameters.div_(self.world))
+        self.add_to_record(numbers.tolist())
+        del self.own_record.lost_workers[:told]  # one that was killed while this node waited is told next time
+        return bool(stopping.item())
+
+    def done_by_workers(self) -> "torch.Tensor":
+        """Return what each worker of this node has done since the last meeting, and how it died if it did.
+
+        float32 [workers, 6]: images, steps, sum of losses, seconds waited, signal, batch it died at. The batch, from 1,
+        is counted from the last meeting, since float32 has no large integers.
+        """
+        import torch
+
+        numbers = torch.zeros(len(self.own_record.workers), 6)
+        for row, worker in zip(numbers, self.own_record.workers, strict=True):
+            row[:4] = torch.tensor([worker.images, worker.steps, worker.loss_sum, worker.waited_seconds])
+            worker.images, worker.steps, worker.loss_sum, worker.waited_seconds = 0, 0, 0.0, 0.0
+        for lost in self.own_record.lost_workers:
+            batch = 0 if lost.batch is None else lost.batch - self.record.batches + 1
+            numbers[lost.rank, 4:] = torch.tensor([lost.signal, batch])
+        return numbers
+
+    def add_to_record(self, numbers: list[list[list[float]]]) -> None:
+        """Add to the record what the workers of all nodes have done. Those of equal rank share a line in it."""
+        for node, rows in enumerate(numbers):
+            for worker, (images, steps, loss_sum, waited, number, batch) in zip(self.record.workers, rows, strict=True):
+                worker.add(int(images), int(steps), loss_sum, waited)
+                if number:
+                    at = self.record.batches + int(batch) - 1 if batch else None
+                    self.record.lost_workers.append(LostWorker(node * len(rows) + worker.rank, int(number), at))
+
+    def leave(self) -> None:
+        """End this node, since one was asked to stop: raise Stopped once this one is asked too, else LostNode."""
+        from cluster.network import LostNode
+
+        deadline = time.monotonic() + STOP_SECONDS
+        while not self.workers.stop.number and time.monotonic() < deadline:
+            time.sleep(0.01)
+        if self.workers.stop.number:
+            raise Stopped(self.workers.stop.number, saved=True)
+        raise LostNode("another node was stopped")
+
+    def average_last_batches(self) -> None:
+        """Replace the parameters by their mean over the last batches of all nodes, if these are averaged."""
+        total = self.shared.sums.sum(0)
+        self.node.sum(total, self.workers.watch)
+        self.shared.sums.zero_()[0].copy_(total)
+        self.shared.load_mean()
+
+    def validate(self) -> tuple[float, float]:
+        """Return loss and accuracy on the validation images, of which each node predicts a part."""
+        import torch
+
+        from training.alone import validate
+
+        loss, accuracy = validate(self.record, self.shared, self.validation)
+        count = len(self.validation[0])
+        sums = torch.tensor([loss * count, accuracy * count, count], dtype=torch.float64)
+        self.node.sum(sums, self.workers.watch)
+        loss, accuracy, count = sums.tolist()
+        return loss / count, accuracy / count
+
+    def publish(self, publish_model: Callable[[], None]) -> None:
+        """Check that all nodes have the same parameters, publish the model of node 0, and disconnect.
+
+        Raise SharedFailure, on all nodes, if they differ or if the model cannot be published.
+        """
+        node, digest = self.node, hashlib.sha256(self.shared.parameters.numpy().tobytes()).hexdigest()
+        took = f"{node.sums} averagings took {node.seconds:.2f} s"
+        say(f"train: node {node.rank} of {node.world}: {took}; sha256 {digest}")
+
+        def publish() -> bytes:
+            if len({*digests}) > 1:
+                raise Failure(f"the parameters of the nodes differ. {FRESH_HINT}")
+            if self.leads:
+                publish_model()
+            return b""
+
+        try:
+            digests = node.exchange("parameters", digest.encode)
+            node.exchange("publication", publish)
+        finally:
+            node.end_group()

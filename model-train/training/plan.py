@@ -1,0 +1,198 @@
+"""Decides what train has to do, from its flags and the volume, before torch is imported.
+
+| in the volume           | requested                                    | decision                             |
+| ---                     | ---                                          | ---                                  |
+| empty                   | anything                                     | start                                |
+| an unfinished training  | no settings, or the same                     | resume                               |
+| one without checkpoint  | no settings, or the same                     | start                                |
+| an unfinished training  | another number of epochs, more than are done | resume, with the schedule recomputed |
+| an unfinished training  | no more epochs than are done                 | refuse                               |
+| an unfinished training  | another number of workers                    | resume, and say what that changes    |
+| a finished model        | no settings, or no more epochs               | do nothing                           |
+| a finished model        | more epochs                                  | resume                               |
+| either                  | other settings, or other data                | refuse, and name the difference      |
+| a model, no record      | no settings; any settings                    | do nothing; refuse                   |
+| a checkpoint, no record | anything                                     | refuse                               |
+| anything                | --fresh                                      | start                                |
+
+While another training has the volume's lock, all that is not "do nothing" is refused, with one exception: if nothing is
+requested and there is a finished model, do nothing, so that evaluate, infer and serve can use it.
+
+The record is train_results.json.
+"""
+
+import contextlib
+import hashlib
+import math
+import os
+import platform
+import zipfile
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from msgspec import Struct
+from msgspec.structs import replace
+
+from stage import process
+from stage.dataset import DATA_SET
+from stage.files import (
+    CHECKPOINT,
+    CURVES,
+    FRESH_HINT,
+    MAX_MODEL_BYTES,
+    TRAIN_RESULTS,
+    WEIGHTS,
+    check_destinations,
+    file_lock,
+    read_limited,
+)
+from stage.process import Failure, say
+from training.record import Record, read_record
+from training.settings import Settings, flag
+
+# The memory that train needs, in bytes: for torch and the images, per worker for torch's buffers, and per image of a
+# batch for what a step keeps of it (float32; measured with 1 to 64 workers and batches of 96 to 10,000).
+PARENT_MEMORY, WORKER_MEMORY, IMAGE_MEMORY = 225_000_000, 32_000_000, 150_000
+LOCK = ".train.lock"  # in the volume; its text names the holder: "HOST at TIME"
+MAY_CHANGE = ("epochs", "num_processes")  # settings that an unfinished training may resume with other values of
+
+
+class Plan(Struct):
+    """What to do: `action` is "nothing", "start" or "resume"; `message` is shown to the user."""
+
+    action: str
+    message: str
+    settings: Settings
+    nodes: int = 1  # machines that train together
+
+
+class Busy(Failure):
+    """Another training has the lock of the volume; `holder` says what is known of it."""
+
+    def __init__(self, folder: Path, holder: str) -> None:
+        super().__init__(f"{folder} is locked by {holder}. Wait for it to finish, or stop it.", status=2)
+        self.holder = holder
+
+
+def dry_run(requested: dict[str, Any]) -> Plan:
+    """Return the plan of a dry run, which neither reads nor changes the volume."""
+    return Plan("start", "dry run", Settings(**requested | {"epochs": 1}))
+
+
+def decide(requested: dict[str, Any], fresh: bool, folder: Path) -> Plan:
+    """Return the plan for the settings given on the command line and the files in the volume's folder.
+
+    Raise Failure with status 2 if the request conflicts with the volume, with status 1 if the volume cannot be read.
+    """
+    check_destinations(folder, WEIGHTS, CHECKPOINT, TRAIN_RESULTS, CURVES)
+    if fresh:
+        return Plan("start", "starting over", Settings(**requested))
+    record, model = read_record(folder), folder / WEIGHTS
+    if record is not None:
+        return decide_on(record, requested, model)
+    if (folder / CHECKPOINT).exists():
+        raise Failure(f"found {folder / CHECKPOINT} but no {TRAIN_RESULTS}. {FRESH_HINT}")
+    if not model.exists():
+        return Plan("start", "starting", Settings(**requested))
+    if requested:
+        raise Failure(f"{model} has no {TRAIN_RESULTS}, so its settings are unknown. {FRESH_HINT}", status=2)
+    message = f"{model} has no {TRAIN_RESULTS}, so it comes from elsewhere; leaving it unchanged. {FRESH_HINT}"
+    return Plan("nothing", message, Settings())
+
+
+def decide_on(record: Record, requested: dict[str, Any], model: Path) -> Plan:
+    """Return the plan if there is the record of a training, finished or not."""
+    wanted = replace(record.settings, **{name: requested[name] for name in MAY_CHANGE if name in requested})
+    done, is_finished = len(record.history), record.finished and model.exists()
+    trains = wanted.epochs > done or not is_finished
+    check_same_training(record, requested, model.parent, MAY_CHANGE if trains else ("epochs",))
+    if not is_finished:  # a deleted model is published again from the checkpoint
+        check_epochs(record, wanted.epochs, model.parent)
+        if not record.batches:
+            return Plan("start", "starting again: the last run ended before its first checkpoint", wanted)
+        return Plan("resume", f"resuming after {done} of {wanted.epochs} epochs", wanted)
+    if hashlib.sha256(read_limited(model, MAX_MODEL_BYTES, FRESH_HINT)).hexdigest() != record.model_sha256:
+        message = f"{model} does not match the sha256 in {TRAIN_RESULTS}"
+        if trains:
+            raise Failure(f"{message}, so it cannot be trained on. {FRESH_HINT}", status=2)
+        return Plan("nothing", f"{message}; leaving it unchanged. {FRESH_HINT}", wanted)
+    if trains:
+        return Plan("resume", f"continuing from {done} to {wanted.epochs} epochs", wanted)
+    message = f"{model} is already trained for {done} epochs; nothing to do. To train longer: --epochs N. {FRESH_HINT}"
+    return Plan("nothing", message, wanted)
+
+
+def check_same_training(record: Record, requested: dict[str, Any], folder: Path, but: tuple[str, ...]) -> None:
+    """Raise Failure if the training in the volume used other data, or other settings, `but` some, than requested."""
+    if record.data_sha256 != DATA_SET.sha256:
+        raise Failure(f"the training in {folder} used other data than this {DATA_SET.name}. {FRESH_HINT}", status=2)
+    names = [name for name in record.settings.differences(requested) if name not in but]
+    if names:
+        has = ", ".join(f"{flag(name)} {getattr(record.settings, name)}" for name in names)
+        wants = ", ".join(f"{flag(name)} {requested[name]}" for name in names)
+        raise Failure(f"the training in {folder} uses {has}, not {wants}. {FRESH_HINT}", status=2)
+
+
+def check_epochs(record: Record, requested: int, folder: Path) -> None:
+    """Raise Failure if an unfinished training has already done the number of epochs that is requested now.
+
+    Stopping a long training early is not the same as a short training: its learning rate has not decayed to 0.
+    """
+    done = math.floor(10 * record.epochs_done()) / 10
+    if requested != record.settings.epochs and requested <= done:
+        raise Failure(
+            f"the training in {folder} has already done {done} of {record.settings.epochs} epochs, so --epochs "
+            f"{requested} is too few: give a larger number than that, or omit it. {FRESH_HINT}",
+            status=2,
+        )
+
+
+def beside(busy: Busy, is_asked: bool, folder: Path) -> Plan:
+    """Return the plan while another training has the lock: do nothing, if nothing is asked and there is a model.
+
+    Otherwise raise the Failure. The other stages check the model themselves, so here it need only be a zip to its end.
+    """
+    model = folder / WEIGHTS
+    if is_asked or not (model.is_file() and zipfile.is_zipfile(model)):
+        raise busy
+    return Plan("nothing", f"{model} stays in use until {busy.holder} has finished", Settings())
+
+
+@contextlib.contextmanager
+def volume_lock(folder: Path) -> Iterator[None]:
+    """Lock the volume, for one training at a time, until the block or the process ends.
+
+    Raise Busy if another training has the lock, Failure if there can be no lock.
+    """
+    with contextlib.ExitStack() as stack:
+        try:
+            file = stack.enter_context(file_lock(folder / LOCK, wait=False))
+        except BlockingIOError:
+            raise Busy(folder, read_holder(folder / LOCK)) from None
+        name = f"{platform.node()} at {datetime.now(UTC).isoformat(timespec='seconds')}"
+        with contextlib.suppress(OSError):  # a full disk: the lock holds without a name
+            os.truncate(file.fileno(), 0)
+            os.write(file.fileno(), name.encode())
+        yield
+
+
+def check_limits(wanted: Settings) -> None:
+    """Raise Failure if the container lacks memory or processes for the settings; warn if it has too few cores."""
+    workers, batch_size = wanted.num_processes, wanted.batch_size
+    needed = PARENT_MEMORY + workers * (WORKER_MEMORY + batch_size * IMAGE_MEMORY)
+    process.check_memory(needed, f"training with {workers} workers and batches of {batch_size:,} images")
+    process.check_threads(2 * workers + 2)  # the workers, as many threads for validation, and a margin
+    cores = process.count_cores()
+    if workers > cores:
+        say(f"train: warning: {workers} workers share {cores} core{'s' * (cores > 1)}, which slows training down")
+
+
+def read_holder(lock: Path) -> str:
+    """Return what is known of the training that has a lock."""
+    with contextlib.suppress(Failure):
+        name = read_limited(lock, 1000, "").decode(errors="replace")
+        if name and name.isprintable():
+            return f"the training that began on {name}"
+    return "another train container"

@@ -1,0 +1,94 @@
+"""What the user sees of a training: its progress, a line per epoch, and the curves."""
+
+import contextlib
+import sys
+import time
+
+from stage.figures import as_png, new_figure
+from stage.process import can_write, percent, say
+from training.record import EpochRecord, Record
+
+LINE_SECONDS = 5
+
+
+class Progress:
+    """Shows the progress: a bar on a terminal; elsewhere a line every few seconds, or every `log_interval` batches."""
+
+    def __init__(self, record: Record, images_per_epoch: int, log_interval: int | None, quiet: bool) -> None:
+        self.record, self.log_interval, self.quiet = record, log_interval, quiet
+        self.total = record.settings.epochs * images_per_epoch
+        self.first = self.last = (time.monotonic(), *record.totals())
+        self.bar = None
+        if sys.stdout.isatty() and not log_interval and not quiet:
+            from tqdm import tqdm  # imported only where it is used
+
+            images = record.totals()[1]
+            self.bar = tqdm(total=self.total, initial=images, unit=" images", unit_scale=True, file=sys.stdout)
+
+    def update(self) -> None:
+        """Show what the workers have done, when it is time; call this many times a second."""
+        steps, images, loss_sum = self.record.totals()
+        if self.bar is not None:
+            if can_write(sys.stdout):
+                with contextlib.suppress(OSError):  # the terminal is gone
+                    self.bar.update(images - self.bar.n)
+        elif self.is_due(steps) and not self.quiet:
+            self.print_line(steps, images, loss_sum)
+
+    def is_due(self, steps: int) -> bool:
+        """Return whether it is time for a line."""
+        last_time, last_steps, _, _ = self.last
+        if self.log_interval:
+            return steps >= last_steps + self.log_interval
+        return steps > last_steps and time.monotonic() > last_time + LINE_SECONDS
+
+    def print_line(self, steps: int, images: int, loss_sum: float) -> None:
+        """Print the images so far, the speed since the start, the loss since the last line, and the time left."""
+        now = time.monotonic()
+        _, _, last_images, last_loss_sum = self.last
+        self.last = now, steps, images, loss_sum
+        speed = (images - self.first[2]) / (now - self.first[0])
+        loss = (loss_sum - last_loss_sum) / (images - last_images)
+        left = max(0, self.total - images) / speed
+        say(f"train: {images:,} of {self.total:,} images, {speed:,.0f} images/s, loss {loss:.4f}, {left:.0f} s left")
+
+    def print_epoch(self) -> None:
+        """Print the results of the last epoch."""
+        epoch = self.record.history[-1]
+        text = (
+            f"train: epoch {epoch.epoch} of {self.record.settings.epochs}: {epoch.seconds:.1f} s, "
+            f"loss {epoch.train_loss:.4f}, validation loss {epoch.validation_loss:.4f}, "
+            f"validation accuracy {percent(epoch.validation_accuracy)}"
+        )
+        if self.bar is None and not self.quiet:
+            say(text)
+        elif self.bar is not None and can_write(sys.stdout):
+            with contextlib.suppress(OSError):
+                self.bar.write(text, file=sys.stdout)
+
+    def close(self) -> None:
+        """End the line of the bar."""
+        if self.bar is not None and can_write(sys.stdout):
+            with contextlib.suppress(OSError):
+                self.bar.close()
+
+
+def draw_curves(history: list[EpochRecord]) -> bytes:
+    """Draw the losses and the validation accuracy by epoch, as a PNG."""
+    from matplotlib.ticker import MaxNLocator  # imported here: it takes 0.2 s, and is needed only at the end
+
+    figure = new_figure(9, 3.6)
+    figure.subplots_adjust(left=0.09, right=0.98, bottom=0.14, top=0.91)  # layout="constrained" takes twice the time
+    losses, accuracy = figure.subplots(1, 2)
+    epochs = [epoch.epoch for epoch in history]
+    losses.plot(epochs, [epoch.train_loss for epoch in history], "o-", label="training (augmented)")
+    losses.plot(epochs, [epoch.validation_loss for epoch in history], "s-", label="validation")
+    losses.set(title="Loss (negative log-likelihood)", yscale="log")
+    losses.legend()
+    accuracy.plot(epochs, [epoch.validation_accuracy for epoch in history], "s-", color="tab:orange")
+    accuracy.set(title=f"Validation accuracy: {percent(history[-1].validation_accuracy)}")
+    for axes in (losses, accuracy):
+        axes.set(xlabel="epoch", xlim=(0.5, len(history) + 0.5))
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+        axes.grid(alpha=0.3)
+    return as_png(figure)

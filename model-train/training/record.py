@@ -1,0 +1,173 @@
+"""train_results.json: its contents, and how it is created, read, checked and written."""
+
+import platform
+import uuid
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Annotated
+
+import msgspec
+from msgspec import Meta, field
+
+from stage import dataset
+from stage.dataset import DATA_SET
+from stage.files import FRESH_HINT, TRAIN_RESULTS, publish, read_limited
+from stage.process import Failure
+from training.settings import Settings
+
+VERSION = "2.2"  # of the pipeline
+MAX_BYTES = 10_000_000  # the file takes a few kB, and 200 bytes more with every epoch
+
+Count = Annotated[int, Meta(ge=0, le=2**62)]
+Number = Annotated[float, Meta(ge=0, le=2**62)]
+Text = Annotated[str, Meta(pattern=r"^[ -~]*\Z")]  # messages may show it on a terminal
+
+
+class EpochRecord(msgspec.Struct):
+    """An epoch. Losses are mean negative log-likelihoods; the accuracy is in percent."""
+
+    epoch: Count
+    train_loss: Number  # on the augmented training images, during the epoch
+    validation_loss: Number
+    validation_accuracy: Number
+    seconds: Number
+
+
+class WorkerRecord(msgspec.Struct):
+    """What a worker has done: steps, images, the sum of the images' losses, and the time it waited for batches."""
+
+    rank: Count
+    images: Count = 0
+    steps: Count = 0
+    loss_sum: Number = 0.0
+    waited_seconds: Number = 0.0
+
+    def add(self, images: int, steps: int, loss_sum: float, waited_seconds: float) -> None:
+        """Add what has been done."""
+        self.images, self.steps = self.images + images, self.steps + steps
+        self.loss_sum, self.waited_seconds = self.loss_sum + loss_sum, self.waited_seconds + waited_seconds
+
+
+class LostWorker(msgspec.Struct):
+    """A killed worker: the signal, and the first of the batches that it had, if any (other workers redid them)."""
+
+    rank: Count
+    signal: Count
+    batch: Count | None
+
+
+class Record(msgspec.Struct):
+    """The record of a training: settings, progress, history. Saved as train_results.json and in checkpoints."""
+
+    settings: Settings
+    workers: list[WorkerRecord]
+    version: Text = VERSION  # of the pipeline that wrote it
+    finished: bool = False
+    run: Text = field(default_factory=lambda: uuid.uuid4().hex)  # identifies the training
+    host: Text = field(default_factory=lambda: ascii(platform.node())[1:-1])
+    began: Text = field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))  # or last resumed
+    batches: Count = 0  # finished, over all epochs
+    start: Count = 0  # the batch at which the learning rate's schedule starts
+    seconds: Number = 0.0  # of training and validation
+    images_per_second: Number = 0.0
+    history: list[EpochRecord] = field(default_factory=list)
+    lost_workers: list[LostWorker] = field(default_factory=list)
+    nodes: Count = 1  # machines that train together, or did so last; workers of the same rank share a WorkerRecord
+    precision: Text = "float32"  # of the convolutions
+    data_sha256: dict[str, str] = field(default_factory=lambda: dict(DATA_SET.sha256))
+    model_sha256: Text = ""
+    versions: dict[str, str] = field(default_factory=lambda: package_versions())
+
+    @classmethod
+    def new(cls, wanted: Settings) -> "Record":
+        """Return the record of a training that has not begun."""
+        return cls(wanted, [WorkerRecord(rank) for rank in range(wanted.num_processes)])
+
+    def to_json(self) -> str:
+        """Return the text of train_results.json."""
+        return msgspec.json.format(msgspec.json.encode(self), indent=1).decode()
+
+    def set_workers(self, count: int) -> None:
+        """Set the number of workers; what those that are no longer there have done is added to the others."""
+        old, self.workers = self.workers, [WorkerRecord(rank) for rank in range(count)]
+        for place, worker in enumerate(old):
+            self.workers[place % count].add(worker.images, worker.steps, worker.loss_sum, worker.waited_seconds)
+
+    def update(self, batches: int, seconds: float) -> None:
+        """Note how many batches are finished, and after how many seconds of training."""
+        self.batches, self.seconds = batches, seconds
+        self.images_per_second = self.totals()[1] / seconds
+
+    def totals(self) -> tuple[int, int, float]:
+        """Return the sums over all workers: steps, images, and the images' losses."""
+        workers = self.workers
+        return sum(w.steps for w in workers), sum(w.images for w in workers), sum(w.loss_sum for w in workers)
+
+    def add_epoch(self, validation_loss: float, validation_accuracy: float, images: int) -> None:
+        """Append an epoch over `images` images. Its loss and time are the totals minus those of earlier epochs."""
+        total_loss = sum(worker.loss_sum for worker in self.workers) / images
+        self.history.append(
+            EpochRecord(
+                epoch=len(self.history) + 1,
+                train_loss=total_loss - sum(epoch.train_loss for epoch in self.history),
+                validation_loss=validation_loss,
+                validation_accuracy=validation_accuracy,
+                seconds=self.seconds - sum(epoch.seconds for epoch in self.history),
+            )
+        )
+
+    def publish(self, folder: Path) -> None:
+        """Publish train_results.json."""
+        publish(folder / TRAIN_RESULTS, self.to_json().encode())
+
+    def epochs_done(self) -> float:
+        """Return the number of epochs trained so far, including the fraction of the current one."""
+        return self.batches / dataset.batches_per_epoch(self.settings.batch_size)
+
+
+def package_versions() -> dict[str, str]:
+    """Return the versions of Python and of the packages that training depends on."""
+    return {"python": platform.python_version()} | {name: version(name) for name in ("torch", "torchvision")}
+
+
+def read_record(folder: Path) -> Record | None:
+    """Read train_results.json; return None if there is none. Raise Failure if it is damaged or of a newer version."""
+    path = folder / TRAIN_RESULTS
+    if not path.exists():
+        return None
+    try:
+        return parse_record(read_limited(path, MAX_BYTES, FRESH_HINT))
+    except ValueError as error:
+        raise Failure(f"{path} cannot be used: {error}. {FRESH_HINT}") from None
+
+
+def parse_record(text: str | bytes | bytearray) -> Record:
+    """Return the record from its text. Raise ValueError unless everything that resuming needs is valid."""
+    try:
+        record = msgspec.json.decode(text, type=Record)
+    except (msgspec.MsgspecError, RecursionError) as error:
+        raise ValueError(f"it is damaged, or of another version than {VERSION} ({error})") from None
+    if not is_consistent(record):
+        raise ValueError("its values are inconsistent")
+    return record
+
+
+def is_consistent(record: Record) -> bool:
+    """Return whether the parts of a record agree.
+
+    The workers' totals are at least those of the history, and at most what the batches allow, with a margin of an epoch
+    of images, since the last batch of an epoch is smaller.
+    """
+    images, tolerance = dataset.TRAINING_IMAGES, 1e-3  # of sums of floating-point numbers
+    seconds = sum(epoch.seconds for epoch in record.history)
+    loss_sum = sum(epoch.train_loss for epoch in record.history) * images
+    return (
+        len(record.workers) == record.settings.num_processes
+        and len(record.history) <= record.settings.epochs
+        and sum(worker.steps for worker in record.workers) <= record.batches
+        and sum(worker.images for worker in record.workers) <= (record.epochs_done() + 1) * images
+        and sum(worker.loss_sum for worker in record.workers) >= loss_sum * (1 - tolerance)
+        and record.seconds >= seconds * (1 - tolerance)
+        and bool(record.model_sha256 or not record.finished)
+    )

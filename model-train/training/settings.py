@@ -1,0 +1,122 @@
+"""The settings of a training, type, default, range and help of each in one place, and the command line of train."""
+
+import argparse
+import typing
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import msgspec
+from msgspec import Meta
+
+from stage import files, process
+from stage.dataset import TRAINING_IMAGES
+
+PASSES = f"passes over the {TRAINING_IMAGES:,} training images in total, earlier runs included"
+
+
+class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The settings of a training. The names, with dashes, are the flags of train."""
+
+    epochs: Annotated[int, Meta(ge=1, le=10_000, description=PASSES)] = 15
+    batch_size: Annotated[int, Meta(ge=1, le=TRAINING_IMAGES, description="images per step")] = 96
+    lr: Annotated[float, Meta(ge=1e-9, le=1e3, description="peak learning rate")] = 0.1
+    momentum: Annotated[float, Meta(ge=0, le=0.9999, description="SGD momentum of each worker")] = 0.8
+    seed: Annotated[int, Meta(ge=0, le=2**32 - 1, description="seed of initial weights, shuffles and augmentation")] = 1
+    num_processes: Annotated[int, Meta(ge=1, le=64, description="Hogwild workers, one thread each")] = 2
+    schedule: Annotated[
+        Literal["linear", "constant"],
+        Meta(description="learning rate schedule: linear warm-up and decay, or constant"),
+    ] = "linear"
+    averaging: Annotated[
+        float,
+        Meta(
+            ge=0,
+            le=0.8,
+            description="part of the epochs, at the end, over which the parameters are averaged; 0 is none",
+        ),
+    ] = 0.0
+    weight_decay: Annotated[float, Meta(ge=0, le=1, description="weight decay (L2 penalty) coefficient")] = 7e-4
+    max_grad_norm: Annotated[float, Meta(ge=1e-6, le=1e9, description="clip gradients to this norm")] = 2.0
+    augmentation: Annotated[
+        float, Meta(ge=0, le=4, description="strength of random rotation, scaling and shift; 0 is none")
+    ] = 1.0
+    dropout: Annotated[
+        float, Meta(ge=0, le=0.99, description="dropout probability of the network's two dropout layers")
+    ] = 0.0
+    sync_every: Annotated[
+        int, Meta(ge=1, le=10_000, description="batches of a node between averagings; only with several nodes")
+    ] = 20
+
+    def as_flags(self) -> str:
+        """Return the settings that are not defaults, as command-line flags."""
+        values = msgspec.structs.asdict(self)
+        given = [f"{flag(name)} {value}" for name, value in values.items() if value != SETTINGS[name].default]
+        return " ".join(given) or "default settings"
+
+    def differences(self, requested: dict[str, Any]) -> list[str]:
+        """Return the names of requested settings that differ."""
+        return [name for name, value in requested.items() if value != getattr(self, name)]
+
+
+SETTINGS = {item.name: item for item in msgspec.structs.fields(Settings)}
+
+
+def flag(name: str) -> str:
+    """Return the command-line flag of a setting."""
+    return "--" + name.replace("_", "-")
+
+
+def values_of(name: str) -> str:
+    """Return what a setting may be, such as "an integer from 1 to 64"."""
+    kind, meta = typing.get_args(SETTINGS[name].type)
+    if typing.get_origin(kind) is Literal:
+        return " or ".join(typing.get_args(kind))
+    return f"{'an integer' if kind is int else 'a number'} from {meta.ge:,} to {meta.le:,}"
+
+
+def parse(name: str, text: str) -> Any:
+    """Return the value of a setting from its text on the command line."""
+    try:
+        return msgspec.convert(text, SETTINGS[name].type, strict=False)
+    except msgspec.ValidationError:
+        raise argparse.ArgumentTypeError(f"{text} must be {values_of(name)}") from None
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """Add a flag for each setting. An omitted flag is None: the value comes from the volume."""
+    for name, item in SETTINGS.items():
+        kind, meta = typing.get_args(item.type)
+        metavar = {int: "N", float: "X"}.get(kind, "NAME")
+        text = f"{meta.description} ({values_of(name)}; default: {item.default})"
+        parser.add_argument(flag(name), type=partial(parse, name), metavar=metavar, help=text)
+
+
+def parse_args() -> argparse.Namespace:
+    """Parse the command line of train."""
+    parser = argparse.ArgumentParser(
+        prog="train",
+        description="Trains the digit classifier. Settings that you omit are taken from the training in the volume or, "
+        "without one, from the defaults.",
+        allow_abbrev=False,
+    )
+    parser.error = partial(process.refuse_flags, "train")  # type: ignore[method-assign]
+    add_flags(parser)
+    text = "print a line every N batches (default: every 5 seconds, or a bar on a terminal)"
+    parser.add_argument("--log-interval", type=parse_count, metavar="N", help=text)
+    text = "train one epoch on one batch per worker, neither reading nor writing the volume"
+    parser.add_argument("--dry-run", action="store_true", help=text)
+    text = "start over; the old model stays until the new one is finished"
+    parser.add_argument("--fresh", action="store_true", help=text)
+    text = "folder of the data (default: %(default)s)"
+    parser.add_argument("--data", type=Path, default=files.DATA, help=text)
+    text = "folder of the volume's files (default: %(default)s)"
+    parser.add_argument("--model", type=Path, default=files.MODEL, help=text)
+    return parser.parse_args()
+
+
+def parse_count(text: str) -> int:
+    """Return a positive integer."""
+    if text.isdecimal() and int(text) >= 1:
+        return int(text)
+    raise argparse.ArgumentTypeError(f"{text} must be a positive integer")

@@ -1,0 +1,57 @@
+"""A request to stop a training: a signal, and the time that is left to save its progress."""
+
+import time
+from types import FrameType
+
+from stage.process import command, signal_name
+
+STOP_SECONDS = 1.5  # for the batches that the workers have when the training is asked to stop
+RESUME_HINT = f"Resume with: {command('train')}"
+
+
+class RunningClock:
+    """Measures time, but not while this process was suspended.
+
+    A paused container, stopped processes or a sleeping laptop appear as one long gap between two calls of seconds(),
+    which counts as LONGEST_GAP at most.
+    """
+
+    LONGEST_GAP = 1.0  # seconds
+
+    def __init__(self) -> None:
+        self.elapsed, self.last_call = 0.0, time.monotonic()
+
+    def seconds(self) -> float:
+        """Return the seconds since the clock was created or reset; call it many times a second."""
+        now = time.monotonic()
+        self.elapsed, self.last_call = self.elapsed + min(now - self.last_call, self.LONGEST_GAP), now
+        return self.elapsed
+
+    def reset(self) -> None:
+        """Restart from 0."""
+        self.elapsed, self.last_call = 0.0, time.monotonic()
+
+
+class Stopped(Exception):
+    """A signal has ended the training; its progress is saved, or could not be saved in time."""
+
+    def __init__(self, number: int, saved: bool) -> None:
+        progress = "progress saved" if saved else "a batch took too long, so progress since the last checkpoint is lost"
+        super().__init__(f"stopped by {signal_name(number)}; {progress}")
+        self.number = number
+
+
+class StopRequest:
+    """Whether a signal has asked the training to stop: its number, or 0."""
+
+    def __init__(self) -> None:
+        self.number, self.clock = 0, RunningClock()
+
+    def handle(self, number: int, frame: FrameType | None) -> None:
+        """Handle a signal. A second signal does not extend the time."""
+        if not self.number:
+            self.number, self.clock = number, RunningClock()
+
+    def is_overdue(self) -> bool:
+        """Return whether the time is used up."""
+        return bool(self.number) and self.clock.seconds() > STOP_SECONDS

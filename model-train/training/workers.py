@@ -1,0 +1,240 @@
+"""The worker processes: started, given batches, watched and ended by the parent.
+
+The parent alone knows who has which batch. It has a socket pair with each worker, on which it sends the numbers of
+batches, and the worker answers each when it has trained on it. A batch counts when its answer arrives. When a worker is
+killed, its socket closes, and the batches that it has not answered go to the others. If it was killed between its last
+change of the parameters and its answer, that batch is applied twice.
+"""
+
+import contextlib
+import ctypes
+import json
+import multiprocessing
+import os
+import signal
+import socket
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+
+from hogwild import SharedState, Trainer
+from stage.files import FRESH_HINT
+from stage.process import STOP_SIGNALS, Failure, say, signal_name
+from training.record import LostWorker, Record, WorkerRecord
+from training.stopping import RESUME_HINT, RunningClock, Stopped, StopRequest
+
+LOOK_SECONDS = 0.004  # between two looks at the answers
+DRAIN_SECONDS = 0.0005  # the same, once all batches are sent
+# What a worker has ahead: enough to last until the next look, and no more: others redo it if the worker is killed.
+AHEAD_BATCHES, AHEAD_IMAGES = 6, 600
+HANG_SECONDS = 30  # between two checks while no answer comes; a busy worker that used no CPU in between is killed
+MAX_MESSAGE_BYTES = 1_000
+PR_SET_PDEATHSIG = 1  # from linux/prctl.h
+
+
+class Worker:
+    """A worker process, as the parent sees it: it owes an answer for each of the batches in `sent`, in this order."""
+
+    def __init__(self, rank: int, shared: SharedState, record: WorkerRecord) -> None:
+        self.rank, self.record = rank, record
+        self.sent: list[int] = []
+        self.error, self.has_ended = "no error message", False
+        self.socket, other_end = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self.socket.setblocking(False)
+        process = multiprocessing.get_context("fork").Process
+        self.process = process(target=run_worker, args=(rank, shared, other_end), daemon=True)
+        with other_end:  # must be open in the worker only: so this end is closed when the worker ends
+            self.process.start()
+
+    def send(self, number: int) -> bool:
+        """Send a batch; return whether that was possible: its socket may be full, or the worker dead."""
+        try:
+            self.socket.send(str(number).encode())
+        except (BlockingIOError, BrokenPipeError, ConnectionResetError):
+            return False
+        self.sent.append(number)
+        return True
+
+    def take_answers(self) -> bool:
+        """Count the batches that it has answered since the last call; return whether it has ended."""
+        for answer in self.messages():
+            if isinstance(answer, str):
+                self.error = answer
+            else:
+                number, images, loss_sum, waited_seconds = answer
+                self.sent.remove(number)
+                self.record.add(images, 1, loss_sum, waited_seconds)
+        return self.has_ended
+
+    def messages(self) -> Iterator[Any]:
+        """Yield the messages that have arrived; note the end of the worker, after its last message."""
+        while not self.has_ended:
+            try:
+                message = self.socket.recv(MAX_MESSAGE_BYTES)
+            except BlockingIOError:
+                return
+            except ConnectionResetError:
+                continue  # it had not read all batches; what it has sent before can still be read
+            self.has_ended = not message
+            if message:
+                yield json.loads(message)
+
+    def end(self, deadline: float) -> None:
+        """Let the process end, and kill it if it has not ended at the deadline, of time.monotonic()."""
+        with contextlib.suppress(OSError):  # it has ended already
+            self.socket.shutdown(socket.SHUT_RDWR)
+        self.process.join(max(0.0, deadline - time.monotonic()))
+        if self.process.exitcode is None:
+            self.process.kill()
+            self.process.join()
+        self.socket.close()
+
+
+class Workers:
+    """The workers of a training. A context manager: it forks them on entry and ends them on exit.
+
+    They train on the batches from `next` on, every `step`-th one: work() hands them out.
+    """
+
+    def __init__(self, shared: SharedState, record: Record, stop: StopRequest, first: int, step: int) -> None:
+        self.shared, self.settings, self.stop = shared, record.settings, stop
+        self.records, self.lost_workers = record.workers, record.lost_workers
+        self.next, self.step = first, step
+        self.returned: list[int] = []  # batches of killed workers
+        self.ahead = max(2, min(AHEAD_BATCHES, AHEAD_IMAGES // record.settings.batch_size))
+        self.living: list[Worker] = []
+        self.since_last_answer = RunningClock()
+        self.cpu_times: dict[int, str] = {}  # by rank
+
+    def __enter__(self) -> "Workers":
+        """Fork the workers. A fork is fast, and shares the images and torch with them.
+
+        It is safe because the parent has used a single thread so far.
+        """
+        try:
+            for record in self.records:
+                self.living.append(Worker(record.rank, self.shared, record))
+        except OSError:
+            self.end()
+            raise
+        # The parent validates while the workers are idle, so it may use one thread per worker.
+        torch.set_num_threads(len(self.living))
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.end()
+
+    def end(self) -> None:
+        """Let the workers end, and kill those that do not within a second."""
+        deadline = time.monotonic() + 1
+        for worker in self.living:
+            worker.end(deadline)
+
+    def work(self, limit: int) -> bool:
+        """Hand out batches below `limit`, count answers, look after the workers; return whether there is more to do.
+
+        Call it until it returns False: then all batches below the limit are done, and the workers are idle. Raise
+        Failure if a worker has failed or all were killed, Stopped if a request to stop has waited too long for them.
+        """
+        self.hand_out(limit)
+        time.sleep(DRAIN_SECONDS if self.next >= limit else LOOK_SECONDS)
+        self.watch()
+        return bool(self.next < limit or self.returned or any(worker.sent for worker in self.living))
+
+    def hand_out(self, limit: int) -> None:
+        """Send batches, those of killed workers first, to whoever has the fewest, until all have enough of them."""
+        while self.returned or self.next < limit:
+            worker = min(self.living, key=lambda worker: len(worker.sent))
+            number = min(self.returned, default=self.next)
+            if len(worker.sent) >= self.ahead or not worker.send(number):
+                return
+            if self.returned:
+                self.returned.remove(number)
+            else:
+                self.next += self.step
+
+    def watch(self) -> None:
+        """Count answers; notice workers that were killed; kill those that hang. Raise what work() raises."""
+        before = self.steps()
+        for worker in [*self.living]:
+            if worker.take_answers():
+                self.bury(worker)
+        if not self.living:
+            hint = "The last checkpoint is intact. If memory ran out, raise MNIST_MEMORY"
+            raise Failure(f"all workers were killed. {hint}. {RESUME_HINT}")
+        if self.stop.is_overdue():
+            raise Stopped(self.stop.number, saved=False)
+        if self.steps() > before:
+            self.since_last_answer.reset()
+        elif self.since_last_answer.seconds() > HANG_SECONDS:
+            self.since_last_answer.reset()
+            self.kill_hanging()
+
+    def steps(self) -> int:
+        """Return the number of batches that have been answered."""
+        return sum(record.steps for record in self.records)
+
+    def bury(self, worker: Worker) -> None:
+        """Take back the batches of a worker that was killed. Raise Failure if it has ended by itself."""
+        worker.end(time.monotonic() + 1)
+        exit_code = worker.process.exitcode or 0
+        if exit_code >= 0:
+            flags = self.settings.as_flags()
+            raise Failure(f"worker {worker.rank} failed: {worker.error}. Settings: {flags}. {FRESH_HINT}")
+        say(f"train: {death_message(worker.rank, -exit_code, worker.sent)}")
+        self.lost_workers.append(LostWorker(worker.rank, -exit_code, worker.sent[0] if worker.sent else None))
+        self.living.remove(worker)
+        self.returned += worker.sent
+
+    def kill_hanging(self) -> None:
+        """Kill busy workers that have not used the CPU since the last call; watch() then notices their death."""
+        before, self.cpu_times = self.cpu_times, {worker.rank: cpu_time(worker.process.pid) for worker in self.living}
+        for worker in self.living:
+            if worker.sent and before.get(worker.rank) == self.cpu_times[worker.rank]:
+                worker.process.kill()
+
+
+def death_message(rank: int, number: int, batches: list[int]) -> str:
+    """Return the message that a signal killed a worker, idle or with batches to do."""
+    death = f"worker {rank} was killed by {signal_name(number)}"
+    if not batches:
+        return f"{death} while idle"
+    return f"{death}; other workers redo its batch{'es' * (len(batches) > 1)} {', '.join(map(str, batches))}"
+
+
+def cpu_time(pid: int | None) -> str:
+    """Return the CPU time of a process in user and system mode, in clock ticks; empty if it has ended (proc(5))."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return ""
+    return " ".join(fields[11:13])
+
+
+def run_worker(rank: int, shared: SharedState, parent: socket.socket) -> None:
+    """Train on each batch that the parent sends, and answer; end when it closes the socket. The worker's main function.
+
+    An answer is a list: batch, images, sum of their losses, seconds waited for the batch. An error is a text.
+    """
+    for stop_signal in STOP_SIGNALS:
+        signal.signal(stop_signal, signal.SIG_IGN)  # the parent gets it too and stops its workers cleanly
+    # A worker must not outlive its parent, or it would keep the lock of the volume.
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    try:
+        trainer = Trainer(rank, shared)
+        began = time.monotonic()
+        while message := parent.recv(MAX_MESSAGE_BYTES):
+            number, waited_seconds = int(message), time.monotonic() - began
+            answer = [number, *trainer.train_batch(number), waited_seconds]
+            parent.send(json.dumps(answer).encode())
+            began = time.monotonic()
+    except (BrokenPipeError, ConnectionResetError):
+        pass  # the training has ended
+    except Exception as error:
+        text = f"{type(error).__name__}: {error}".splitlines()[0]
+        parent.send(json.dumps(text[:500]).encode())
+        os._exit(1)

@@ -1,0 +1,212 @@
+"""files.py: files that are published whole, locks, limits, and failures in one line."""
+
+import errno
+import fcntl
+import os
+import shutil
+import stat
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+import stages
+from stage import files, process
+from stage.process import Failure
+from training import checkpoint, plan
+
+
+def test_a_published_file_is_readable_by_all_and_nothing_is_left_beside_it(tmp_path):
+    before = os.umask(0o077)
+    try:
+        files.publish(tmp_path / "file", b"new")
+    finally:
+        os.umask(before)
+    assert (tmp_path / "file").read_bytes() == b"new"
+    assert stat.S_IMODE((tmp_path / "file").stat().st_mode) == 0o644
+    assert os.listdir(tmp_path) == ["file"]
+
+
+def fail(*args, number=errno.ENOSPC):
+    raise OSError(number, os.strerror(number))
+
+
+@pytest.mark.parametrize("system_call", ["fsync", "fchmod"])
+def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch, system_call):
+    files.publish(tmp_path / "file", b"old")
+    monkeypatch.setattr(os, system_call, fail)
+    with pytest.raises(Failure, match=r"/file .*disk space"):
+        files.publish(tmp_path / "file", b"new")
+    assert (tmp_path / "file").read_bytes() == b"old"
+    assert os.listdir(tmp_path) == ["file"]
+
+
+@pytest.mark.parametrize(
+    ("module", "call", "number", "hint"),
+    [(Path, "rename", errno.EPERM, "chattr -i"), (fcntl, "flock", errno.ENOLCK, "no locks")],
+)
+def test_the_hint_fits_a_file_that_may_not_be_replaced_or_locked(tmp_path, monkeypatch, module, call, number, hint):
+    monkeypatch.setattr(module, call, partial(fail, number=number))
+    with pytest.raises(Failure, match=f"/file .*{hint}"):
+        files.publish(tmp_path / "file", b"new")
+
+
+def save_checkpoint(folder):
+    """Saves a checkpoint as a training does."""
+    parameters = SimpleNamespace(isfinite=lambda: SimpleNamespace(all=lambda: True))
+    shared = SimpleNamespace(parameters=parameters, state_dict=dict, velocities=None, sum=None)
+    record = SimpleNamespace(to_json=str, publish=lambda folder: None)
+    with pytest.raises(Failure):
+        checkpoint.Checkpoints(folder, shared, record).save()
+
+
+def run_stage(stage):
+    """A function that runs a stage, which fails."""
+    return lambda folder: stages.assert_fails(stages.call(stage, model=folder), 1)
+
+
+@pytest.mark.parametrize("write", [save_checkpoint, run_stage("evaluate"), run_stage("infer")])
+def test_no_file_is_replaced_before_its_successor_is_flushed_to_disk(finished, tmp_path, monkeypatch, write):
+    folder = shutil.copytree(finished, tmp_path / "volume")
+    before = stages.contents(folder)
+    monkeypatch.setattr(os, "fsync", fail)
+    write(folder)
+    assert stages.contents(folder) == before
+
+
+def test_what_a_crash_left_half_written_does_not_reach_the_next_file(tmp_path):
+    (tmp_path / ".file.part").write_bytes(b"half of a much longer file")
+    files.publish(tmp_path / "file", b"new")
+    assert (tmp_path / "file").read_bytes() == b"new"
+    assert os.listdir(tmp_path) == ["file"]
+
+
+def test_of_several_writers_of_the_same_file_one_is_the_last_and_its_file_is_whole(tmp_path):
+    versions = [bytes([number]) * 100_000 for number in range(200)]
+    with ThreadPoolExecutor(8) as pool:
+        for _ in pool.map(partial(files.publish, tmp_path / "file"), versions):
+            pass  # it raises what they raise
+    assert (tmp_path / "file").read_bytes() in versions
+    assert os.listdir(tmp_path) == ["file"]
+
+
+def test_a_lock_ends_with_the_process_that_has_it(tmp_path):
+    lock = tmp_path / "lock"
+
+    def is_locked():
+        try:
+            with files.file_lock(lock, wait=False):
+                return False
+        except BlockingIOError:
+            return True
+
+    script = (
+        "import pathlib, signal, sys\n"
+        "from stage import files\n"
+        "with files.file_lock(pathlib.Path(sys.argv[1])):\n"
+        "    print(flush=True)\n"
+        "    signal.pause()"
+    )
+    with stages.running([sys.executable, "-c", script, lock], PYTHONPATH=stages.TREE / "model-train") as process:
+        process.stdout.readline()
+        assert is_locked()
+    stages.wait_until(lambda: not is_locked())
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_lock_is_one_that_other_hosts_see_over_nfs(tmp_path, monkeypatch):
+    """NFS's server is told only of locks of regular files that are open for writing: flock(2)."""
+
+    def flock(file, operation, really=fcntl.flock):
+        mode, flags = os.stat(getattr(file, "name", file)).st_mode, fcntl.fcntl(file, fcntl.F_GETFL)
+        if stat.S_ISREG(mode) and flags & os.O_ACCMODE != os.O_RDONLY:
+            really(file, operation)
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with plan.volume_lock(tmp_path), pytest.raises(Failure, match="locked by"), plan.volume_lock(tmp_path):
+        pass
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.EOPNOTSUPP])
+def test_a_volume_without_locks_is_refused_in_one_line(tmp_path, monkeypatch, number):
+    monkeypatch.setattr(fcntl, "flock", partial(fail, number=number))
+    stages.assert_fails(stages.call("train", model=tmp_path), 1, tmp_path, "no locks")
+
+
+def test_a_file_that_is_linked_from_elsewhere_stays_a_lock_and_is_not_written_to(tmp_path):
+    """As after `cp -al` of the volume of a running training."""
+    lock, copy = tmp_path / "lock", tmp_path / "copy"
+    with files.file_lock(lock) as file:
+        os.write(file.fileno(), b"the holder")
+        copy.hardlink_to(lock)
+        with pytest.raises(BlockingIOError), files.file_lock(lock, wait=False):
+            pass
+    lock.hardlink_to(copy)
+    files.publish(tmp_path / "file", b"new")
+    with files.file_lock(lock) as file:
+        os.write(file.fileno(), b"another one")
+    assert copy.read_bytes() == b"the holder"
+
+
+@pytest.mark.parametrize(
+    ("stage", "flags", "megabytes"),
+    [
+        ("train", ("--fresh", "--num-processes", "64"), 1000),
+        ("train", ("--fresh", "--num-processes", "8", "--batch-size", "10000"), 1000),
+        ("train", ("--epochs", "9999"), 200),
+        ("infer", ("--samples", "100"), 200),
+    ],
+)
+def test_work_for_which_there_is_too_little_memory_is_refused(volume, monkeypatch, stage, flags, megabytes):
+    read_text, before = Path.read_text, stages.contents(volume)
+    limit = {"memory.max": f"{megabytes}000000"}
+    monkeypatch.setattr(Path, "read_text", lambda path, *rest: limit.get(path.name) or read_text(path, *rest))
+    stages.assert_fails(stages.call(stage, *flags, model=volume), 2, "MNIST_MEMORY")
+    assert stages.contents(volume) == before
+
+
+def test_numbers_that_are_rounded_do_not_contradict_what_is_said_of_them(monkeypatch):
+    assert [process.percent(value) for value in (100, 99.999, 99.46)] == ["100.00 %", "99.99 %", "99.46 %"]
+    assert [process.percent(value, 0) for value in (100, 99.9, 99.4)] == ["100 %", "99 %", "99 %"]
+    monkeypatch.setattr(Path, "read_text", lambda path: "317000000")
+    with pytest.raises(Failure, match=r"needs about 318 MB .* 317 MB"):
+        process.check_memory(317_000_001, "it")
+
+
+@pytest.mark.parametrize(("quota", "cores"), [("100000 100000", 1), ("50000 100000", 1), ("150000 100000", 1)])
+def test_the_cores_of_a_container_are_those_of_its_quota(monkeypatch, quota, cores):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: {*range(8)})
+    monkeypatch.setattr(Path, "exists", lambda path: True)
+    monkeypatch.setattr(Path, "read_text", lambda path: quota)
+    assert process.count_cores() == cores
+
+
+@pytest.mark.parametrize("error", [OSError(errno.EAGAIN, "no fork"), RuntimeError("can't start new thread")])
+def test_a_lack_of_processes_or_threads_is_a_failure_that_names_the_variable(capsys, error):
+    with pytest.raises(SystemExit) as end, process.exit_on_failure("train"):
+        raise error
+    assert end.value.code == 1
+    assert "MNIST_PIDS" in capsys.readouterr().err
+
+
+def test_a_failure_is_one_line_whatever_a_path_has_in_it(tmp_path):
+    stages.assert_fails(stages.call("infer", model=tmp_path / "two\nlines"), 1)
+
+
+def test_a_folder_that_cannot_be_made_is_a_failure_that_names_it(tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    stages.assert_fails(stages.call("train", model=tmp_path / "file" / "volume"), 1, tmp_path / "file")
+
+
+@pytest.mark.parametrize(
+    ("variables", "words"),
+    [
+        ({}, ".venv/bin/python model-train/train.py --data data --model model --fresh"),
+        ({"SLURM_JOB_ID": "7"}, "sbatch deploy/train.sbatch --fresh"),
+    ],
+)
+def test_a_message_names_the_command_that_works_where_the_program_runs(volume, variables, words):
+    stages.assert_fails(stages.run("train", "--lr", "0.2", model=volume, **variables), 2, words)
