@@ -83,8 +83,9 @@ def test_the_dockerfiles_share_their_prologue_and_so_the_layers_with_torch(stage
 
 @pytest.mark.parametrize("stage", stages.STAGES)
 def test_all_programs_of_a_stage_are_copied_into_its_image(stage):
-    copied = " ".join(re.findall(r"^COPY (.*) /opt/app/$", DOCKERFILES[stage].read_text(), re.MULTILINE))
-    assert {*copied.split()} == {path.name for path in (stages.TREE / stages.FOLDERS[stage]).glob("*.py")}
+    copied = re.findall(r"^COPY (?:--\S+ )*(\S+) /opt/app/\1?$", DOCKERFILES[stage].read_text(), re.MULTILINE)
+    folders = {path.parent.name for path in (stages.TREE / stages.FOLDERS[stage]).glob("*/*.py")}
+    assert {*copied} == {"*.py", *folders}
 
 
 # docker-compose.yml ---------------------------------------------------------------------------------------------------

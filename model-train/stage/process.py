@@ -80,7 +80,7 @@ def prepare_process(stage: str, needed_memory: int = 0) -> None:
 
 
 def imports_done() -> None:
-    """Have the garbage collector ignore all objects so far, and look after the others. Call it after the last import."""
+    """Have the garbage collector look after new objects, and ignore those that there are. Call it after all imports."""
     gc.freeze()
     gc.enable()
 
