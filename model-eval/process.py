@@ -24,9 +24,6 @@ BINDING_VARIABLES = ("OMP_PROC_BIND", "OMP_PLACES", "GOMP_CPU_AFFINITY", "KMP_AF
 THREADS_HINT = "cannot start enough processes and threads. Raise MNIST_PIDS, then run it again."
 
 
-to_remove: set[Path] = set()  # files that a signal that ends the process at once must not leave behind
-
-
 class Failure(Exception):
     """Ends a stage. The message is one line for the user: what is wrong, where, and the command that fixes it.
 
@@ -43,7 +40,7 @@ def prepare_process(stage: str, needed_memory: int = 0) -> None:
 
     Until there is work to save, a signal ends the process at once; an exception might be swallowed by an import.
     """
-    handle_stop_signals(end_at_once)
+    handle_stop_signals(lambda number, frame: os._exit(128 + number))
     signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)  # blocked by the image's entrypoint until they are handled
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # inherited as ignored, it would hide the death of workers
     for descriptor in (0, 1, 2):
@@ -64,14 +61,6 @@ def prepare_process(stage: str, needed_memory: int = 0) -> None:
         os.environ.pop(name, None)
     with exit_on_failure(stage):
         check_memory(needed_memory, stage)
-
-
-def end_at_once(number: int, frame: FrameType | None) -> NoReturn:
-    """Handle a signal: end the process with its status."""
-    for path in to_remove:
-        with contextlib.suppress(OSError):
-            path.unlink()
-    os._exit(128 + number)
 
 
 def end_process(status: int) -> NoReturn:
