@@ -165,6 +165,7 @@ def volume_lock(folder: Path) -> Iterator[None]:
         with contextlib.suppress(OSError):  # a full disk: the lock holds without a name
             os.truncate(file, 0)
             os.write(file, name.encode())
+            os.fsync(file)  # for other hosts
         try:
             yield
         finally:

@@ -140,7 +140,7 @@ def sha256(path):
 
 
 def contents(folder, but=None):
-    """The sha256 of every file in a folder, hidden ones too but locks, by its path in there; `but` one, which is not read."""
+    """The sha256 of every file in a folder, hidden ones too but LOCKS, by its path; `but` one, which is not read."""
     paths = [path for path in folder.rglob("*") if path.is_file() and path != but and path.name not in LOCKS]
     return {str(path.relative_to(folder)): sha256(path) for path in paths}
 
