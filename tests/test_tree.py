@@ -79,8 +79,15 @@ def test_the_dockerfiles_share_their_prologue_and_so_the_layers_with_torch(stage
 
 @pytest.mark.parametrize("stage", stages.STAGES)
 def test_all_programs_of_a_stage_are_copied_into_its_image(stage):
-    copied = " ".join(re.findall(r"^COPY (.*) /opt/app/$", DOCKERFILES[stage].read_text(), re.MULTILINE))
+    copied = " ".join(re.findall(r"^COPY --chmod=755 (.*) /opt/app/$", DOCKERFILES[stage].read_text(), re.MULTILINE))
     assert {*copied.split()} == {path.name for path in (stages.TREE / stages.FOLDERS[stage]).glob("*.py")}
+
+
+@pytest.mark.parametrize("stage", stages.STAGES)
+def test_any_user_may_run_what_an_image_has_from_a_checkout_that_only_its_owner_may_read(stage):
+    lines = re.findall(r"^COPY (?!--from=).*(?= /opt/)", DOCKERFILES[stage].read_text(), re.MULTILINE)
+    assert len(lines) > 1
+    assert all(line.startswith("COPY --chmod=755 ") for line in lines)
 
 
 # docker-compose.yml ---------------------------------------------------------------------------------------------------
