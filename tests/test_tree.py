@@ -199,6 +199,7 @@ def test_every_target_of_the_makefile_is_listed_by_make_alone():
 
 # A python3 whose environments have a Python that only notes what it is asked for, and fails at some of it.
 PYTHON = """#!/bin/sh
+[ "$1" = -c ] && exit
 mkdir -p .venv/bin
 cat >.venv/bin/python <<'END'
 #!/bin/sh
@@ -206,6 +207,10 @@ echo "$*" >>calls
 case "$*" in {fails}) exit 1 ;; esac
 END
 chmod +x .venv/bin/python
+"""
+OLD_PYTHON = f"""#!/bin/sh
+[ "$1" = -c ] && exec {sys.executable} -c 'import sys; sys.version_info = (3, 10, 12); exec(sys.argv[1])' "$2"
+mkdir .venv
 """
 
 
@@ -220,13 +225,14 @@ def make_environment(tmp_path, monkeypatch):
         shutil.copy(stages.TREE / name, tmp_path / name)
     shutil.copytree(stages.TREE / "model-infer", tmp_path / "model-infer")
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
-    monkeypatch.delenv("TORCH_INDEX", raising=False)
+    for name in ("TORCH_INDEX", "PYTHON3", "MAKEFLAGS"):  # the last has those given to a make that runs the tests
+        monkeypatch.delenv(name, raising=False)
 
-    def make(fails, *variables):
-        (tmp_path / "python3").write_text(PYTHON.replace("{fails}", fails))
+    def make(fails, *words, python=PYTHON):
+        (tmp_path / "python3").write_text(python.replace("{fails}", fails))
         (tmp_path / "python3").chmod(0o755)
         (tmp_path / "calls").write_text("")
-        command = ["make", "--silent", ".venv/for-stages", *variables]
+        command = ["make", "--silent", *(words or [".venv/for-stages"])]
         result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
         return result, (tmp_path / "calls").read_text().splitlines()
 
@@ -242,7 +248,7 @@ def test_where_the_index_of_pytorch_cannot_be_reached_torch_is_installed_from_th
 
 
 def test_an_index_for_torch_that_is_given_and_fails_is_named_and_no_other_is_used(make_environment):
-    result, calls = make_environment("*mirror.example*", "TORCH_INDEX=https://mirror.example/cpu")
+    result, calls = make_environment("*mirror.example*", ".venv/for-stages", "TORCH_INDEX=https://mirror.example/cpu")
     assert result.returncode != 0
     assert "TORCH_INDEX=https://mirror.example/cpu" in result.stderr
     assert len(calls) == 1
@@ -250,11 +256,23 @@ def test_an_index_for_torch_that_is_given_and_fails_is_named_and_no_other_is_use
 
 @pytest.mark.parametrize("fails", ["*requirements-serve.txt", "*import*torch*"])
 def test_an_installation_that_failed_is_not_taken_for_done(make_environment, fails):
-    result, _ = make_environment(fails, "TORCH_INDEX=https://mirror.example/whole")
+    result, _ = make_environment(fails, ".venv/for-stages", "TORCH_INDEX=https://mirror.example/whole")
     assert result.returncode != 0
     result, calls = make_environment("never")
     assert result.returncode == 0
     assert calls
+
+
+@pytest.mark.parametrize("goal", ["local", "test", "data"])
+def test_an_old_python_is_refused_before_anything_is_made_and_another_one_can_be_chosen(
+    make_environment, tmp_path, goal
+):
+    result, _ = make_environment("never", goal, python=OLD_PYTHON)
+    assert result.returncode != 0
+    assert f"3.11 or newer is needed: make PYTHON3=python3.12 {goal}" in result.stderr.splitlines()[0]
+    assert not (tmp_path / ".venv").exists()
+    result, _ = make_environment("never", goal, f"PYTHON3={sys.executable}", "--dry-run", python=OLD_PYTHON)
+    assert sys.executable in result.stdout
 
 
 def test_prepare_refuses_another_kind_of_machine_in_one_line(tmp_path):
