@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+import urllib.request
 from pathlib import Path
 
 import pytest
@@ -188,6 +189,10 @@ def test_no_class_has_more_than_120_lines_and_no_function_more_than_40(folder):
                 if length > (120 if isinstance(node, ast.ClassDef) else 40):
                     long.append(f"{path.name}: {node.name} has {length} lines")
     assert long == []
+
+
+def test_the_tests_ask_their_own_servers_without_a_proxy():
+    assert urllib.request.proxy_bypass_environment("127.0.0.1")
 
 
 def test_every_target_of_the_makefile_is_listed_by_make_alone():
