@@ -70,8 +70,8 @@ def test_a_checkout_on_windows_has_line_feeds_in_every_text(git, tmp_path):
     )  # a here-document, which needs new engines
 
 
-def test_the_data_set_and_what_runs_leave_stay_out_of_git(git):
-    paths = ["data/MNIST/raw/train-images-idx3-ubyte", "model/mnist_cnn.pt", "out/x", "tests/.venv/x"]
+def test_the_data_set_what_runs_leave_and_settings_of_ones_own_stay_out_of_git(git):
+    paths = ["data/MNIST/raw/train-images-idx3-ubyte", "model/mnist_cnn.pt", "out/x", "tests/.venv/x", ".env"]
     assert git("check-ignore", *paths).split() == paths
 
 
