@@ -1,9 +1,13 @@
-# `make` lists the targets. TORCH_INDEX=URL names another index for torch, for people behind a mirror.
+# `make` lists the targets. TORCH_INDEX=URL names another index for torch, for people behind a mirror; PYTHON3=python3.12
+# another Python to begin with.
+PYTHON3 ?= python3
 CPU_INDEX = https://download.pytorch.org/whl/cpu
 PYTHON = .venv/bin/python
 INSTALL = $(PYTHON) -m pip install --quiet
 STAGES = model-eval model-infer
 COPIES = net.py stage entrypoint.sh .dockerignore
+CHECK_PYTHON = $(PYTHON3) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	{ echo "make: Python 3.11 or newer is needed: make PYTHON3=python3.12 $(MAKECMDGOALS)" >&2; exit 1; }
 
 .PHONY: help test data local serve copies lint audit bench chaos cluster-test scaling
 help: ## list the targets
@@ -13,10 +17,11 @@ test: .venv/for-tests ## set up what the tests need and run them: a fast tier, a
 	$(PYTHON) -m pytest tests
 
 data: ## put the MNIST data set into ./data ahead of time, and verify it
-	@python3 data/fetch.py
+	@$(CHECK_PYTHON)
+	@$(PYTHON3) data/fetch.py
 
 local: .venv/for-stages ## without Docker: set up a virtual environment, and run the three programs in order
-	@python3 data/fetch.py
+	@$(PYTHON) data/fetch.py
 	$(PYTHON) model-train/train.py --data data --model model
 	$(PYTHON) model-eval/evaluate.py --data data --model model
 	$(PYTHON) model-infer/infer.py --data data --model model
@@ -25,7 +30,7 @@ serve: .venv/for-stages ## without Docker: draw on the model that `make local` h
 	$(PYTHON) model-infer/serve.py --data data --model model $(FLAGS)
 
 bench: .venv/for-bench ## measure speed, accuracy, memory and sizes against PyTorch's example (FLAGS=--quick: shortened)
-	@python3 data/fetch.py
+	@$(PYTHON) data/fetch.py
 	$(PYTHON) tests/bench/bench.py $(FLAGS)
 
 chaos: .venv/for-tests ## try failures at many moments, and all broken files (FLAGS="-k accurate --kills 2": fewer)
@@ -56,7 +61,8 @@ audit: .venv/for-tests ## look up known vulnerabilities of the pinned packages; 
 # Each of these files is made last, so that what has failed is not taken for done. --clear: pip would keep a build of
 # torch that is of the right version, but cannot be imported.
 .venv/for-stages: model-train/requirements-torch.txt model-train/requirements.txt model-infer/requirements-serve.txt
-	python3 -m venv --clear .venv
+	@$(CHECK_PYTHON)
+	$(PYTHON3) -m venv --clear .venv
 ifdef TORCH_INDEX
 	$(INSTALL) --no-deps --index-url $(TORCH_INDEX) --requirement $< || \
 		{ echo "make: cannot install torch from TORCH_INDEX=$(TORCH_INDEX)" >&2; exit 1; }

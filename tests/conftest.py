@@ -1,5 +1,6 @@
 """The volumes that the fast tests start from. The tests in containers/, which need a Docker engine, run after them."""
 
+import os
 import shutil
 import signal
 import subprocess
@@ -13,6 +14,11 @@ import stages
 for number in (signal.SIGHUP, signal.SIGINT, signal.SIGQUIT):
     if signal.getsignal(number) == signal.SIG_IGN:
         signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+
+# A proxy cannot reach the servers that the tests start.
+DIRECT = os.environ.get("no_proxy") or os.environ.get("NO_PROXY") or ""
+if DIRECT != "*":
+    os.environ["no_proxy"] = os.environ["NO_PROXY"] = f"{DIRECT},127.0.0.1,localhost"
 
 
 def is_in_containers(item):

@@ -32,6 +32,10 @@ MADE_BY = {
     "evaluate": {"eval_results.json", "confusion_matrix.png", "mistakes.png"},
     "infer": {"predictions.json", "predictions.png"},  # and the pictures in results
 }
+LOCKS = {
+    ".train.lock",
+    ".download.lock",
+}  # empty files that train leaves in the volume, and in the data if it downloads
 QUICK = ("--epochs", "1", "--batch-size", "500")  # a training that takes little time
 SECONDS = 120  # for one process; a machine may be busy
 
@@ -178,8 +182,8 @@ def sha256(path):
 
 
 def contents(folder, but=None):
-    """The sha256 of every file in a folder, hidden ones too, by its path in there; `but` one, which is not read."""
-    paths = [path for path in folder.rglob("*") if path.is_file() and path != but]
+    """The sha256 of every file in a folder, hidden ones too but LOCKS, by its path; `but` one, which is not read."""
+    paths = [path for path in folder.rglob("*") if path.is_file() and path != but and path.name not in LOCKS]
     return {str(path.relative_to(folder)): sha256(path) for path in paths}
 
 

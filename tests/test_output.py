@@ -54,7 +54,7 @@ def test_an_output_that_cannot_be_written_to_does_not_stop_the_work(volumes, out
 def test_a_training_whose_reader_leaves_after_a_line_publishes_its_files(start):
     folder = start("train")
     stages.assert_succeeds(run('"$@" | head -n 1', "train", *stages.QUICK, "--log-interval", "1", model=folder))
-    assert {*os.listdir(folder)} == stages.MADE_BY["train"]
+    assert {*stages.contents(folder)} == stages.MADE_BY["train"]
 
 
 @pytest.mark.parametrize("output", ["stdout closed", "both full", "both to a full pipe that nobody reads"])

@@ -151,6 +151,7 @@ def test_a_volume_is_locked_for_one_training_at_a_time_and_another_one_is_told_w
     with plan.volume_lock(volume):
         pass
     assert stages.contents(volume) == before
+    assert (volume / plan.LOCK).read_bytes() == b""
 
 
 def test_a_lock_whose_text_is_not_fit_for_a_terminal_names_no_holder(tmp_path):

@@ -1,6 +1,5 @@
 """Signals that ask a stage to stop: while it starts, and in the middle of a training."""
 
-import os
 import re
 import shutil
 import signal
@@ -51,14 +50,13 @@ def importing(start, tmp_path):
 
 @pytest.mark.parametrize("number", STOPS, ids=lambda number: number.name)
 @pytest.mark.parametrize("stage", stages.STAGES)
-def test_a_signal_stops_a_stage_even_while_an_import_swallows_exceptions(importing, tmp_path, stage, number):
+def test_a_signal_stops_a_stage_even_while_an_import_swallows_exceptions(importing, stage, number):
     with importing(stage) as process:
         assert process.stdout.readline() == "importing torch\n", process.stderr.read()
         process.send_signal(number)
         _, stderr = process.communicate(timeout=10)
     assert process.returncode == 128 + number, stderr
     assert len(stderr.splitlines()) <= 1
-    assert {*os.listdir(tmp_path / "volume")} <= {"mnist_cnn.pt"}
 
 
 @pytest.mark.parametrize("stage", stages.STAGES)

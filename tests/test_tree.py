@@ -6,6 +6,8 @@ import re
 import shutil
 import subprocess
 import sys
+import urllib.request
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -36,29 +38,45 @@ def compose():
     return content
 
 
+@pytest.fixture
+def git(tmp_path, monkeypatch):
+    """A function that runs git on the tree, which may belong to another user. A copy without .git has none."""
+    if not (stages.TREE / ".git").exists():
+        assert "CI" not in os.environ
+        pytest.skip("this copy of the tree has no .git")
+    (tmp_path / "gitconfig").write_text("[safe]\ndirectory = *\n")
+    monkeypatch.setenv("GIT_CONFIG_GLOBAL", str(tmp_path / "gitconfig"))
+    return partial(run, "git")
+
+
 # Copies ---------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", COPIES)
 @pytest.mark.parametrize("stage", ["evaluate", "infer"])
-def test_every_image_gets_the_same_copy_and_git_knows_that_it_is_one(stage, name):
+def test_every_image_gets_the_same_copy(stage, name):
     copy = stages.TREE / stages.FOLDERS[stage] / name
     assert copy.read_bytes() == (stages.TREE / "model-train" / name).read_bytes(), "run: make copies"
-    assert run("git", "check-attr", "linguist-generated", copy).split()[-1] == "set"
 
 
-def test_a_checkout_on_windows_has_line_feeds_in_every_text(tmp_path):
-    run("git", "clone", "--config", "core.autocrlf=true", stages.TREE, tmp_path / "checkout")
-    lines = run("git", "ls-files", "--eol", folder=tmp_path / "checkout").splitlines()
+def test_git_knows_which_files_are_copies(git):
+    copies = [f"{stages.FOLDERS[stage]}/{name}" for stage in ("evaluate", "infer") for name in COPIES]
+    lines = git("check-attr", "linguist-generated", *copies).splitlines()
+    assert lines == [f"{copy}: linguist-generated: set" for copy in copies]
+
+
+def test_a_checkout_on_windows_has_line_feeds_in_every_text(git, tmp_path):
+    git("clone", "--config", "core.autocrlf=true", stages.TREE, tmp_path / "checkout")
+    lines = git("ls-files", "--eol", folder=tmp_path / "checkout").splitlines()
     assert [line for line in lines if not re.match(r"i/\S+ +w/(lf|-text|none) ", line)] == []
     assert not any(
         "<<" in path.read_text() for path in DOCKERFILES.values()
     )  # a here-document, which needs new engines
 
 
-def test_the_data_set_and_what_runs_leave_stay_out_of_git():
-    paths = ["data/MNIST/raw/train-images-idx3-ubyte", "model/mnist_cnn.pt", "out/x", "tests/.venv/x"]
-    assert run("git", "check-ignore", *paths).split() == paths
+def test_the_data_set_what_runs_leave_and_settings_of_ones_own_stay_out_of_git(git):
+    paths = ["data/MNIST/raw/train-images-idx3-ubyte", "model/mnist_cnn.pt", "out/x", "tests/.venv/x", ".env"]
+    assert git("check-ignore", *paths).split() == paths
 
 
 def test_every_dependency_is_pinned():
@@ -83,9 +101,16 @@ def test_the_dockerfiles_share_their_prologue_and_so_the_layers_with_torch(stage
 
 @pytest.mark.parametrize("stage", stages.STAGES)
 def test_all_programs_of_a_stage_are_copied_into_its_image(stage):
-    copied = re.findall(r"^COPY (?:--\S+ )*(\S+) /opt/app/\1?$", DOCKERFILES[stage].read_text(), re.MULTILINE)
+    copied = re.findall(r"^COPY --chmod=755 (\S+) /opt/app/\1?$", DOCKERFILES[stage].read_text(), re.MULTILINE)
     folders = {path.parent.name for path in (stages.TREE / stages.FOLDERS[stage]).glob("*/*.py")}
     assert {*copied} == {"*.py", *folders}
+
+
+@pytest.mark.parametrize("stage", stages.STAGES)
+def test_any_user_may_run_what_an_image_has_from_a_checkout_that_only_its_owner_may_read(stage):
+    lines = re.findall(r"^COPY (?!--from=).*(?= /opt/)", DOCKERFILES[stage].read_text(), re.MULTILINE)
+    assert len(lines) > 1
+    assert all(line.startswith("COPY --chmod=755 ") for line in lines)
 
 
 # docker-compose.yml ---------------------------------------------------------------------------------------------------
@@ -188,6 +213,10 @@ def test_no_class_has_more_than_120_lines_and_no_function_more_than_40(folder):
     assert long == []
 
 
+def test_the_tests_ask_their_own_servers_without_a_proxy():
+    assert urllib.request.proxy_bypass_environment("127.0.0.1")
+
+
 def test_every_target_of_the_makefile_is_listed_by_make_alone():
     rules = [line for line in (stages.TREE / "Makefile").read_text().splitlines() if line.startswith(".PHONY:")]
     targets = " ".join(rules).split()[1:]
@@ -197,6 +226,7 @@ def test_every_target_of_the_makefile_is_listed_by_make_alone():
 
 # A python3 whose environments have a Python that only notes what it is asked for, and fails at some of it.
 PYTHON = """#!/bin/sh
+[ "$1" = -c ] && exit
 mkdir -p .venv/bin
 cat >.venv/bin/python <<'END'
 #!/bin/sh
@@ -204,6 +234,10 @@ echo "$*" >>calls
 case "$*" in {fails}) exit 1 ;; esac
 END
 chmod +x .venv/bin/python
+"""
+OLD_PYTHON = f"""#!/bin/sh
+[ "$1" = -c ] && exec {sys.executable} -c 'import sys; sys.version_info = (3, 10, 12); exec(sys.argv[1])' "$2"
+mkdir .venv
 """
 
 
@@ -218,13 +252,14 @@ def make_environment(tmp_path, monkeypatch):
         shutil.copy(stages.TREE / name, tmp_path / name)
     shutil.copytree(stages.TREE / "model-infer", tmp_path / "model-infer")
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
-    monkeypatch.delenv("TORCH_INDEX", raising=False)
+    for name in ("TORCH_INDEX", "PYTHON3", "MAKEFLAGS"):  # the last has those given to a make that runs the tests
+        monkeypatch.delenv(name, raising=False)
 
-    def make(fails, *variables):
-        (tmp_path / "python3").write_text(PYTHON.replace("{fails}", fails))
+    def make(fails, *words, python=PYTHON):
+        (tmp_path / "python3").write_text(python.replace("{fails}", fails))
         (tmp_path / "python3").chmod(0o755)
         (tmp_path / "calls").write_text("")
-        command = ["make", "--silent", ".venv/for-stages", *variables]
+        command = ["make", "--silent", *(words or [".venv/for-stages"])]
         result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
         return result, (tmp_path / "calls").read_text().splitlines()
 
@@ -240,7 +275,7 @@ def test_where_the_index_of_pytorch_cannot_be_reached_torch_is_installed_from_th
 
 
 def test_an_index_for_torch_that_is_given_and_fails_is_named_and_no_other_is_used(make_environment):
-    result, calls = make_environment("*mirror.example*", "TORCH_INDEX=https://mirror.example/cpu")
+    result, calls = make_environment("*mirror.example*", ".venv/for-stages", "TORCH_INDEX=https://mirror.example/cpu")
     assert result.returncode != 0
     assert "TORCH_INDEX=https://mirror.example/cpu" in result.stderr
     assert len(calls) == 1
@@ -248,11 +283,23 @@ def test_an_index_for_torch_that_is_given_and_fails_is_named_and_no_other_is_use
 
 @pytest.mark.parametrize("fails", ["*requirements-serve.txt", "*import*torch*"])
 def test_an_installation_that_failed_is_not_taken_for_done(make_environment, fails):
-    result, _ = make_environment(fails, "TORCH_INDEX=https://mirror.example/whole")
+    result, _ = make_environment(fails, ".venv/for-stages", "TORCH_INDEX=https://mirror.example/whole")
     assert result.returncode != 0
     result, calls = make_environment("never")
     assert result.returncode == 0
     assert calls
+
+
+@pytest.mark.parametrize("goal", ["local", "test", "data"])
+def test_an_old_python_is_refused_before_anything_is_made_and_another_one_can_be_chosen(
+    make_environment, tmp_path, goal
+):
+    result, _ = make_environment("never", goal, python=OLD_PYTHON)
+    assert result.returncode != 0
+    assert f"3.11 or newer is needed: make PYTHON3=python3.12 {goal}" in result.stderr.splitlines()[0]
+    assert not (tmp_path / ".venv").exists()
+    result, _ = make_environment("never", goal, f"PYTHON3={sys.executable}", "--dry-run", python=OLD_PYTHON)
+    assert sys.executable in result.stdout
 
 
 def test_prepare_refuses_another_kind_of_machine_in_one_line(tmp_path):

@@ -24,9 +24,6 @@ BINDING_VARIABLES = ("OMP_PROC_BIND", "OMP_PLACES", "GOMP_CPU_AFFINITY", "KMP_AF
 THREADS_HINT = "cannot start enough processes and threads. Raise MNIST_PIDS, then run it again."
 
 
-to_remove: set[Path] = set()  # files that a signal that ends the process at once must not leave behind
-
-
 def command(stage: str, *flags: str) -> str:
     """Return the words to type that run a stage: in the image, in a job of Slurm, or else as `make local` does."""
     folder = {"train": "model-train", "evaluate": "model-eval", "infer": "model-infer"}[stage]
@@ -56,7 +53,7 @@ def prepare_process(stage: str, needed_memory: int = 0) -> None:
     Until there is work to save, a signal ends the process at once; an exception might be swallowed by an import.
     """
     gc.disable()  # until imports_done(): imports make many objects that stay, and need not be looked at again and again
-    handle_stop_signals(end_at_once)
+    handle_stop_signals(lambda number, frame: os._exit(128 + number))
     signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)  # blocked by the image's entrypoint until they are handled
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # inherited as ignored, it would hide the death of workers
     for descriptor in (0, 1, 2):
@@ -83,14 +80,6 @@ def imports_done() -> None:
     """Have the garbage collector look after new objects, and ignore those that there are. Call it after all imports."""
     gc.freeze()
     gc.enable()
-
-
-def end_at_once(number: int, frame: FrameType | None) -> NoReturn:
-    """Handle a signal: end the process with its status."""
-    for path in to_remove:
-        with contextlib.suppress(OSError):
-            path.unlink()
-    os._exit(128 + number)
 
 
 def end_process(status: int) -> NoReturn:

@@ -14,7 +14,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
-from stage import process
 from stage.process import Failure, command
 
 DATA = Path("/opt/mount/data")
@@ -108,19 +107,15 @@ def write_hint(error: OSError) -> str:
 
 
 @contextlib.contextmanager
-def open_locked(part: Path, wait: bool = True) -> Iterator[IO[bytes]]:
-    """Open a temporary file for writing under a lock, since two runs of a stage may publish at once.
-
-    If it is locked, wait, or raise BlockingIOError.
-    """
+def open_locked(part: Path) -> Iterator[IO[bytes]]:
+    """Open a temporary file for writing under a lock, since two runs of a stage may publish at once."""
     while True:
         with contextlib.suppress(FileNotFoundError):
             if not is_reusable(part):
                 remove(part)  # otherwise it would block every later run
         with open(part, "ab", opener=open_nofollow) as file:
-            # NFS's server, and so other hosts, get to know of a lock only if the file is open for writing (flock(2)).
-            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-            # While this run waited, the other one may have renamed or removed the file; then a new one is needed.
+            fcntl.flock(file, fcntl.LOCK_EX)
+            # While this run waited, the other one may have renamed the file; then a new one is needed.
             if is_same_file(part, file):
                 if os.fstat(file.fileno()).st_nlink == 1:
                     yield file
@@ -129,10 +124,9 @@ def open_locked(part: Path, wait: bool = True) -> Iterator[IO[bytes]]:
 
 
 def is_same_file(path: Path, file: IO[bytes]) -> bool:
-    """Return whether a path still is that of an open file. It is opened, since stat() on NFS may be out of date."""
+    """Return whether a path still is that of an open file."""
     try:
-        with open(path, "rb", opener=open_nofollow) as now:
-            return os.path.sameopenfile(now.fileno(), file.fileno())
+        return os.path.samestat(path.stat(), os.fstat(file.fileno()))
     except FileNotFoundError:
         return False
 
@@ -165,24 +159,26 @@ def remove(path: Path) -> None:
 
 
 @contextlib.contextmanager
-def file_lock(path: Path, wait: bool = True) -> Iterator[IO[bytes]]:
-    """Lock a file that serves only as a lock until the block or the process ends. The end of the block removes it.
+def file_lock(path: Path, wait: bool = True) -> Iterator[int]:
+    """Lock a file that serves only as a lock until the block or the process ends; yield its descriptor.
 
-    If it is locked, wait, or raise BlockingIOError. Raise Failure if it cannot be made or locked.
+    The file stays: over NFS, where names are cached, others could go on to lock one that is removed. If it is locked,
+    wait, or raise BlockingIOError. Raise Failure if it cannot be made or locked.
     """
     with contextlib.ExitStack() as stack:
         try:
-            file = stack.enter_context(open_locked(path, wait))
+            with contextlib.suppress(FileNotFoundError):
+                if not is_reusable(path):
+                    remove(path)
+            # NFS's server, and so other hosts, get to know of a lock only if the file is open for writing (flock(2)).
+            # With O_CREAT, files of others in a sticky folder cannot be opened.
+            file = open_nofollow(path, os.O_WRONLY | (0 if path.exists() else os.O_CREAT))
+            stack.callback(os.close, file)
+            with contextlib.suppress(PermissionError):  # made by another user
+                os.fchmod(file, 0o666)  # another user who cannot open it would replace it
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError:
             raise
         except OSError as error:
             raise Failure(f"cannot lock {path} ({error.strerror}). {write_hint(error)}") from None
-        with contextlib.suppress(PermissionError):  # of another user, left by a killed run
-            os.fchmod(file.fileno(), 0o666)  # another user's run that cannot open it would replace it
-        process.to_remove.add(path)
-        try:
-            yield file
-        finally:
-            process.to_remove.remove(path)
-            with contextlib.suppress(OSError):  # a file that stays does no harm
-                path.unlink()
+        yield file

@@ -173,9 +173,14 @@ def volume_lock(folder: Path) -> Iterator[None]:
             raise Busy(folder, read_holder(folder / LOCK)) from None
         name = f"{platform.node()} at {datetime.now(UTC).isoformat(timespec='seconds')}"
         with contextlib.suppress(OSError):  # a full disk: the lock holds without a name
-            os.truncate(file.fileno(), 0)
-            os.write(file.fileno(), name.encode())
-        yield
+            os.truncate(file, 0)
+            os.write(file, name.encode())
+            os.fsync(file)  # for other hosts
+        try:
+            yield
+        finally:
+            with contextlib.suppress(OSError):
+                os.truncate(file, 0)  # the next holder's name comes a moment after its lock
 
 
 def check_limits(wanted: Settings) -> None:
