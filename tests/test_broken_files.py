@@ -18,7 +18,9 @@ CASES = [case for case in corpus.cases() if case.fault != "forbidden to read" or
 def call_and_measure(words, folders):
     """What comes of stages.call(), and the bytes that it took at most."""
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    with mock.patch("process.count_cores", return_value=1):  # after a fork, torch's own threads would wait for ever
+    with mock.patch(
+        "stage.process.count_cores", return_value=1
+    ):  # after a fork, torch's own threads would wait for ever
         result = stages.call(*words, **folders)
     return result, 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 import stages
 from stage import files, process
@@ -57,7 +58,7 @@ def test_the_hint_fits_a_file_that_may_not_be_replaced_or_locked(tmp_path, monke
 def save_checkpoint(folder):
     """Saves a checkpoint as a training does."""
     parameters = SimpleNamespace(isfinite=lambda: SimpleNamespace(all=lambda: True))
-    shared = SimpleNamespace(parameters=parameters, state_dict=dict, velocities=None, sum=None)
+    shared = SimpleNamespace(parameters=parameters, state_dict=dict, velocities=None, sums=torch.zeros(1))
     record = SimpleNamespace(to_json=str, publish=lambda folder: None)
     with pytest.raises(Failure):
         checkpoint.Checkpoints(folder, shared, record).save()

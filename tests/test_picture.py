@@ -36,7 +36,8 @@ LARGEST = [
 ]
 # Prints the peaks of the memory, in kB, of a process that only imports, and of one for each picture.
 MEASURE = """
-import os, sys, own, picture
+import os, sys
+from pictures import own, picture
 for path in [None, *sys.argv[1:]]:
     if os.fork() == 0:
         if path:

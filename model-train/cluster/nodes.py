@@ -232,39 +232,13 @@ class Nodes:
         parameters.copy_(self.shared.parameters)
         numbers = numbers.zero_().view(self.world, -1, 6)
         told = len(self.own_record.lost_workers)
-        numbers[self.node.rank] = self.done_by_workers()
+        numbers[self.node.rank] = done_by_workers(self.own_record, self.record.batches)
         stopping.fill_(bool(self.workers.stop.number))
         self.node.sum(self.sums, self.workers.watch)
         self.shared.parameters.copy_(parameters.div_(self.world))
-        self.add_to_record(numbers.tolist())
+        add_to_record(self.record, numbers.tolist())
         del self.own_record.lost_workers[:told]  # one that was killed while this node waited is told next time
         return bool(stopping.item())
-
-    def done_by_workers(self) -> "torch.Tensor":
-        """Return what each worker of this node has done since the last meeting, and how it died if it did.
-
-        float32 [workers, 6]: images, steps, sum of losses, seconds waited, signal, batch it died at. The batch, from 1,
-        is counted from the last meeting, since float32 has no large integers.
-        """
-        import torch
-
-        numbers = torch.zeros(len(self.own_record.workers), 6)
-        for row, worker in zip(numbers, self.own_record.workers, strict=True):
-            row[:4] = torch.tensor([worker.images, worker.steps, worker.loss_sum, worker.waited_seconds])
-            worker.images, worker.steps, worker.loss_sum, worker.waited_seconds = 0, 0, 0.0, 0.0
-        for lost in self.own_record.lost_workers:
-            batch = 0 if lost.batch is None else lost.batch - self.record.batches + 1
-            numbers[lost.rank, 4:] = torch.tensor([lost.signal, batch])
-        return numbers
-
-    def add_to_record(self, numbers: list[list[list[float]]]) -> None:
-        """Add to the record what the workers of all nodes have done. Those of equal rank share a line in it."""
-        for node, rows in enumerate(numbers):
-            for worker, (images, steps, loss_sum, waited, number, batch) in zip(self.record.workers, rows, strict=True):
-                worker.add(int(images), int(steps), loss_sum, waited)
-                if number:
-                    at = self.record.batches + int(batch) - 1 if batch else None
-                    self.record.lost_workers.append(LostWorker(node * len(rows) + worker.rank, int(number), at))
 
     def leave(self) -> None:
         """End this node, since one was asked to stop: raise Stopped once this one is asked too, else LostNode."""
@@ -318,3 +292,31 @@ class Nodes:
             node.exchange("publication", publish)
         finally:
             node.end_group()
+
+
+def done_by_workers(own_record: Record, batches: int) -> "torch.Tensor":
+    """Return what each worker has done since the last meeting, before which some batches were done, and reset it.
+
+    float32 [workers, 6]: images, steps, sum of losses, seconds waited, and the signal that killed it and the batch that
+    it had, if it was killed. The batch, from 1, is counted from the meeting, since float32 has no large integers.
+    """
+    import torch
+
+    numbers = torch.zeros(len(own_record.workers), 6)
+    for row, worker in zip(numbers, own_record.workers, strict=True):
+        row[:4] = torch.tensor([worker.images, worker.steps, worker.loss_sum, worker.waited_seconds])
+        worker.images, worker.steps, worker.loss_sum, worker.waited_seconds = 0, 0, 0.0, 0.0
+    for lost in own_record.lost_workers:
+        batch = 0 if lost.batch is None else lost.batch - batches + 1
+        numbers[lost.rank, 4:] = torch.tensor([lost.signal, batch])
+    return numbers
+
+
+def add_to_record(record: Record, numbers: list[list[list[float]]]) -> None:
+    """Add what the workers of all nodes have done since the last meeting. Those of equal rank share a line."""
+    for node, rows in enumerate(numbers):
+        for worker, (images, steps, loss_sum, waited, number, batch) in zip(record.workers, rows, strict=True):
+            worker.add(int(images), int(steps), loss_sum, waited)
+            if number:
+                at = record.batches + int(batch) - 1 if batch else None
+                record.lost_workers.append(LostWorker(node * len(rows) + worker.rank, int(number), at))
