@@ -75,6 +75,7 @@ DATA_SET = DataSet(
 )
 
 
+LINK_HINT = "Copy the files in its place: a container sees only the folders that are mounted into it."
 NO_LOCKS_HINT = (
     "This file system has no locks: use another one, or, if no other host writes to it, mount NFS with -o "
     "local_lock=flock, then run it again."
@@ -123,12 +124,21 @@ def read_limited(path: Path, limit: int, hint: str) -> bytearray:
             content = bytearray(limit + 1)
             del content[file.readinto(content) :]
     except FileNotFoundError:
+        check_links(path, hint)
         raise Failure(f"{path} does not exist. {hint}") from None
     except OSError as error:
         raise Failure(f"{path} cannot be read ({error.strerror}). {hint}") from None
     if len(content) > limit:
         raise Failure(f"{path} is larger than the limit of {limit:,} bytes. {hint}")
     return content
+
+
+def check_links(path: Path, hint: str = LINK_HINT) -> None:
+    """Raise Failure if a path is a link that leads nowhere, with the hint, or has such a link among its folders."""
+    for place in (path, *path.parents):
+        if os.path.islink(place) and not os.path.exists(place):
+            fix = hint if place == path else LINK_HINT
+            raise Failure(f"{place} is a link to {os.readlink(place)}, which does not exist here. {fix}") from None
 
 
 # Writing --------------------------------------------------------------------------------------------------------------
