@@ -75,6 +75,7 @@ DATA_SET = DataSet(
 )
 
 
+READ_HINT = f"Make it readable for uid {os.getuid()}: chmod -R a+rX data; or run this stage as its owner with --user."
 LINK_HINT = "Copy the files in its place: a container sees only the folders that are mounted into it."
 NO_LOCKS_HINT = (
     "This file system has no locks: use another one, or, if no other host writes to it, mount NFS with -o "
@@ -127,7 +128,8 @@ def read_limited(path: Path, limit: int, hint: str) -> bytearray:
         check_links(path, hint)
         raise Failure(f"{path} does not exist. {hint}") from None
     except OSError as error:
-        raise Failure(f"{path} cannot be read ({error.strerror}). {hint}") from None
+        fix = READ_HINT if error.errno == errno.EACCES else hint
+        raise Failure(f"{path} cannot be read ({error.strerror}). {fix}") from None
     if len(content) > limit:
         raise Failure(f"{path} is larger than the limit of {limit:,} bytes. {hint}")
     return content
