@@ -4,6 +4,7 @@ All three images contain identical copies of this file. Edit the one in model-tr
 It imports only the standard library, so that a stage can check its files before it spends a second on importing torch.
 """
 
+import argparse
 import contextlib
 import errno
 import fcntl
@@ -13,10 +14,10 @@ import os
 import shlex
 import shutil
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, TYPE_CHECKING
+from typing import IO, TYPE_CHECKING, Any
 
 import process
 from process import Failure, command
@@ -93,6 +94,28 @@ WRITE_HINTS = {
     errno.EOPNOTSUPP: NO_LOCKS_HINT,
     errno.ENOSYS: NO_LOCKS_HINT,
 }
+
+
+# Flags ----------------------------------------------------------------------------------------------------------------
+
+
+def add_folder_flags(parser: argparse.ArgumentParser) -> None:
+    """Add the flags that all stages and serve have."""
+    text = "folder of the data (default: %(default)s)"
+    parser.add_argument("--data", type=nonempty(Path), default=DATA, help=text)
+    text = "folder of the volume's files (default: %(default)s)"
+    parser.add_argument("--model", type=nonempty(Path), default=MODEL, help=text)
+
+
+def nonempty(kind: Callable[[str], Any]) -> Callable[[str], Any]:
+    """Return a parser of texts that are not empty: as a path, that of an unset variable is the current folder."""
+
+    def parse(text: str) -> Any:
+        if not text:
+            raise argparse.ArgumentTypeError("must not be empty")
+        return kind(text)
+
+    return parse
 
 
 # Reading --------------------------------------------------------------------------------------------------------------

@@ -75,9 +75,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--samples", type=integer_in(1, MAX_SAMPLES), metavar="N", help=text)
     text = "seed for choosing the images (default: different images each time)"
     parser.add_argument("--seed", type=integer_in(0, 2**32 - 1), metavar="N", help=text)
-    parser.add_argument("--data", type=Path, default=artifacts.DATA, help="folder of the data (default: %(default)s)")
-    text = "folder of the volume's files (default: %(default)s)"
-    parser.add_argument("--model", type=Path, default=artifacts.MODEL, help=text)
+    artifacts.add_folder_flags(parser)
     args = parser.parse_args()
     for flag in ("samples", "seed"):
         if args.pictures and getattr(args, flag) is not None:

@@ -99,10 +99,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--dry-run", action="store_true", help=text)
     text = "start over; the old model stays until the new one is finished"
     parser.add_argument("--fresh", action="store_true", help=text)
-    text = "folder of the data (default: %(default)s)"
-    parser.add_argument("--data", type=Path, default=artifacts.DATA, help=text)
-    text = "folder of the volume's files (default: %(default)s)"
-    parser.add_argument("--model", type=Path, default=artifacts.MODEL, help=text)
+    artifacts.add_folder_flags(parser)
     return parser.parse_args()
 
 
