@@ -481,6 +481,12 @@ def test_forged_results_that_make_a_number_infinite_are_left_out(volume):
     assert read_results(volume, None)["training"] is None
 
 
+@pytest.mark.parametrize(("seconds", "state"), [(0, "running"), (-3600, "stopped"), (3600, "stopped")])
+def test_a_training_runs_while_its_progress_is_dated_about_now_not_long_ago_or_ahead(unfinished, seconds, state):
+    os.utime(unfinished / "train_results.json", (time.time() + seconds,) * 2)
+    assert read_results(unfinished, None)["training"]["state"] == state
+
+
 @pytest.mark.parametrize("seconds", [10**12, -(10**12)])
 def test_a_model_of_any_date_is_loaded(trained, monkeypatch, seconds):
     monkeypatch.setattr(reload, "fingerprint", lambda path: (seconds * 10**9, 1, 1))
