@@ -495,6 +495,17 @@ def test_a_model_of_any_date_is_loaded(trained, monkeypatch, seconds):
     assert model.served.published[:4] in ("0001", "9999")
 
 
+def test_a_model_whose_file_is_gone_stays_in_use_and_is_not_said_to_be_missing(volume):
+    model = reload.ServedModel(volume, stages.DATA, Metrics())
+    model.refresh()
+    served = model.served
+    (volume / "mnist_cnn.pt").unlink()
+    model.refresh()
+    assert model.served is served is not None
+    assert "stays in use" in model.problem
+    assert reload.NO_MODEL not in model.problem
+
+
 def test_the_end_of_the_task_that_looks_for_new_models_fails_the_health_check(trained, monkeypatch, capsys):
     model = reload.ServedModel(trained, stages.DATA, Metrics())
     model.refresh()
