@@ -140,7 +140,7 @@ def parse_args() -> argparse.Namespace:
 
 def parse_port(text: str) -> int:
     """Return a port number from 1 to 65535."""
-    if text.isascii() and text.isdigit() and 1 <= int(text) <= 65535:
+    if text.isascii() and text.isdigit() and len(text) < 6 and 1 <= int(text) <= 65535:
         return int(text)
     raise argparse.ArgumentTypeError(f"{text} is not a port from 1 to 65535")
 

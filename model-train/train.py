@@ -104,10 +104,10 @@ def parse_args() -> argparse.Namespace:
 
 
 def parse_count(text: str) -> int:
-    """Return a positive integer."""
-    if text.isdecimal() and int(text) >= 1:
+    """Return a positive integer. It may have nine digits: Python refuses to convert thousands of them."""
+    if text.isdecimal() and len(text) < 10 and int(text) >= 1:
         return int(text)
-    raise argparse.ArgumentTypeError(f"{text} must be a positive integer")
+    raise argparse.ArgumentTypeError(f"{text} is not an integer from 1 to 999999999")
 
 
 def run(todo: plan.Plan, args: argparse.Namespace) -> int:
