@@ -37,7 +37,7 @@ from artifacts import DATA_SET, PREDICTIONS, PREDICTIONS_SHEET, RESULTS, as_png,
 from process import exit_on_failure, percent, say
 
 SAMPLES = 5
-# Creates a container of infer if there is none, as after `run --rm`, to copy from.
+# Creates a container of infer if there is none, as after `run --rm`, to copy from. An old `out` would keep its files.
 COPY_COMMAND = "docker compose up --no-start --no-deps infer && docker compose cp infer:/opt/mount/model/. out"
 MAX_SAMPLES = 100  # more would not fit on a readable sheet
 BASE_MEMORY, SAMPLE_MEMORY = 211_500_000, 700_000  # bytes that infer needs, in all and for each sample; measured
@@ -60,7 +60,7 @@ def main() -> int:
         torch.set_num_threads(1)
         status = own.predict_pictures(args.pictures, args.data, args.model) if args.pictures else predict_samples(args)
         if args.model == artifacts.MODEL:
-            say(f"infer: copy all files out of the volume with: {COPY_COMMAND}")
+            say(f"infer: copy all files out of the volume into a new folder, out, with: {COPY_COMMAND}")
     return status
 
 
