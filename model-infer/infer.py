@@ -37,7 +37,7 @@ from artifacts import DATA_SET, PREDICTIONS, PREDICTIONS_SHEET, RESULTS, as_png,
 from process import exit_on_failure, percent, say
 
 SAMPLES = 5
-# Creates a container of infer if there is none, as after `run --rm`, to copy from.
+# Creates a container of infer if there is none, as after `run --rm`, to copy from. An old `out` would keep its files.
 COPY_COMMAND = "docker compose up --no-start --no-deps infer && docker compose cp infer:/opt/mount/model/. out"
 MAX_SAMPLES = 100  # more would not fit on a readable sheet
 BASE_MEMORY, SAMPLE_MEMORY = 211_500_000, 700_000  # bytes that infer needs, in all and for each sample; measured
@@ -60,7 +60,7 @@ def main() -> int:
         torch.set_num_threads(1)
         status = own.predict_pictures(args.pictures, args.data, args.model) if args.pictures else predict_samples(args)
         if args.model == artifacts.MODEL:
-            say(f"infer: copy all files out of the volume with: {COPY_COMMAND}")
+            say(f"infer: copy all files out of the volume into a new folder, out, with: {COPY_COMMAND}")
     return status
 
 
@@ -75,9 +75,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--samples", type=integer_in(1, MAX_SAMPLES), metavar="N", help=text)
     text = "seed for choosing the images (default: different images each time)"
     parser.add_argument("--seed", type=integer_in(0, 2**32 - 1), metavar="N", help=text)
-    parser.add_argument("--data", type=Path, default=artifacts.DATA, help="folder of the data (default: %(default)s)")
-    text = "folder of the volume's files (default: %(default)s)"
-    parser.add_argument("--model", type=Path, default=artifacts.MODEL, help=text)
+    artifacts.add_folder_flags(parser)
     args = parser.parse_args()
     for flag in ("samples", "seed"):
         if args.pictures and getattr(args, flag) is not None:

@@ -4,6 +4,7 @@ All three images contain identical copies of this file. Edit the one in model-tr
 It imports only the standard library, so that a stage can check its files before it spends a second on importing torch.
 """
 
+import argparse
 import contextlib
 import errno
 import fcntl
@@ -13,10 +14,10 @@ import os
 import shlex
 import shutil
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, TYPE_CHECKING
+from typing import IO, TYPE_CHECKING, Any
 
 from process import Failure, command
 
@@ -74,6 +75,8 @@ DATA_SET = DataSet(
 )
 
 
+READ_HINT = f"Make it readable for uid {os.getuid()}: chmod -R a+rX data; or run this stage as its owner with --user."
+LINK_HINT = "Copy the files in its place: a container sees only the folders that are mounted into it."
 NO_LOCKS_HINT = (
     "This file system has no locks: use another one, or, if no other host writes to it, mount NFS with -o "
     "local_lock=flock, then run it again."
@@ -90,6 +93,28 @@ WRITE_HINTS = {
     errno.EOPNOTSUPP: NO_LOCKS_HINT,
     errno.ENOSYS: NO_LOCKS_HINT,
 }
+
+
+# Flags ----------------------------------------------------------------------------------------------------------------
+
+
+def add_folder_flags(parser: argparse.ArgumentParser) -> None:
+    """Add the flags that all stages and serve have."""
+    text = "folder of the data (default: %(default)s)"
+    parser.add_argument("--data", type=nonempty(Path), default=DATA, help=text)
+    text = "folder of the volume's files (default: %(default)s)"
+    parser.add_argument("--model", type=nonempty(Path), default=MODEL, help=text)
+
+
+def nonempty(kind: Callable[[str], Any]) -> Callable[[str], Any]:
+    """Return a parser of texts that are not empty: as a path, that of an unset variable is the current folder."""
+
+    def parse(text: str) -> Any:
+        if not text:
+            raise argparse.ArgumentTypeError("must not be empty")
+        return kind(text)
+
+    return parse
 
 
 # Reading --------------------------------------------------------------------------------------------------------------
@@ -122,12 +147,22 @@ def read_limited(path: Path, limit: int, hint: str) -> bytearray:
             content = bytearray(limit + 1)
             del content[file.readinto(content) :]
     except FileNotFoundError:
+        check_links(path, hint)
         raise Failure(f"{path} does not exist. {hint}") from None
     except OSError as error:
-        raise Failure(f"{path} cannot be read ({error.strerror}). {hint}") from None
+        fix = READ_HINT if error.errno == errno.EACCES else hint
+        raise Failure(f"{path} cannot be read ({error.strerror}). {fix}") from None
     if len(content) > limit:
         raise Failure(f"{path} is larger than the limit of {limit:,} bytes. {hint}")
     return content
+
+
+def check_links(path: Path, hint: str = LINK_HINT) -> None:
+    """Raise Failure if a path is a link that leads nowhere, with the hint, or has such a link among its folders."""
+    for place in (path, *path.parents):
+        if os.path.islink(place) and not os.path.exists(place):
+            fix = hint if place == path else LINK_HINT
+            raise Failure(f"{place} is a link to {os.readlink(place)}, which does not exist here. {fix}") from None
 
 
 # Writing --------------------------------------------------------------------------------------------------------------

@@ -99,18 +99,15 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--dry-run", action="store_true", help=text)
     text = "start over; the old model stays until the new one is finished"
     parser.add_argument("--fresh", action="store_true", help=text)
-    text = "folder of the data (default: %(default)s)"
-    parser.add_argument("--data", type=Path, default=artifacts.DATA, help=text)
-    text = "folder of the volume's files (default: %(default)s)"
-    parser.add_argument("--model", type=Path, default=artifacts.MODEL, help=text)
+    artifacts.add_folder_flags(parser)
     return parser.parse_args()
 
 
 def parse_count(text: str) -> int:
-    """Return a positive integer."""
-    if text.isdecimal() and int(text) >= 1:
+    """Return a positive integer. It may have nine digits: Python refuses to convert thousands of them."""
+    if text.isdecimal() and len(text) < 10 and int(text) >= 1:
         return int(text)
-    raise argparse.ArgumentTypeError(f"{text} must be a positive integer")
+    raise argparse.ArgumentTypeError(f"{text} is not an integer from 1 to 999999999")
 
 
 def run(todo: plan.Plan, args: argparse.Namespace) -> int:
