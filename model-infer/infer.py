@@ -22,22 +22,20 @@ if __name__ == "__main__":
 
 import argparse
 import math
-from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import TypedDict
 
 import torch
 
 from pictures import folders, own, prediction
-from stage import dataset, figures, files
+from stage import dataset, figures, files, flags
 from stage.dataset import DATA_SET
 from stage.figures import as_png, new_figure
 from stage.files import PREDICTIONS, PREDICTIONS_SHEET, RESULTS, publish
 from stage.process import exit_on_failure, percent, say
 
 SAMPLES = 5
-# Creates a container of infer if there is none, as after `run --rm`, to copy from.
+# Creates a container of infer if there is none, as after `run --rm`, to copy from. An old `out` would keep its files.
 COPY_COMMAND = "docker compose up --no-start --no-deps infer && docker compose cp infer:/opt/mount/model/. out"
 MAX_SAMPLES = 100  # more would not fit on a readable sheet
 BASE_MEMORY, SAMPLE_MEMORY = 211_500_000, 700_000  # bytes that infer needs, in all and for each sample; measured
@@ -61,43 +59,26 @@ def main() -> int:
         torch.set_num_threads(1)
         status = own.predict_pictures(args.pictures, args.data, args.model) if args.pictures else predict_samples(args)
         if args.model == files.MODEL:
-            say(f"infer: copy all files out of the volume with: {COPY_COMMAND}")
+            say(f"infer: copy all files out of the volume into a new folder, out, with: {COPY_COMMAND}")
     return status
 
 
 def parse_args() -> argparse.Namespace:
     """Parse the command line."""
     description = "Predicts random test images, or your own pictures, with the trained model."
-    parser = argparse.ArgumentParser(prog="infer", description=description, allow_abbrev=False)
-    parser.error = partial(process.refuse_flags, "infer")  # type: ignore[method-assign]
+    parser = flags.new_parser("infer", description)
     text = "picture of one digit, by its path in the data folder; * and ? match any characters (default: test images)"
     parser.add_argument("pictures", nargs="*", metavar="PICTURE", help=text)
     text = f"number of test images (1 to {MAX_SAMPLES}; default: {SAMPLES})"
-    parser.add_argument("--samples", type=integer_in(1, MAX_SAMPLES), metavar="N", help=text)
+    parser.add_argument("--samples", type=flags.integer(1, MAX_SAMPLES), metavar="N", help=text)
     text = "seed for choosing the images (default: different images each time)"
-    parser.add_argument("--seed", type=integer_in(0, 2**32 - 1), metavar="N", help=text)
-    parser.add_argument("--data", type=Path, default=files.DATA, help="folder of the data (default: %(default)s)")
-    text = "folder of the volume's files (default: %(default)s)"
-    parser.add_argument("--model", type=Path, default=files.MODEL, help=text)
+    parser.add_argument("--seed", type=flags.integer(0, 2**32 - 1), metavar="N", help=text)
+    flags.add_folder_flags(parser)
     args = parser.parse_args()
     for flag in ("samples", "seed"):
         if args.pictures and getattr(args, flag) is not None:
             parser.error(f"--{flag} is for test images, not for pictures")
     return args
-
-
-def integer_in(smallest: int, largest: int) -> Callable[[str], int]:
-    """Return a parser of integers in a range."""
-
-    def parse(text: str) -> int:
-        try:
-            if smallest <= int(text) <= largest:
-                return int(text)
-        except ValueError:
-            pass
-        raise argparse.ArgumentTypeError(f"{text} is not an integer from {smallest} to {largest}")
-
-    return parse
 
 
 def predict_samples(args: argparse.Namespace) -> int:

@@ -19,14 +19,12 @@ import asyncio
 import math
 import socket
 import sys
-from functools import partial
-from pathlib import Path
 
 import torch
 import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from stage import files
+from stage import flags
 from stage.process import exit_on_failure, say
 from web.service import make_app
 
@@ -127,26 +125,17 @@ def main() -> int:
 
 def parse_args() -> argparse.Namespace:
     """Parse the command line."""
-    parser = argparse.ArgumentParser(
-        prog="serve", description="Serves the trained model over HTTP.", allow_abbrev=False
-    )
-    parser.error = partial(process.refuse_flags, "serve")  # type: ignore[method-assign]
+    parser = flags.new_parser("serve", "Serves the trained model over HTTP.")
+    host = flags.nonempty(str)
     text = "address to listen on (default: %(default)s, reachable from this machine only)"
-    parser.add_argument("--host", default="127.0.0.1", metavar="ADDRESS", help=text)
-    parser.add_argument("--port", type=parse_port, default=8000, help="port to listen on (default: %(default)s)")
+    parser.add_argument("--host", type=host, default="127.0.0.1", metavar="ADDRESS", help=text)
+    parser.add_argument(
+        "--port", type=flags.integer(1, 65535), default=8000, help="port to listen on (default: %(default)s)"
+    )
     text = f"accept this name in the Host header, besides {', '.join(HOSTS)} and addresses; may be repeated"
-    parser.add_argument("--allow-host", action="append", default=[], metavar="NAME", help=text)
-    parser.add_argument("--data", type=Path, default=files.DATA, help="folder of the data (default: %(default)s)")
-    text = "folder of the volume's files (default: %(default)s)"
-    parser.add_argument("--model", type=Path, default=files.MODEL, help=text)
+    parser.add_argument("--allow-host", type=host, action="append", default=[], metavar="NAME", help=text)
+    flags.add_folder_flags(parser)
     return parser.parse_args()
-
-
-def parse_port(text: str) -> int:
-    """Return a port number from 1 to 65535."""
-    if text.isascii() and text.isdigit() and 1 <= int(text) <= 65535:
-        return int(text)
-    raise argparse.ArgumentTypeError(f"{text} is not a port from 1 to 65535")
 
 
 if __name__ == "__main__":

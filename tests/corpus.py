@@ -344,6 +344,7 @@ FIXES = (
     "--fresh",
     "make data",
     "rm ",
+    "chmod ",
     "run --rm train",
     "train.py --data",
 )  # a failure is to name one of these commands

@@ -42,7 +42,7 @@ SECONDS = 120  # for one process; a machine may be busy
 
 def command(stage, *flags, model, data=DATA, tree=TREE):
     """The command line of a stage, run from the tree on the folders given."""
-    program = tree / FOLDERS[stage] / f"{stage}.py"
+    program = tree / FOLDERS.get(stage, "model-infer") / f"{stage}.py"  # serve is in infer's image
     return [sys.executable, str(program), "--data", str(data), "--model", str(model), *flags]
 
 

@@ -189,6 +189,20 @@ def test_make_data_uses_files_that_were_put_there_by_hand(by_hand, run_fetch):
     assert WHOLE.items() <= stages.contents(by_hand).items()
 
 
+def test_a_link_out_of_the_data_folder_that_leads_nowhere_is_named_by_train_evaluate_and_make_data(
+    run_fetch, volume, tmp_path, capsys
+):
+    link, nowhere = tmp_path / "data" / "MNIST", tmp_path / "nowhere"
+    link.parent.mkdir()
+    link.symlink_to(nowhere)
+    for stage, status in (("train", 0), ("evaluate", 1)):
+        result = stages.call(stage, data=link.parent, model=volume)
+        stages.assert_fails(result, status, f"{link} is a link to {nowhere}", "Copy the files")
+        assert "make data" not in result.stderr
+    assert run_fetch(link.parent) == 1
+    assert f"{link} is a link to {nowhere}" in capsys.readouterr().err
+
+
 def test_of_a_file_that_is_too_large_no_more_is_unpacked_than_shows_it():
     size = dataset.DATA_SET.size(LABELS)
     assert len(download.unpack(io.BytesIO(gzip.compress(bytes(10 * size))), LABELS)) == size + 1

@@ -31,6 +31,19 @@ def test_a_published_file_is_readable_by_all_and_nothing_is_left_beside_it(tmp_p
     assert os.listdir(tmp_path) == ["file"]
 
 
+def test_a_file_that_may_not_be_read_is_told_with_the_rights_that_are_missing_not_with_a_new_download(tmp_path):
+    (tmp_path / "file").touch(0)
+    uid = os.geteuid()
+    if uid == 0:  # root may read all
+        os.seteuid(65534)
+    try:
+        with pytest.raises(Failure, match=r"Permission denied\)\. .*chmod.*--user") as failure:
+            artifacts.read_limited(tmp_path / "file", 9, artifacts.DATA_HINT)
+    finally:
+        os.seteuid(uid)
+    assert artifacts.DATA_HINT not in str(failure.value)
+
+
 def fail(*args, number=errno.ENOSPC):
     raise OSError(number, os.strerror(number))
 

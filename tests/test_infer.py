@@ -137,3 +137,13 @@ def test_the_accuracy_of_the_evaluated_model_is_in_the_predictions_and_printed(f
 def test_evaluation_results_that_do_not_fit_are_no_accuracy_and_no_failure(volume, content):
     (volume / "eval_results.json").write_text(content.replace("%s", stages.sha256(volume / "mnist_cnn.pt")))
     assert run(volume)["evaluated_accuracy"] is None
+
+
+def test_the_command_that_copies_the_volume_is_given_for_a_new_folder_for_an_old_one_keeps_old_pictures(
+    start, monkeypatch
+):
+    folder = start("infer")
+    monkeypatch.setattr("artifacts.MODEL", folder)
+    (line,) = [line for line in stages.call("infer", model=folder).stdout.splitlines() if "docker compose cp" in line]
+    assert "new folder, out, " in line
+    assert line.endswith(" out")

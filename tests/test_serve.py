@@ -481,12 +481,29 @@ def test_forged_results_that_make_a_number_infinite_are_left_out(volume):
     assert read_results(volume, None)["training"] is None
 
 
+@pytest.mark.parametrize(("seconds", "state"), [(0, "running"), (-3600, "stopped"), (3600, "stopped")])
+def test_a_training_runs_while_its_progress_is_dated_about_now_not_long_ago_or_ahead(unfinished, seconds, state):
+    os.utime(unfinished / "train_results.json", (time.time() + seconds,) * 2)
+    assert read_results(unfinished, None)["training"]["state"] == state
+
+
 @pytest.mark.parametrize("seconds", [10**12, -(10**12)])
 def test_a_model_of_any_date_is_loaded(trained, monkeypatch, seconds):
     monkeypatch.setattr(reload, "fingerprint", lambda path: (seconds * 10**9, 1, 1))
     model = reload.ServedModel(trained, stages.DATA, Metrics())
     model.refresh()
     assert model.served.published[:4] in ("0001", "9999")
+
+
+def test_a_model_whose_file_is_gone_stays_in_use_and_is_not_said_to_be_missing(volume):
+    model = reload.ServedModel(volume, stages.DATA, Metrics())
+    model.refresh()
+    served = model.served
+    (volume / "mnist_cnn.pt").unlink()
+    model.refresh()
+    assert model.served is served is not None
+    assert "stays in use" in model.problem
+    assert reload.NO_MODEL not in model.problem
 
 
 def test_the_end_of_the_task_that_looks_for_new_models_fails_the_health_check(trained, monkeypatch, capsys):

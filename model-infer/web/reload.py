@@ -44,7 +44,8 @@ class ServedModel:
             return
         self.seen = seen  # taken before reading, so that a change during it is noticed by the next call
         if seen[0] is None:
-            self.report(NO_MODEL, failed=False)
+            gone = f"{self.paths[0]} is gone; the model loaded from it stays in use. Train one with: {command('train')}"
+            self.report(gone if self.served else NO_MODEL, failed=False)
             return
         if self.failed or not self.served:
             self.problem, self.failed = LOADING, False

@@ -100,8 +100,8 @@ def number(value: Any) -> float | int:
 
 
 def age(path: Path) -> float:
-    """Return the seconds since a file was written."""
-    return time.time() - path.stat().st_mtime
+    """Return the seconds since a file was written, or until then: a clock that was wrong may have dated it ahead."""
+    return abs(time.time() - path.stat().st_mtime)
 
 
 def url_of(path: Path) -> str | None:

@@ -31,11 +31,11 @@ import socket
 import sys
 import threading
 import time
-from functools import partial
 from pathlib import Path
 from typing import NoReturn
 
 from cluster import environment
+from stage import flags
 from stage.process import Failure, exit_on_failure, print_error
 from training import settings
 
@@ -64,12 +64,8 @@ def main() -> int:
 
 def parse_args() -> tuple[argparse.Namespace, list[str]]:
     """Parse the command line; return the flags of this program, and the other words, which are flags of train."""
-    parser = argparse.ArgumentParser(
-        prog="launch",
-        description="Runs train on one of several nodes under torchrun. All other flags are those of train.",
-        allow_abbrev=False,
-    )
-    parser.error = partial(process.refuse_flags, "launch")  # type: ignore[method-assign]
+    description = "Runs train on one of several nodes under torchrun. All other flags are those of train."
+    parser = flags.new_parser("launch", description)
     text = "number of nodes, or the least and the most (default: PET_NNODES, or 1:1)"
     nodes = os.environ.get("PET_NNODES")
     parser.add_argument("--nnodes", type=parse_nodes, default=nodes, metavar="MIN:MAX", help=text)
@@ -81,14 +77,14 @@ def parse_args() -> tuple[argparse.Namespace, list[str]]:
     address = os.environ.get("PET_LOCAL_ADDR")
     parser.add_argument("--local-addr", default=address, metavar="HOST", help=text)
     text = "how often to go on from the last checkpoint after a node was lost (default: %(default)s)"
-    parser.add_argument("--max-restarts", type=parse_restarts, default=3, metavar="N", help=text)
+    parser.add_argument("--max-restarts", type=flags.integer(0), default=3, metavar="N", help=text)
     for name, (variable, default), text in (
         ("--timeout", environment.TIMEOUT, "seconds to wait for the rendezvous, and for another node while training"),
         ("--join-timeout", environment.JOIN_TIMEOUT, "seconds to wait for the least number of nodes, and their data"),
     ):
         seconds = os.environ.get(variable, default)
         text = f"{text} (default: {variable}, or {default})"
-        parser.add_argument(name, type=settings.parse_count, default=seconds, metavar="S", help=text)
+        parser.add_argument(name, type=flags.integer(1), default=seconds, metavar="S", help=text)
     return parser.parse_known_args()
 
 
@@ -107,13 +103,6 @@ def parse_endpoint(text: str) -> tuple[str, int]:
     if re.fullmatch(r"[\w.:-]+", host) and re.fullmatch(r"\d{1,5}", port, re.ASCII) and 0 < int(port) < 2**16:
         return host, int(port)
     raise argparse.ArgumentTypeError(f"{text!r} must be HOST:PORT, such as host0:29400 (a port is 1 to 65535)")
-
-
-def parse_restarts(text: str) -> int:
-    """Return an integer that is not negative."""
-    if text.isdecimal():
-        return int(text)
-    raise argparse.ArgumentTypeError(f"{text} must be 0 or a positive integer")
 
 
 def find_endpoint(args: argparse.Namespace) -> tuple[str, int]:

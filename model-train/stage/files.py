@@ -25,6 +25,8 @@ RESULTS, PREDICTIONS, PREDICTIONS_SHEET = "results", "predictions.json", "predic
 OWN_RESULTS = "own"  # the pictures of infer and its predictions.json, for pictures of the user's own
 MAX_MODEL_BYTES = 1_000_000  # this network's state dict takes 90 kB
 FRESH_HINT = f"To start over: {command('train', '--fresh')} (the old model stays until the new one is finished)"
+READ_HINT = f"Make it readable for uid {os.getuid()}: chmod -R a+rX data; or run this stage as its owner with --user."
+LINK_HINT = "Copy the files in its place: a container sees only the folders that are mounted into it."
 NO_LOCKS_HINT = (
     "This file system has no locks: use another one, or, if no other host writes to it, mount NFS with -o "
     "local_lock=flock, then run it again."
@@ -43,6 +45,9 @@ WRITE_HINTS = {
 }
 
 
+# Reading --------------------------------------------------------------------------------------------------------------
+
+
 def read_limited(path: Path, limit: int, hint: str) -> bytearray:
     """Read a file of at most `limit` bytes. Raise Failure, with the hint, if that is not possible."""
     try:
@@ -54,12 +59,25 @@ def read_limited(path: Path, limit: int, hint: str) -> bytearray:
             content = bytearray(limit + 1)
             del content[file.readinto(content) :]
     except FileNotFoundError:
+        check_links(path, hint)
         raise Failure(f"{path} does not exist. {hint}") from None
     except OSError as error:
-        raise Failure(f"{path} cannot be read ({error.strerror}). {hint}") from None
+        fix = READ_HINT if error.errno == errno.EACCES else hint
+        raise Failure(f"{path} cannot be read ({error.strerror}). {fix}") from None
     if len(content) > limit:
         raise Failure(f"{path} is larger than the limit of {limit:,} bytes. {hint}")
     return content
+
+
+def check_links(path: Path, hint: str = LINK_HINT) -> None:
+    """Raise Failure if a path is a link that leads nowhere, with the hint, or has such a link among its folders."""
+    for place in (path, *path.parents):
+        if os.path.islink(place) and not os.path.exists(place):
+            fix = hint if place == path else LINK_HINT
+            raise Failure(f"{place} is a link to {os.readlink(place)}, which does not exist here. {fix}") from None
+
+
+# Writing --------------------------------------------------------------------------------------------------------------
 
 
 def check_destinations(folder: Path, *names: str) -> None:

@@ -3,13 +3,12 @@
 import argparse
 import typing
 from functools import partial
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import msgspec
 from msgspec import Meta
 
-from stage import files, process
+from stage import flags
 from stage.dataset import TRAINING_IMAGES
 
 PASSES = f"passes over the {TRAINING_IMAGES:,} training images in total, earlier runs included"
@@ -94,29 +93,17 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 def parse_args() -> argparse.Namespace:
     """Parse the command line of train."""
-    parser = argparse.ArgumentParser(
-        prog="train",
-        description="Trains the digit classifier. Settings that you omit are taken from the training in the volume or, "
-        "without one, from the defaults.",
-        allow_abbrev=False,
+    description = (
+        "Trains the digit classifier. Settings that you omit are taken from the training in the volume or, "
+        "without one, from the defaults."
     )
-    parser.error = partial(process.refuse_flags, "train")  # type: ignore[method-assign]
+    parser = flags.new_parser("train", description)
     add_flags(parser)
     text = "print a line every N batches (default: every 5 seconds, or a bar on a terminal)"
-    parser.add_argument("--log-interval", type=parse_count, metavar="N", help=text)
+    parser.add_argument("--log-interval", type=flags.integer(1), metavar="N", help=text)
     text = "train one epoch on one batch per worker, neither reading nor writing the volume"
     parser.add_argument("--dry-run", action="store_true", help=text)
     text = "start over; the old model stays until the new one is finished"
     parser.add_argument("--fresh", action="store_true", help=text)
-    text = "folder of the data (default: %(default)s)"
-    parser.add_argument("--data", type=Path, default=files.DATA, help=text)
-    text = "folder of the volume's files (default: %(default)s)"
-    parser.add_argument("--model", type=Path, default=files.MODEL, help=text)
+    flags.add_folder_flags(parser)
     return parser.parse_args()
-
-
-def parse_count(text: str) -> int:
-    """Return a positive integer."""
-    if text.isdecimal() and int(text) >= 1:
-        return int(text)
-    raise argparse.ArgumentTypeError(f"{text} must be a positive integer")

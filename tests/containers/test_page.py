@@ -239,6 +239,12 @@ def test_undo_and_clear_work_by_button_and_by_key(page):
     assert opened.prediction() == NOTHING
 
 
+def test_the_last_50_steps_can_be_undone_and_no_more_are_kept(page):
+    opened = page()
+    opened.script("for (let i = 0; i < 60; i++) change(EMPTY)")
+    assert opened.script("let n = 0; for (; !byId('undo').disabled; n++) undo(); return n") == 50
+
+
 @pytest.mark.parametrize("event", ["drop", "paste"])
 def test_a_picture_can_be_dropped_or_pasted(page, picture, event):
     opened = page()

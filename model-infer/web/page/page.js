@@ -29,6 +29,7 @@ const SENT_SIDE = 80; // pixels of the digit's longer side in the picture that i
 const SENT_PEN = 0.14; // width of its pen, as a fraction of that side: gives as much ink as MNIST has on average
 const MIN_SIZE = 0.03; // strokes smaller than this are a dot, not a digit: nothing is requested
 const MAX_PICTURE_BYTES = 20_000_000; // the service's limit
+const MAX_UNDO = 50; // drawings, each of which may have a picture in it
 
 let drawing = EMPTY;
 let history = [];
@@ -42,7 +43,7 @@ const isEmpty = () => !drawing.strokes.length && !drawing.picture;
 const isPredictable = () => Boolean(drawing.picture) || measure(drawing.strokes).size >= MIN_SIZE;
 
 function change(next) {
-  history.push(drawing);
+  history = [...history, drawing].slice(-MAX_UNDO);
   drawing = next;
   show();
 }
