@@ -38,10 +38,10 @@ def test_a_file_that_may_not_be_read_is_told_with_the_rights_that_are_missing_no
         os.seteuid(65534)
     try:
         with pytest.raises(Failure, match=r"Permission denied\)\. .*chmod.*--user") as failure:
-            artifacts.read_limited(tmp_path / "file", 9, artifacts.DATA_HINT)
+            files.read_limited(tmp_path / "file", 9, dataset.DATA_HINT)
     finally:
         os.seteuid(uid)
-    assert artifacts.DATA_HINT not in str(failure.value)
+    assert dataset.DATA_HINT not in str(failure.value)
 
 
 def fail(*args, number=errno.ENOSPC):

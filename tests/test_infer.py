@@ -143,7 +143,7 @@ def test_the_command_that_copies_the_volume_is_given_for_a_new_folder_for_an_old
     start, monkeypatch
 ):
     folder = start("infer")
-    monkeypatch.setattr("artifacts.MODEL", folder)
+    monkeypatch.setattr("stage.files.MODEL", folder)
     (line,) = [line for line in stages.call("infer", model=folder).stdout.splitlines() if "docker compose cp" in line]
     assert "new folder, out, " in line
     assert line.endswith(" out")

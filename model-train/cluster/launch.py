@@ -48,10 +48,10 @@ RESUME_HINT = "Start all nodes again with the same flags: the training resumes f
 
 def main() -> int:
     """Run train on this node and return its exit status."""
-    args, flags = parse_args()
+    args, words = parse_args()
     with exit_on_failure("launch"):
         host, port = find_endpoint(args)
-        check_flags_of_train(flags)
+        check_flags_of_train(words)
         for (name, _), seconds in ((environment.TIMEOUT, args.timeout), (environment.JOIN_TIMEOUT, args.join_timeout)):
             os.environ[name] = str(seconds)
         # A file in memory, which leaves nothing behind however this process ends.
@@ -119,9 +119,9 @@ def find_endpoint(args: argparse.Namespace) -> tuple[str, int]:
         raise Failure(f"PET_MASTER_ADDR:PET_MASTER_PORT is wrong: {error}", status=2) from None
 
 
-def check_flags_of_train(flags: list[str]) -> None:
+def check_flags_of_train(words: list[str]) -> None:
     """End with status 2 and one line if train does not take these flags: before torchrun would try them again."""
-    sys.argv = ["train", *flags]
+    sys.argv = ["train", *words]
     settings.parse_args()
 
 
