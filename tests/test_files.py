@@ -15,7 +15,7 @@ import pytest
 import torch
 
 import stages
-from stage import files, process
+from stage import dataset, files, process
 from stage.process import Failure
 from training import checkpoint, plan
 
