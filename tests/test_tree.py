@@ -85,6 +85,52 @@ def test_every_dependency_is_pinned():
             assert line.startswith(("#", "    ")) or not line or "==" in line, f"{path}: {line}"
 
 
+# Folders and imports --------------------------------------------------------------------------------------------------
+
+ROOMS = {"train": {"stage", "training", "cluster"}, "evaluate": {"stage"}, "infer": {"stage", "pictures", "web"}}
+
+
+def imports(stage):
+    """The modules of a stage by their dotted names, each with those of the stage that it imports, lazily or not."""
+    folder, found = stages.TREE / stages.FOLDERS[stage], {}
+    modules = {".".join(path.relative_to(folder).with_suffix("").parts): path for path in folder.rglob("*.py")}
+    for name, path in modules.items():
+        found[name] = set()
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import):
+                found[name] |= {alias.name for alias in node.names}
+            elif isinstance(node, ast.ImportFrom):
+                found[name] |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+        found[name] &= modules.keys()
+    return found
+
+
+@pytest.mark.parametrize("stage", stages.STAGES)
+def test_imports_run_one_way(stage):
+    left = imports(stage)
+    while done := {name for name, needs in left.items() if not needs & left.keys()}:
+        left = {name: needs for name, needs in left.items() if name not in done}
+    assert left == {}  # these import each other
+
+
+@pytest.mark.parametrize("stage", stages.STAGES)
+def test_the_folders_are_as_drawn_and_what_all_images_share_needs_nothing_else(stage):
+    needs = imports(stage)
+    assert {name.split(".")[0] for name in needs if "." in name} == ROOMS[stage]
+    shared = [need for name in needs if name.startswith("stage.") for need in needs[name]]
+    assert all(need.startswith("stage.") for need in shared)
+
+
+def test_nothing_imports_train_and_only_train_imports_the_cluster_where_it_is_started_by_it():
+    needs = imports("train")
+    assert not [name for name in needs if "train" in needs[name]]
+    outside = {name for name in needs if not name.startswith("cluster.")}
+    assert {name for name in outside if any(need.startswith("cluster.") for need in needs[name])} == {"train"}
+    program = ast.parse((stages.TREE / "model-train/train.py").read_text())
+    at_once = [node.module for node in program.body if isinstance(node, ast.ImportFrom)]
+    assert not any(module.startswith("cluster") for module in at_once)
+
+
 # Dockerfiles ----------------------------------------------------------------------------------------------------------
 
 
