@@ -129,9 +129,8 @@ def parse_args() -> argparse.Namespace:
     host = flags.nonempty(str)
     text = "address to listen on (default: %(default)s, reachable from this machine only)"
     parser.add_argument("--host", type=host, default="127.0.0.1", metavar="ADDRESS", help=text)
-    parser.add_argument(
-        "--port", type=flags.integer(1, 65535), default=8000, help="port to listen on (default: %(default)s)"
-    )
+    text = "port to listen on (default: %(default)s)"
+    parser.add_argument("--port", type=flags.integer(1, 65535), default=8000, metavar="N", help=text)
     text = f"accept this name in the Host header, besides {', '.join(HOSTS)} and addresses; may be repeated"
     parser.add_argument("--allow-host", type=host, action="append", default=[], metavar="NAME", help=text)
     flags.add_folder_flags(parser)
