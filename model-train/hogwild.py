@@ -55,7 +55,7 @@ class SharedState:
         # a finished training was continued.
         self.schedule_start = record.start
         self.schedule_end = self.settings.epochs * self.batches_per_epoch
-        self.peak_lr = self.settings.lr  # higher with several nodes (cluster.py)
+        self.peak_lr = self.settings.lr  # higher with several nodes (cluster/nodes.py)
         torch.manual_seed(self.settings.seed)
         self.model = net.Net(self.settings.dropout)
         # The parameters are views of one vector in shared memory: one call, not eight, updates them all.

@@ -10,8 +10,8 @@ Writes  MODEL/mnist_cnn.pt: the state_dict of the finished model
     docker compose run --rm train --epochs 20
     python model-train/train.py --data data --model model
 
-What MODEL contains decides what train does: see plan.py. This process does not train itself: it hands out batches to
-the workers, which train as hogwild.py describes, and it validates, saves and publishes.
+What MODEL contains decides what train does: see training/plan.py. This process does not train itself: it hands out
+batches to the workers, which train as hogwild.py describes, and it validates, saves and publishes.
 """
 
 from stage import process
@@ -110,7 +110,7 @@ def train(record: Record, shared: "SharedState", nodes: "Alone | Nodes", args: a
     process.handle_stop_signals(stop.handle)
     try:
         with Workers(shared, nodes.own_record, stop, nodes.first_batch, nodes.world) as workers:
-            nodes.connect(workers)
+            nodes.connect()
             train_epochs(record, shared, workers, nodes, checkpoints, progress)
     except Stopped as stopped:
         hint = "" if args.dry_run else nodes.resume_hint
@@ -148,18 +148,18 @@ def train_epochs(
                 progress.update()
                 if nodes.may_pause and (workers.stop.number or checkpoints.is_due()):
                     limit = workers.next  # hand out no more batches
-            is_stopping = nodes.meet()
+            is_stopping = nodes.meet(workers)
             record.update(limit, time.monotonic() - began)
             if is_stopping:
                 checkpoints.save()
-                nodes.leave()
+                nodes.leave(workers.stop)
             if checkpoints.is_due():
                 checkpoint = checkpoints.serialize()
                 workers.hand_out(nodes.next_meeting(end_of_epoch))  # to train on while it is written
                 checkpoints.write(checkpoint)
         if epoch + 1 == record.settings.epochs:
-            nodes.average_last_batches()
-        record.add_epoch(*nodes.validate(), len(shared.images))
+            nodes.average_last_batches(workers)
+        record.add_epoch(*nodes.validate(workers), len(shared.images))
         progress.print_epoch()
     checkpoints.save()
 

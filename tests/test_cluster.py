@@ -83,8 +83,7 @@ class Two:
     def __init__(self):
         self.barrier, self.vectors = threading.Barrier(2), [None, None]
         self.nodes = [new_nodes(rank, 2, functools.partial(self.sum, rank)) for rank in range(2)]
-        for each in self.nodes:
-            each.connect(mock.Mock(stop=SimpleNamespace(number=0)))
+        self.workers = [mock.Mock(stop=SimpleNamespace(number=0)) for _ in self.nodes]
 
     def sum(self, rank, vector, while_waiting):
         self.vectors[rank] = vector.clone()
@@ -96,7 +95,7 @@ class Two:
     def meet(self):
         """Has both nodes meet, and returns whether each is told that one is asked to stop."""
         with ThreadPoolExecutor(2) as pool:
-            return [*pool.map(lambda each: each.meet(), self.nodes)]
+            return [*pool.map(lambda each, workers: each.meet(workers), self.nodes, self.workers)]
 
 
 def test_both_nodes_get_the_mean_of_their_parameters():
@@ -128,7 +127,7 @@ def test_both_nodes_get_the_same_record_of_what_all_workers_have_done_and_of_tho
 def test_a_worker_that_is_killed_during_a_meeting_is_recorded_at_the_next_one():
     two = Two()
     lost = record.LostWorker(1, signal.SIGKILL, None)
-    watch = two.nodes[0].workers.watch
+    watch = two.workers[0].watch
     watch.side_effect = lambda: two.nodes[0].own_record.lost_workers.append(lost)
     two.meet()
     watch.side_effect = None
@@ -138,7 +137,7 @@ def test_a_worker_that_is_killed_during_a_meeting_is_recorded_at_the_next_one():
 
 def test_both_nodes_know_when_one_is_asked_to_stop():
     two = Two()
-    two.nodes[1].workers.stop.number = signal.SIGTERM
+    two.workers[1].stop.number = signal.SIGTERM
     assert two.meet() == [True, True]
 
 

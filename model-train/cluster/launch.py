@@ -7,7 +7,7 @@ flags that --help does not list are those of train. The exit status is that of t
     launch.py --nnodes 1:2 --rdzv-endpoint train:29400 --epochs 20
     launch.py --epochs 20       # where PET_NNODES, PET_NODE_RANK, PET_MASTER_ADDR and PET_MASTER_PORT say the rest
 
-cluster.py is what train then does; docs/cluster.md is about running it.
+nodes.py is what train then does; docs/cluster.md is about running it.
 """
 
 import sys

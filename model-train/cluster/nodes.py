@@ -2,7 +2,7 @@
 
 Batches are numbered as on one machine, and node r of N takes those whose number is r modulo N: the nodes' shares of an
 epoch are disjoint and together complete, and a training may resume on another number of nodes. All nodes pause for each
-averaging (distributed.py) at the same batch number. After it they have the same parameters and the same record.
+averaging (network.py) at the same batch number. After it they have the same parameters and the same record.
 
 Node 0 alone locks and writes the volume; it decides what is to be done, and sends the others its record and parameters.
 The others only look whether the volume is the same: after a restart, each of them may become node 0.
@@ -29,7 +29,7 @@ from training import plan
 from training.download import read_data
 from training.record import LostWorker, Record
 from training.settings import Settings, flag
-from training.stopping import Stopped
+from training.stopping import Stopped, StopRequest
 
 if TYPE_CHECKING:  # torch takes a second to import
     import torch
@@ -98,8 +98,9 @@ class Preparation:
         self.raw = read_data(self.args.data)
         flags = {flag(name): str(value) for name, value in self.requested.items()}
         flags |= {"--dry-run": "given"} if self.args.dry_run else {}
-        files = Path(__file__).parents[1].rglob("*.py")
-        programs = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+        top = Path(__file__).parents[1]
+        files = {str(path.relative_to(top)): path.read_bytes() for path in top.rglob("*.py")}
+        programs = {name: hashlib.sha256(content).hexdigest() for name, content in files.items()}
         parts = {"flags": flags, "data": DATA_SET.sha256, "programs": programs}
         starts_over = self.args.fresh and not self.has_begun.stat().st_size
         return json.dumps(parts | {"starts over": starts_over}).encode()
@@ -210,9 +211,8 @@ class Nodes:
         self.sizes = [len(shared.parameters), node.world * len(record.workers) * 6, 1]
         self.sums = torch.zeros(sum(self.sizes))
 
-    def connect(self, workers: "Workers") -> None:
+    def connect(self) -> None:
         """Connect to the other nodes, once the workers are forked."""
-        self.workers = workers
         self.node.start_group()
 
     def next_meeting(self, end_of_epoch: int) -> int:
@@ -220,7 +220,7 @@ class Nodes:
         apart = self.record.settings.sync_every * int(self.world)
         return min(end_of_epoch, self.record.batches + apart)
 
-    def meet(self) -> bool:
+    def meet(self, workers: "Workers") -> bool:
         """Wait for the other nodes, average the parameters, bring the record up to date.
 
         Return whether a node is asked to stop. Raise Stopped if this one is, and that takes too long, LostNode if
@@ -233,32 +233,32 @@ class Nodes:
         numbers = numbers.zero_().view(self.world, -1, 6)
         told = len(self.own_record.lost_workers)
         numbers[self.node.rank] = done_by_workers(self.own_record, self.record.batches)
-        stopping.fill_(bool(self.workers.stop.number))
-        self.node.sum(self.sums, self.workers.watch)
+        stopping.fill_(bool(workers.stop.number))
+        self.node.sum(self.sums, workers.watch)
         self.shared.parameters.copy_(parameters.div_(self.world))
         add_to_record(self.record, numbers.tolist())
         del self.own_record.lost_workers[:told]  # one that was killed while this node waited is told next time
         return bool(stopping.item())
 
-    def leave(self) -> None:
+    def leave(self, stop: StopRequest) -> None:
         """End this node, since one was asked to stop: raise Stopped once this one is asked too, else LostNode."""
         from cluster.network import LostNode
 
         deadline = time.monotonic() + STOP_SECONDS
-        while not self.workers.stop.number and time.monotonic() < deadline:
+        while not stop.number and time.monotonic() < deadline:
             time.sleep(0.01)
-        if self.workers.stop.number:
-            raise Stopped(self.workers.stop.number, saved=True)
+        if stop.number:
+            raise Stopped(stop.number, saved=True)
         raise LostNode("another node was stopped")
 
-    def average_last_batches(self) -> None:
+    def average_last_batches(self, workers: "Workers") -> None:
         """Replace the parameters by their mean over the last batches of all nodes, if these are averaged."""
         total = self.shared.sums.sum(0)
-        self.node.sum(total, self.workers.watch)
+        self.node.sum(total, workers.watch)
         self.shared.sums.zero_()[0].copy_(total)
         self.shared.load_mean()
 
-    def validate(self) -> tuple[float, float]:
+    def validate(self, workers: "Workers") -> tuple[float, float]:
         """Return loss and accuracy on the validation images, of which each node predicts a part."""
         import torch
 
@@ -267,7 +267,7 @@ class Nodes:
         loss, accuracy = validate(self.record, self.shared, self.validation)
         count = len(self.validation[0])
         sums = torch.tensor([loss * count, accuracy * count, count], dtype=torch.float64)
-        self.node.sum(sums, self.workers.watch)
+        self.node.sum(sums, workers.watch)
         loss, accuracy, count = sums.tolist()
         return loss / count, accuracy / count
 

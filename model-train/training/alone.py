@@ -1,4 +1,4 @@
-"""What nodes do together, for a machine that trains alone: nothing, or almost. cluster.py has the same for several."""
+"""What nodes do together, for a machine that trains alone: nothing, or almost. cluster/nodes.py has it for several."""
 
 from collections.abc import Callable
 from typing import TYPE_CHECKING
@@ -11,7 +11,7 @@ from hogwild import SharedState
 from stage.files import FRESH_HINT
 from stage.process import Failure
 from training.record import Record
-from training.stopping import RESUME_HINT, Stopped
+from training.stopping import RESUME_HINT, Stopped, StopRequest
 
 if TYPE_CHECKING:
     from training.workers import Workers
@@ -28,27 +28,26 @@ class Alone:
         self.record, self.shared, self.validation = record, shared, validation
         self.own_record, self.first_batch = record, record.batches
 
-    def connect(self, workers: "Workers") -> None:
-        """Take the workers, which have been forked."""
-        self.workers = workers
+    def connect(self) -> None:
+        """Connect to the other nodes, once the workers are forked."""
 
     def next_meeting(self, end_of_epoch: int) -> int:
         """Return the batch before which the nodes meet next."""
         return end_of_epoch
 
-    def meet(self) -> bool:
-        """Bring the nodes together; the workers must be idle. Return whether one of them is asked to stop."""
-        return bool(self.workers.stop.number)
+    def meet(self, workers: "Workers") -> bool:
+        """Bring the nodes together; the workers must be idle. Return whether a node is asked to stop."""
+        return bool(workers.stop.number)
 
-    def leave(self) -> None:
+    def leave(self, stop: StopRequest) -> None:
         """End this node, since one was asked to stop; the progress must be saved. Raise Stopped."""
-        raise Stopped(self.workers.stop.number, saved=True)
+        raise Stopped(stop.number, saved=True)
 
-    def average_last_batches(self) -> None:
+    def average_last_batches(self, workers: "Workers") -> None:
         """Replace the parameters by their mean over the last batches, if these are averaged."""
         self.shared.load_mean()
 
-    def validate(self) -> tuple[float, float]:
+    def validate(self, workers: "Workers") -> tuple[float, float]:
         """Return loss and accuracy (percent) of the current model on the validation images."""
         return validate(self.record, self.shared, self.validation)
 
