@@ -83,10 +83,11 @@ def test_the_objects_are_a_claim_for_many_nodes_and_a_job_for_each_stage():
     assert CLAIM["spec"]["accessModes"] == ["ReadWriteMany"]
 
 
-def test_the_images_have_the_names_that_compose_gives_them():
+def test_the_images_have_the_names_that_compose_gives_them_with_the_name_that_the_manifest_says():
     images = [TRAIN["spec"]["trainer"]["image"], *(container_of(job)["image"] for job in JOBS)]
     names = [re.fullmatch(r"registry\.example\.com/([\w-]+):\d", image)[1] for image in images]
-    assert names == [f"{COMPOSE['name']}-{stage}" for stage in stages.STAGES]
+    (project,) = re.findall(r"docker compose -p (\w+) build", (stages.TREE / "deploy/trainjob.yaml").read_text())
+    assert names == [f"{project}-{stage}" for stage in stages.STAGES]
 
 
 @pytest.mark.parametrize("job", [TRAIN, *JOBS], ids=stages.STAGES)
