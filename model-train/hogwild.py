@@ -67,13 +67,13 @@ class SharedState:
         # Each worker's sum of the parameters after those of its batches that are averaged, and the number of summands.
         self.sums = shared_zeros(self.settings.num_processes, len(self.parameters) + 1)
 
-    def progress(self, number: int) -> float:
+    def part_of_schedule(self, number: int) -> float:
         """Return how much of the schedule is over in the middle of a batch, between 0 and 1."""
         return (number + 0.5 - self.schedule_start) / (self.schedule_end - self.schedule_start)
 
     def is_averaged(self, number: int) -> bool:
         """Return whether the parameters after a batch are averaged: those after the last batches of the schedule."""
-        return self.progress(number) > 1 - self.settings.averaging
+        return self.part_of_schedule(number) > 1 - self.settings.averaging
 
     def load_mean(self) -> None:
         """After the last batch, replace the parameters by their mean over the last batches, if these were averaged.
@@ -106,7 +106,7 @@ class Trainer:
 
     def __init__(self, rank: int, shared: SharedState) -> None:
         self.shared, self.settings = shared, shared.settings
-        self.velocity, self.sum = shared.velocities[rank], shared.sums[rank]
+        self.velocity, self.own_sum = shared.velocities[rank], shared.sums[rank]
         self.permutation_epoch, self.permutation = -1, torch.empty(0)
 
     def train_batch(self, number: int) -> tuple[int, float]:
@@ -129,8 +129,8 @@ class Trainer:
         self.velocity.mul_(settings.momentum).add_(gradient)
         shared.parameters.sub_(self.velocity, alpha=self.learning_rate(number))
         if shared.is_averaged(number):
-            self.sum[:-1].add_(shared.parameters)
-            self.sum[-1:].add_(1)
+            self.own_sum[:-1].add_(shared.parameters)
+            self.own_sum[-1:].add_(1)
         return len(images), loss * len(images)
 
     def load_batch(self, number: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -168,7 +168,7 @@ class Trainer:
         """
         if self.settings.schedule == "constant":
             return self.shared.peak_lr
-        progress = self.shared.progress(number)
+        progress = self.shared.part_of_schedule(number)
         remaining = max(1 - progress, self.settings.averaging)
         return self.shared.peak_lr * min(progress / WARMUP_FRACTION, remaining / (1 - WARMUP_FRACTION))
 

@@ -17,7 +17,7 @@ batches to the workers, which train as hogwild.py describes, and it validates, s
 from stage import process
 
 if __name__ == "__main__":
-    # Before the other imports: a signal during them would end in a traceback. check_limits() checks the memory.
+    # Before the other imports: a signal during them would end in a traceback.
     process.prepare_process("train")
 
 import argparse
@@ -26,7 +26,6 @@ import io
 import os
 import time
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -53,7 +52,6 @@ def main() -> int:
     """Run the stage and return its exit status."""
     args = settings.parse_args()
     requested = {name: getattr(args, name) for name in settings.SETTINGS if getattr(args, name) is not None}
-    decide = partial(plan.decide, requested, fresh=args.fresh, folder=args.model)
     with exit_on_failure("train"):
         if "TORCHELASTIC_RUN_ID" in os.environ:  # this is one of several nodes
             from cluster.nodes import train_on_node
@@ -62,11 +60,12 @@ def main() -> int:
         if args.dry_run:
             return train_alone(plan.dry_run(requested), args)
         args.model.mkdir(parents=True, exist_ok=True)
-        todo = decide()
+        todo = plan.decide(requested, args.fresh, args.model)
         if todo.action != "nothing":
             try:
                 with plan.volume_lock(args.model):
-                    todo = decide()  # again: another training may have ended between the first look and the lock
+                    # Again: another training may have ended between the first look and the lock.
+                    todo = plan.decide(requested, args.fresh, args.model)
                     if todo.action != "nothing":
                         return train_alone(todo, args)
             except plan.Busy as busy:
@@ -143,16 +142,16 @@ def train_epochs(
     for epoch in range(len(record.history), record.settings.epochs):
         end_of_epoch = (epoch + 1) * shared.batches_per_epoch
         while record.batches < end_of_epoch:
-            limit = nodes.next_meeting(end_of_epoch)
-            while workers.work(limit):
+            limit = nodes.next_meeting(end_of_epoch)  # the workers train on the batches before this one, then rest
+            while workers.poll(limit):
                 progress.update()
                 if nodes.may_pause and (workers.stop.number or checkpoints.is_due()):
-                    limit = workers.next  # hand out no more batches
+                    limit = workers.next  # no more batches are handed out; those that are will be done
             is_stopping = nodes.meet(workers)
             record.update(limit, time.monotonic() - began)
             if is_stopping:
                 checkpoints.save()
-                nodes.leave(workers.stop)
+                raise nodes.stopped(workers.stop)
             if checkpoints.is_due():
                 checkpoint = checkpoints.serialize()
                 workers.hand_out(nodes.next_meeting(end_of_epoch))  # to train on while it is written

@@ -48,7 +48,7 @@ def new_workers(monkeypatch):
 def finish(pool, limit):
     """Has all batches below the limit trained on; it must not take for ever."""
     deadline = REAL_TIME() + stages.SECONDS
-    while pool.work(limit):
+    while pool.poll(limit):
         assert REAL_TIME() < deadline
 
 
@@ -77,7 +77,7 @@ def test_few_batches_are_shared_out_evenly(new_workers):
 def test_a_worker_has_a_few_batches_ahead_and_no_more_when_they_are_large(new_workers, batch_size, ahead):
     pool, _ = new_workers(lambda rank, number: time.sleep(60), batch_size=batch_size)
     with pool:
-        pool.work(1_000)
+        pool.poll(1_000)
         assert [len(worker.sent) for worker in pool.living] == [ahead, ahead]
         assert pool.next == 2 * ahead
         for worker in pool.living:
@@ -87,7 +87,7 @@ def test_a_worker_has_a_few_batches_ahead_and_no_more_when_they_are_large(new_wo
 def test_to_pause_is_to_hand_out_no_more_and_to_wait(new_workers):
     pool, done = new_workers()
     with pool:
-        pool.work(1_000_000)
+        pool.poll(1_000_000)
         finish(pool, pool.next)
         assert done.totals()[0] == pool.next
         finish(pool, pool.next + 5)
@@ -175,7 +175,7 @@ def test_a_request_to_stop_does_not_wait_long_for_a_worker_that_stands_still(new
     monkeypatch.setattr(stopping, "STOP_SECONDS", 0.2)
     pool, _ = new_workers(lambda rank, number: os.kill(os.getpid(), signal.SIGSTOP))
     with pool:
-        pool.work(40)
+        pool.poll(40)
         pool.stop.handle(signal.SIGTERM, None)
         with pytest.raises(stopping.Stopped, match="the last checkpoint"):
             finish(pool, 40)

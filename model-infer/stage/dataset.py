@@ -60,14 +60,14 @@ def batches_per_epoch(batch_size: int, images: int = TRAINING_IMAGES) -> int:
     return math.ceil(images / batch_size)
 
 
-def read_raw(data: Path, name: str) -> bytearray:
+def read_raw(data: Path, name: str, hint: str = DATA_HINT) -> bytearray:
     """Read and verify one raw file of the data set. Raise Failure if it is missing or has the wrong sha256."""
     path, size = data / DATA_SET.folder / name, DATA_SET.size(name)
-    content = read_limited(path, size, DATA_HINT)
+    content = read_limited(path, size, hint)
     if len(content) < size:
-        raise Failure(f"{path} has {len(content):,} bytes instead of {size:,}. {DATA_HINT}")
+        raise Failure(f"{path} has {len(content):,} bytes instead of {size:,}. {hint}")
     if not has_right_sha256(name, content):
-        raise Failure(f"{path} has the wrong sha256. {DATA_HINT}")
+        raise Failure(f"{path} has the wrong sha256. {hint}")
     return content
 
 

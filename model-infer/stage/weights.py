@@ -35,7 +35,7 @@ def load_model(model: nn.Module, folder: Path) -> str:
     if not os.path.lexists(path):  # perhaps of an unfinished training, which --fresh would discard
         raise Failure(f"{path} does not exist. Train or resume with: {command('train')}")
     content = read_limited(path, MAX_MODEL_BYTES, hint)
-    load_weights(model, load_tensors(content, path, hint), path, hint)
+    load_weights(model, unpickle(content, path, hint), path, hint)
     return hashlib.sha256(content).hexdigest()
 
 
@@ -60,7 +60,7 @@ def check_tensor(tensor: Any, name: str, shape: torch.Size, path: Path, hint: st
         raise Failure(f"{path} contains values that are not finite (in {name}). {hint}")
 
 
-def load_tensors(content: bytes | bytearray, path: Path, hint: str) -> Any:
+def unpickle(content: bytes | bytearray, path: Path, hint: str) -> Any:
     """Load what torch.save wrote: dicts of float32 tensors, numbers and text. Raise Failure if it is anything else.
 
     No code in it is run, and it takes no more memory than a few times its size.

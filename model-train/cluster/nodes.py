@@ -144,7 +144,7 @@ class Preparation:
     def follow(self, start: bytes) -> bytes:
         """On the other nodes: start from the checkpoint of node 0, which must be in the volume of this node too."""
         from hogwild import SharedState
-        from training.checkpoint import load_tensors, parse_checkpoint
+        from training.checkpoint import parse_checkpoint, restore
 
         path = Path("the checkpoint that node 0 has sent")
         tensors, record = parse_checkpoint(start, path)
@@ -152,7 +152,7 @@ class Preparation:
         if self.folder:
             check_volume(self.folder, record, self.node)
         shared = SharedState(record, *self.images(0, self.count_images(record.settings)))
-        load_tensors(shared, tensors, len(record.workers), path)
+        restore(shared, tensors, len(record.workers), path)
         self.started = record, shared
         return b""
 
@@ -240,16 +240,14 @@ class Nodes:
         del self.own_record.lost_workers[:told]  # one that was killed while this node waited is told next time
         return bool(stopping.item())
 
-    def leave(self, stop: StopRequest) -> None:
-        """End this node, since one was asked to stop: raise Stopped once this one is asked too, else LostNode."""
+    def stopped(self, stop: StopRequest) -> Exception:
+        """Return what ends this node, since one was asked to stop: Stopped if this one is asked too, else LostNode."""
         from cluster.network import LostNode
 
         deadline = time.monotonic() + STOP_SECONDS
         while not stop.number and time.monotonic() < deadline:
             time.sleep(0.01)
-        if stop.number:
-            raise Stopped(stop.number, saved=True)
-        raise LostNode("another node was stopped")
+        return Stopped(stop.number, saved=True) if stop.number else LostNode("another node was stopped")
 
     def average_last_batches(self, workers: "Workers") -> None:
         """Replace the parameters by their mean over the last batches of all nodes, if these are averaged."""
@@ -262,7 +260,7 @@ class Nodes:
         """Return loss and accuracy on the validation images, of which each node predicts a part."""
         import torch
 
-        from training.alone import validate
+        from training.validation import validate
 
         loss, accuracy = validate(self.record, self.shared, self.validation)
         count = len(self.validation[0])

@@ -62,7 +62,7 @@ def parse_checkpoint(file: bytes | bytearray, path: Path) -> tuple[dict[str, Any
 
     Raise Failure if it is damaged.
     """
-    content = weights.load_tensors(file, path, FRESH_HINT)
+    content = weights.unpickle(file, path, FRESH_HINT)
     try:
         parts = dict(dict.items(content))  # a TypeError if it is no dict; its attributes could shadow its methods
         return parts, parse_record(parts["results"])
@@ -99,13 +99,13 @@ def resume(plan: Plan, images: torch.Tensor, labels: torch.Tensor, folder: Path)
     say_what_changes(record, plan)
     record = record_for_resuming(record, plan)
     shared = SharedState(record, images, labels)
-    load_tensors(shared, tensors, workers, path)
+    restore(shared, tensors, workers, path)
     if record.settings.epochs != epochs:
         shared.sums.zero_()  # with another schedule, other batches are averaged
     return record, shared
 
 
-def load_tensors(shared: SharedState, tensors: dict[str, Any], workers: int, path: Path) -> None:
+def restore(shared: SharedState, tensors: dict[str, Any], workers: int, path: Path) -> None:
     """Load the parameters, the velocities of that many workers, and the sum of parameters of a checkpoint.
 
     Raise Failure if they are not those of this network.

@@ -8,7 +8,7 @@ import zlib
 from pathlib import Path
 from typing import IO
 
-from stage.dataset import DATA_HINT, DATA_SET, has_right_sha256, read_raw
+from stage.dataset import DATA_SET, has_right_sha256, read_raw
 from stage.files import file_lock, publish, remove
 from stage.process import Failure, say
 
@@ -18,7 +18,7 @@ DOWNLOAD_TIMEOUT = 60  # seconds without an answer from a mirror
 def read_data(data: Path) -> dict[str, bytearray]:
     """Return the contents of the raw files by name, verified. Raise Failure if they cannot be read or downloaded."""
     try:
-        return {name: read_raw(data, name) for name in DATA_SET.sha256}
+        return {name: read_raw(data, name, "Try other sources with: make data") for name in DATA_SET.sha256}
     except Failure as problem:
         download(data, problem)
     return {name: read_raw(data, name) for name in DATA_SET.sha256}
@@ -27,7 +27,7 @@ def read_data(data: Path) -> dict[str, bytearray]:
 def download(data: Path, problem: Failure) -> None:
     """Publish the raw files that are missing or damaged: what was put there by hand, or is downloaded with torchvision.
 
-    Raise Failure, starting with the problem that made the download necessary, if it fails.
+    Raise Failure, with the problem that made the download necessary, if it fails.
     """
     part = data / ".download"
     try:
@@ -47,9 +47,7 @@ def download(data: Path, problem: Failure) -> None:
                 remove(part)
     except (OSError, RuntimeError, Failure) as error:
         reason = str(error).splitlines()[0].rstrip(":.")
-        what, _, hint = str(problem).rpartition(". ")
-        hint = hint.replace(DATA_HINT, "Try other sources with: make data")
-        raise Failure(f"{what}, and downloading {DATA_SET.name} failed ({reason}). {hint}") from None
+        raise Failure(f"downloading {DATA_SET.name} failed ({reason}), and {problem}") from None
 
 
 def use_what_is_there(data: Path) -> list[str]:

@@ -132,7 +132,7 @@ def package_versions() -> dict[str, str]:
 
 
 def read_record(folder: Path) -> Record | None:
-    """Read train_results.json; return None if there is none. Raise Failure if it is damaged or of a newer version."""
+    """Read train_results.json; return None if there is none. Raise Failure if it cannot be used."""
     path = folder / TRAIN_RESULTS
     if not path.exists():
         return None

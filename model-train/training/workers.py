@@ -97,7 +97,7 @@ class Worker:
 class Workers:
     """The workers of a training. A context manager: it forks them on entry and ends them on exit.
 
-    They train on the batches from `next` on, every `step`-th one: work() hands them out.
+    They train on the batches from `next` on, every `step`-th one: poll() hands them out.
     """
 
     def __init__(self, shared: SharedState, record: Record, stop: StopRequest, first: int, step: int) -> None:
@@ -113,7 +113,7 @@ class Workers:
     def __enter__(self) -> "Workers":
         """Fork the workers. A fork is fast, and shares the images and torch with them.
 
-        It is safe because the parent has used a single thread so far.
+        It is safe because the parent has no other thread at this point.
         """
         try:
             for record in self.records:
@@ -134,7 +134,7 @@ class Workers:
         for worker in self.living:
             worker.end(deadline)
 
-    def work(self, limit: int) -> bool:
+    def poll(self, limit: int) -> bool:
         """Hand out batches below `limit`, count answers, look after the workers; return whether there is more to do.
 
         Call it until it returns False: then all batches below the limit are done, and the workers are idle. Raise
@@ -158,7 +158,7 @@ class Workers:
                 self.next += self.step
 
     def watch(self) -> None:
-        """Count answers; notice workers that were killed; kill those that hang. Raise what work() raises."""
+        """Count answers; notice workers that were killed; kill those that hang. Raise what poll() raises."""
         before = self.steps()
         for worker in [*self.living]:
             if worker.take_answers():
