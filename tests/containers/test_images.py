@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from pipeline import docker, image, image_size, in_image, inspect
+from pipeline import BASE_IMAGE, docker, image, image_size, in_image, inspect
 from stages import STAGES, TREE
 
 # Steps of the Dockerfile: the one that removes and strips, and the one that imports.
@@ -27,8 +27,8 @@ print(json.dumps(same))
 
 def test_the_three_images_store_the_layers_with_torch_once():
     layers = [inspect(image(stage))["RootFS"]["Layers"] for stage in STAGES]
-    shared = layers[0][:-1]  # all of train's but that of its programs; infer has more on top, for serve
-    assert [own[: len(shared)] for own in layers] == [shared] * 3
+    shared = len(inspect(BASE_IMAGE)["RootFS"]["Layers"]) + 3  # the virtual environment, the folders, the entrypoint
+    assert layers[0][:shared] == layers[1][:shared] == layers[2][:shared]
     assert len({own[-1] for own in layers}) == 3
 
 
