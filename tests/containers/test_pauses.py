@@ -16,7 +16,7 @@ HANG_SECONDS, PAUSE_SECONDS = 4, 8  # half a minute in the program, which is too
 def train(tmp_path, tmp_path_factory):
     """A training under way, whose workers.py waits less long for a worker that hangs."""
     workers = tmp_path_factory.mktemp("app") / "workers.py"
-    text = (TREE / "model-train" / "workers.py").read_text()
+    text = (TREE / "model-train/training/workers.py").read_text()
     assert text.count("\nHANG_SECONDS = 30") == 1
     workers.write_text(text.replace("\nHANG_SECONDS = 30", f"\nHANG_SECONDS = {HANG_SECONDS}"))
     with Pipeline(tmp_path, train={"volumes": [f"{workers}:/opt/app/training/workers.py:ro"]}) as project:

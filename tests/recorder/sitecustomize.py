@@ -4,8 +4,6 @@ import os
 import socket
 import sys
 
-from stage import files
-
 
 def write(line):
     """Adds a line to the record, after the name of the container."""
@@ -15,6 +13,8 @@ def write(line):
 
 def record_files():
     """Records the names of published files."""
+    from stage import files
+
     publish = files.publish
 
     def recording(path, content):
