@@ -196,6 +196,7 @@ def launch(args: argparse.Namespace, host: str, port: int) -> int:
     from torch.distributed.elastic.rendezvous import api as rendezvous
     from torch.distributed.launcher.api import elastic_launch
 
+    process.imports_done()
     parser = torchrun.get_args_parser()
     parser.error = refuse_variables  # type: ignore[method-assign]
     words, where = torchrun_words(args, host, port), f"{host}:{port}"
