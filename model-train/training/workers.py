@@ -146,7 +146,7 @@ class Workers:
         return bool(self.next < limit or self.returned or any(worker.sent for worker in self.living))
 
     def hand_out(self, limit: int) -> None:
-        """Send batches, those of killed workers first, to whoever has the fewest, until all have enough of them."""
+        """Send batches, those of killed workers first, to the worker that has the fewest, until all have enough."""
         while self.returned or self.next < limit:
             worker = min(self.living, key=lambda worker: len(worker.sent))
             number = min(self.returned, default=self.next)
