@@ -157,6 +157,17 @@ def test_a_worker_that_fails_says_why(new_workers):
         finish(pool, 40)
 
 
+def test_when_two_workers_fail_one_says_why_and_the_other_is_silent(new_workers, capfd):
+    def fail(rank, number):
+        time.sleep(0.3 * rank)
+        raise ValueError("wrong")
+
+    pool, _ = new_workers(fail)
+    with pool, pytest.raises(Failure, match="worker 0 failed: ValueError: wrong"):
+        finish(pool, 40)
+    assert capfd.readouterr().err == ""
+
+
 def test_a_worker_that_stands_still_is_killed_and_its_batches_redone(new_workers, monkeypatch):
     def train(rank, number):
         if rank == 0:

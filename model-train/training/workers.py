@@ -236,5 +236,6 @@ def run_worker(rank: int, shared: SharedState, parent: socket.socket) -> None:
         pass  # the training has ended
     except Exception as error:
         text = f"{type(error).__name__}: {error}".splitlines()[0]
-        parent.send(json.dumps(text[:500]).encode())
+        with contextlib.suppress(OSError):  # another worker has failed before, and the training has ended
+            parent.send(json.dumps(text[:500]).encode())
         os._exit(1)
