@@ -71,6 +71,7 @@ def two(volume):
     with Cluster(volume, LONG) as project:
         containers = project.start_nodes()
         nodes.wait_until_they_train(containers)
+        stages.wait_until(lambda: stages.batches_saved(volume), "a checkpoint")  # without one, they would start again
         yield project, *containers
 
 
