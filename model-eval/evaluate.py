@@ -71,13 +71,13 @@ def main() -> int:
                 f"{args.model / WEIGHTS} has {results['Accuracy']} % accuracy, below --min-accuracy "
                 f"{args.min_accuracy}; no results are written. Train longer: {process.command('train', '--epochs N')}"
             )
-        results_files = {
+        contents = {
             CONFUSION_MATRIX: draw_confusion_matrix(results["confusion_matrix"]),
             MISTAKES: draw_mistakes(images, labels, log_probabilities),
             EVAL_RESULTS: json.dumps(results | {"model_sha256": sha256}, indent=1).encode(),
         }
         with stop_signals_deferred():
-            for name, content in results_files.items():
+            for name, content in contents.items():
                 publish(args.model / name, content)
     return 0
 

@@ -1,5 +1,7 @@
 """record.py: what train_results.json says, of this version and of others, and how a training resumes by it."""
 
+import contextlib
+
 import pytest
 import torch
 
@@ -50,6 +52,16 @@ def test_a_training_without_a_setting_goes_on_with_its_default(unfinished, name)
     stages.edit_training(unfinished, lambda content: content["settings"].pop(name))
     resumed, _ = resume(unfinished)
     assert resumed.settings == settings.Settings(epochs=3)
+
+
+@pytest.mark.parametrize("killed", [0, 1])
+def test_a_record_may_have_a_step_more_than_batches_for_each_killed_worker(volume, killed):
+    workers = stages.results(volume)["workers"]
+    workers[0]["steps"] += 1
+    lost = [{"rank": 0, "signal": 9, "batch": 7}] * killed
+    stages.edit_record(volume, workers=workers, lost_workers=lost)
+    with contextlib.nullcontext() if killed else pytest.raises(Failure, match="inconsistent"):
+        assert record.read_record(volume).totals()[0] == 574
 
 
 def test_a_training_with_an_unknown_setting_is_refused(volume):

@@ -37,7 +37,7 @@ def predict_pictures(names: list[str], data: Path, model: Path) -> int:
     predictor = prediction.load_predictor(model, data)
     paths = find_pictures(names, data, folder)
     results: list[Result] = []
-    files: dict[str, bytes] = {}
+    contents: dict[str, bytes] = {}  # of the files to publish, by name
     for path in paths:
         try:
             result, png = predict_picture(predictor, path)
@@ -45,12 +45,12 @@ def predict_pictures(names: list[str], data: Path, model: Path) -> int:
             print_error(f"infer: {failure}")
             continue
         results.append(result)
-        files[new_name(result, files)] = png
+        contents[new_name(result, contents)] = png
         say(f"infer: {path}: {as_text(result)}")
     if results:
-        files[PREDICTIONS] = predictor.as_json(results)
+        contents[PREDICTIONS] = predictor.as_json(results)
         with folders.locked(folder):
-            folders.replace_folder(folder, files)
+            folders.replace_folder(folder, contents)
     return int(len(results) < len(paths))
 
 
@@ -66,8 +66,8 @@ def find_pictures(names: list[str], data: Path, results: Path) -> list[Path]:
         if Path(name).parts[:1] == ("data",) and not os.path.exists(data / name):
             name = str(Path(name).relative_to("data"))
         matches = [] if os.path.exists(data / name) else sorted(glob.glob(name, root_dir=data))
-        files = [data / match for match in matches if not os.path.isdir(data / match)]
-        paths |= dict.fromkeys(files or [data / name])  # a name without a match is refused later, like a missing file
+        found = [data / match for match in matches if not os.path.isdir(data / match)]
+        paths |= dict.fromkeys(found or [data / name])  # a name without a match is refused later, like a missing file
     # Unlike Path.resolve(), realpath() does not fail for a loop of links, which is then refused like a missing file.
     if any(Path(os.path.realpath(path)).is_relative_to(os.path.realpath(results)) for path in paths):
         raise Failure(f"{results} is replaced by the results. Move the pictures elsewhere.", status=2)

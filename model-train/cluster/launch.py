@@ -13,7 +13,8 @@ nodes.py is what train then does; docs/cluster.md is about running it.
 import sys
 from pathlib import Path
 
-sys.path[0] = str(Path(__file__).parents[1])  # where train.py is
+if __name__ == "__main__":
+    sys.path[0] = str(Path(__file__).parents[1])  # where train.py is
 from stage import process
 
 if __name__ == "__main__":
@@ -28,7 +29,6 @@ import re
 import runpy
 import signal
 import socket
-import sys
 import threading
 import time
 from pathlib import Path

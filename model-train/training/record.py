@@ -156,8 +156,8 @@ def parse_record(text: str | bytes | bytearray) -> Record:
 def is_consistent(record: Record) -> bool:
     """Return whether the parts of a record agree.
 
-    The workers' totals are at least those of the history, and at most what the batches allow, with a margin of an epoch
-    of images, since the last batch of an epoch is smaller.
+    The workers' totals are at least those of the history, and at most what the batches allow, with a margin: a step for
+    each killed worker, which earlier runs may have counted, and an epoch of images, since its last batch is smaller.
     """
     images, tolerance = dataset.TRAINING_IMAGES, 1e-3  # of sums of floating-point numbers
     seconds = sum(epoch.seconds for epoch in record.history)
@@ -165,7 +165,7 @@ def is_consistent(record: Record) -> bool:
     return (
         len(record.workers) == record.settings.num_processes
         and len(record.history) <= record.settings.epochs
-        and sum(worker.steps for worker in record.workers) <= record.batches
+        and sum(worker.steps for worker in record.workers) <= record.batches + len(record.lost_workers)
         and sum(worker.images for worker in record.workers) <= (record.epochs_done() + 1) * images
         and sum(worker.loss_sum for worker in record.workers) >= loss_sum * (1 - tolerance)
         and record.seconds >= seconds * (1 - tolerance)
