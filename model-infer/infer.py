@@ -120,7 +120,7 @@ def publish_all(folder: Path, samples: list[Sample], images: torch.Tensor, predi
         for sample, image in zip(samples, images, strict=True)
     }
     sheet, content = draw(samples, images), predictor.as_json(samples)
-    with folders.locked(folder / RESULTS):
+    with files.publishing(folder):
         folders.replace_folder(folder / RESULTS, pictures)
         publish(folder / PREDICTIONS_SHEET, sheet)
         publish(folder / PREDICTIONS, content)

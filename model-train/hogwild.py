@@ -75,12 +75,12 @@ class SharedState:
         """Return whether the parameters after a batch are averaged: those after the last batches of the schedule."""
         return self.part_of_schedule(number) > 1 - self.settings.averaging
 
-    def load_mean(self) -> None:
-        """After the last batch, replace the parameters by their mean over the last batches, if these were averaged.
+    def load_mean(self, total: torch.Tensor) -> None:
+        """Replace the parameters by their mean over the last batches, from the total of the sums, if there is any.
 
         Stochastic weight averaging (Izmailov et al. 2018), though over batches, not epochs.
         """
-        total = self.sums.sum(0)
+        self.sums.zero_()[0].copy_(total)
         if total[-1] > 0:
             self.parameters.copy_(total[:-1] / total[-1])
 

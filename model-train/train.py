@@ -30,19 +30,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from stage import dataset
-from stage.dataset import TRAINING_IMAGES
+from stage.dataset import Images
 from stage.files import CURVES, FRESH_HINT, WEIGHTS, publish
 from stage.process import Failure, exit_on_failure, percent, print_error, say
 from training import plan, settings
 from training.download import read_data
+from training.progress import Progress, draw_curves
 from training.record import Record
+from training.stopping import RESUME_HINT, Stopped, StopRequest
 
-if TYPE_CHECKING:  # imported where used: torch takes a second to import, and a finished training does not need it
+if TYPE_CHECKING:  # what needs torch is imported where it is used: a finished training ends before that second is spent
     from cluster.nodes import Nodes
     from hogwild import SharedState
     from training.alone import Alone
     from training.checkpoint import Checkpoints
-    from training.progress import Progress
     from training.workers import Workers
 
 MIN_VALIDATION_ACCURACY = 20  # percent; chance is 10
@@ -80,48 +81,44 @@ def main() -> int:
 
 def train_alone(todo: plan.Plan, args: argparse.Namespace) -> int:
     """Train on this machine alone, from the start or from a checkpoint, and return the exit status."""
-    plan.check_limits(todo.settings)
+    settings.check_limits(todo.settings)
     with ThreadPoolExecutor(1) as executor:  # verifying the data takes 0.1 s, and importing torch leaves a core idle
         reading = executor.submit(read_data, args.data)
         from training.alone import Alone
         from training.checkpoint import start_or_resume
-    raw = reading.result()
-    images, labels = dataset.to_tensors(raw["train-images-idx3-ubyte"], raw["train-labels-idx1-ubyte"])
-    validation = images[TRAINING_IMAGES:], labels[TRAINING_IMAGES:]
-    count = todo.settings.num_processes * todo.settings.batch_size if args.dry_run else TRAINING_IMAGES
-    record, shared = start_or_resume(todo, images[:count], labels[:count], None if args.dry_run else args.model)
+    training, validation = dataset.split(reading.result())
+    record, shared = start_or_resume(todo, *training, args.folder)
     say(f"train: {todo.message} ({todo.settings.as_flags()})")
-    return train(record, shared, Alone(record, shared, validation), args)
+    return train(record, shared, validation, Alone(), args)
 
 
-def train(record: Record, shared: "SharedState", nodes: "Alone | Nodes", args: argparse.Namespace) -> int:
+def train(
+    record: Record, shared: "SharedState", validation: Images, nodes: "Alone | Nodes", args: argparse.Namespace
+) -> int:
     """Train, on one machine or together with other nodes; publish the model, and return the exit status."""
     from training.checkpoint import Checkpoints
-    from training.progress import Progress
-    from training.stopping import Stopped, StopRequest
     from training.workers import Workers
 
     process.imports_done()
-    folder = args.model if nodes.leads and not args.dry_run else None
+    folder = args.folder if nodes.rank == 0 else None  # node 0 alone writes to the volume
     checkpoints = Checkpoints(folder, shared, record)
-    progress = Progress(record, len(shared.images), args.log_interval, quiet=not nodes.leads)
+    progress = Progress(record, len(shared.images), args.log_interval, quiet=nodes.rank > 0)
     stop = StopRequest()
     process.handle_stop_signals(stop.handle)
+    name = f"node {nodes.rank}: " if nodes.world > 1 else ""
     try:
-        with Workers(shared, nodes.own_record, stop, nodes.first_batch, nodes.world) as workers:
-            nodes.connect()
-            train_epochs(record, shared, workers, nodes, checkpoints, progress)
+        with Workers(shared, record, stop, nodes.rank, nodes.world) as workers:
+            train_epochs(record, shared, validation, workers, nodes, checkpoints, progress)
     except Stopped as stopped:
-        hint = "" if args.dry_run else nodes.resume_hint
-        print_error(f"train: {nodes.name}{stopped}{hint}")
+        print_error(f"train: {name}{stopped}{f'. {RESUME_HINT}' if folder and nodes.world == 1 else ''}")
         return 128 + stopped.number
     finally:
         progress.close()
     nodes.publish(lambda: publish_model(record, shared, folder))
     if stop.number:
         outcome = "a dry run publishes nothing" if args.dry_run else "the model is published"
-        name = process.signal_name(stop.number)
-        print_error(f"train: {nodes.name}stopped by {name}, but the training had finished: {outcome}")
+        signal = process.signal_name(stop.number)
+        print_error(f"train: {name}stopped by {signal}, but the training had finished: {outcome}")
         return 128 + stop.number
     return 0
 
@@ -129,15 +126,18 @@ def train(record: Record, shared: "SharedState", nodes: "Alone | Nodes", args: a
 def train_epochs(
     record: Record,
     shared: "SharedState",
+    validation: Images,
     workers: "Workers",
     nodes: "Alone | Nodes",
     checkpoints: "Checkpoints",
-    progress: "Progress",
+    progress: Progress,
 ) -> None:
     """Loop over the epochs: train, save checkpoints, validate.
 
     Raise Stopped if a signal asks the training to stop, Failure if it cannot go on.
     """
+    from training.validation import validate
+
     began = time.monotonic() - record.seconds  # earlier runs count too
     for epoch in range(len(record.history), record.settings.epochs):
         end_of_epoch = (epoch + 1) * shared.batches_per_epoch
@@ -145,7 +145,7 @@ def train_epochs(
             limit = nodes.next_meeting(end_of_epoch)  # the workers train on the batches before this one, then rest
             while workers.poll(limit):
                 progress.update()
-                if nodes.may_pause and (workers.stop.number or checkpoints.is_due()):
+                if nodes.world == 1 and (workers.stop.number or checkpoints.is_due()):
                     limit = workers.next  # no more batches are handed out; those that are will be done
             is_stopping = nodes.meet(workers)
             record.update(limit, time.monotonic() - began)
@@ -157,8 +157,9 @@ def train_epochs(
                 workers.hand_out(nodes.next_meeting(end_of_epoch))  # to train on while it is written
                 checkpoints.write(checkpoint)
         if epoch + 1 == record.settings.epochs:
-            nodes.average_last_batches(workers)
-        record.add_epoch(*nodes.validate(workers), len(shared.images))
+            shared.load_mean(nodes.sum(shared.sums.sum(0), workers))
+        own_images = [part[nodes.rank :: nodes.world] for part in validation]  # each node validates on a part
+        record.add_epoch(nodes.sum(validate(shared.model, *own_images), workers).tolist(), len(shared.images))
         progress.print_epoch()
     checkpoints.save()
 
@@ -169,8 +170,6 @@ def publish_model(record: Record, shared: "SharedState", folder: Path | None) ->
     Raise Failure if the model has not learned anything.
     """
     import torch
-
-    from training.progress import draw_curves
 
     if not folder:
         return

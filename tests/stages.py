@@ -32,10 +32,7 @@ MADE_BY = {
     "evaluate": {"eval_results.json", "confusion_matrix.png", "mistakes.png"},
     "infer": {"predictions.json", "predictions.png"},  # and the pictures in results
 }
-LOCKS = {
-    ".train.lock",
-    ".download.lock",
-}  # empty files that train leaves in the volume, and in the data if it downloads
+LOCKS = {".train.lock", ".publish.lock", ".download.lock"}  # empty files, which stay in the volume and the data folder
 QUICK = ("--epochs", "1", "--batch-size", "500")  # a training that takes little time
 SECONDS = 120  # for one process; a machine may be busy
 

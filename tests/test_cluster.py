@@ -19,7 +19,7 @@ import stages
 from cluster import launch
 from cluster import nodes as cluster
 from stage.process import Failure
-from training import record
+from training import record, workers
 from training.settings import Settings
 
 DESCRIPTION = {"flags": {"--lr": "0.1"}, "data": {"train": "1" * 64}, "programs": {"net.py": "2" * 64}}
@@ -31,14 +31,15 @@ def new_nodes(rank, world, total=None, done=0, **changes):
     new.batches = done
     images, labels = torch.zeros(65, 28, 28, dtype=torch.uint8), torch.zeros(65, dtype=torch.int64)
     shared = hogwild.SharedState(new, images, labels)
-    node = SimpleNamespace(rank=rank, world=world, sum=total, start_group=lambda: None)
-    return cluster.Nodes(node, new, shared, (images, labels))
+    node = SimpleNamespace(rank=rank, world=world, sum=total)
+    return cluster.Nodes(node, new, shared)
 
 
 @pytest.mark.parametrize("done", [0, 5, 7])
 @pytest.mark.parametrize("world", [1, 2, 3, 7])
 def test_the_shares_of_the_nodes_are_disjoint_and_together_all_batches_that_are_left(world, done):
-    shares = [range(new_nodes(rank, world, done=done).first_batch, 21, world) for rank in range(world)]
+    record = new_nodes(0, 1, done=done).record
+    shares = [range(workers.Workers(None, record, None, rank, world).next, 21, world) for rank in range(world)]
     assert sorted(number for numbers in shares for number in numbers) == [*range(done, 21)]
     assert max(map(len, shares)) - min(map(len, shares)) <= 1
 
@@ -112,8 +113,8 @@ def test_both_nodes_get_the_same_record_of_what_all_workers_have_done_and_of_tho
     two = Two()
     for each, numbers in zip(two.nodes, [(0, 2, 4, 6), (1, 3, 5)], strict=True):
         for number in numbers:
-            each.own_record.workers[1].add(10, 1, number + 0.5, 0.0)
-    two.nodes[1].own_record.lost_workers.append(record.LostWorker(0, signal.SIGKILL, 3))
+            each.record.workers[1].add(10, 1, number + 0.5, 0.0)
+    two.nodes[1].record.lost_workers.append(record.LostWorker(0, signal.SIGKILL, 3))
     for _ in range(2):  # the second time there is nothing new
         two.meet()
         for each in two.nodes:
@@ -128,7 +129,7 @@ def test_a_worker_that_is_killed_during_a_meeting_is_recorded_at_the_next_one():
     two = Two()
     lost = record.LostWorker(1, signal.SIGKILL, None)
     watch = two.workers[0].watch
-    watch.side_effect = lambda: two.nodes[0].own_record.lost_workers.append(lost)
+    watch.side_effect = lambda: two.nodes[0].record.lost_workers.append(lost)
     two.meet()
     watch.side_effect = None
     two.meet()

@@ -64,14 +64,13 @@ def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(tmp_path, monke
 )
 def test_the_hint_fits_a_file_that_may_not_be_replaced_or_locked(tmp_path, monkeypatch, module, call, number, hint):
     monkeypatch.setattr(module, call, partial(fail, number=number))
-    with pytest.raises(Failure, match=f"/file .*{hint}"):
+    with pytest.raises(Failure, match=f"/file .*{hint}"), files.file_lock(tmp_path / "file"):
         files.publish(tmp_path / "file", b"new")
 
 
 def save_checkpoint(folder):
     """Saves a checkpoint as a training does."""
-    parameters = SimpleNamespace(isfinite=lambda: SimpleNamespace(all=lambda: True))
-    shared = SimpleNamespace(parameters=parameters, state_dict=dict, velocities=None, sums=torch.zeros(1))
+    shared = SimpleNamespace(state_dict=dict, velocities=None, sums=torch.zeros(1))
     record = SimpleNamespace(to_json=str, publish=lambda folder: None)
     with pytest.raises(Failure):
         checkpoint.Checkpoints(folder, shared, record).save()
@@ -100,11 +99,15 @@ def test_what_a_crash_left_half_written_does_not_reach_the_next_file(tmp_path):
 
 def test_of_several_writers_of_the_same_file_one_is_the_last_and_its_file_is_whole(tmp_path):
     versions = [bytes([number]) * 100_000 for number in range(200)]
+
+    def write(version):
+        with files.file_lock(tmp_path / "lock"):
+            files.publish(tmp_path / "file", version)
+
     with ThreadPoolExecutor(8) as pool:
-        for _ in pool.map(partial(files.publish, tmp_path / "file"), versions):
-            pass  # it raises what they raise
+        assert len([*pool.map(write, versions)]) == 200  # it raises what they raise
     assert (tmp_path / "file").read_bytes() in versions
-    assert os.listdir(tmp_path) == ["file"]
+    assert {*os.listdir(tmp_path)} == {"file", "lock"}
 
 
 def test_a_lock_ends_with_the_process_that_has_it(tmp_path):

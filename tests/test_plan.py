@@ -74,15 +74,6 @@ def test_an_unfinished_training_does_not_become_one_of_fewer_epochs_than_it_has_
     assert_refused(unfinished, 2, f"done {done} of 3", f"--epochs {epochs}", epochs=epochs)
 
 
-def test_a_checkpoint_that_is_ahead_of_the_record_does_not_become_a_training_of_fewer_epochs(unfinished):
-    workers = [{"rank": rank} for rank in range(2)]
-    stages.edit_record(unfinished, batches=100, history=[], workers=workers)
-    decided = plan.decide({"epochs": 1}, False, unfinished)
-    with pytest.raises(Failure, match="--epochs") as refusal:
-        checkpoint.start_or_resume(decided, torch.zeros(0, 28, 28), torch.zeros(0), unfinished)
-    assert refusal.value.status == 2
-
-
 @pytest.mark.parametrize("requested", [[], *([name] for name in settings.SETTINGS)], ids=str)
 def test_a_finished_model_needs_nothing_when_nothing_or_what_it_has_is_requested(volume, requested):
     stages.edit_record(volume, settings={"seed": 77})

@@ -1,6 +1,5 @@
 """record.py: what train_results.json says, of this version and of others, and how a training resumes by it."""
 
-import contextlib
 
 import pytest
 import torch
@@ -54,16 +53,6 @@ def test_a_training_without_a_setting_goes_on_with_its_default(unfinished, name)
     assert resumed.settings == settings.Settings(epochs=3)
 
 
-@pytest.mark.parametrize("killed", [0, 1])
-def test_a_record_may_have_a_step_more_than_batches_for_each_killed_worker(volume, killed):
-    workers = stages.results(volume)["workers"]
-    workers[0]["steps"] += 1
-    lost = [{"rank": 0, "signal": 9, "batch": 7}] * killed
-    stages.edit_record(volume, workers=workers, lost_workers=lost)
-    with contextlib.nullcontext() if killed else pytest.raises(Failure, match="inconsistent"):
-        assert record.read_record(volume).totals()[0] == 574
-
-
 def test_a_training_with_an_unknown_setting_is_refused(volume):
     stages.edit_training(volume, lambda content: content["settings"].update(layers=7))
     stages.assert_fails(stages.call("train", model=volume), 1, "layers", record.VERSION)
@@ -76,13 +65,6 @@ def test_a_training_on_other_data_is_refused(request, either):
     before = stages.contents(folder)
     stages.assert_fails(stages.call("train", model=folder), 2, "other data", "--fresh")
     assert stages.contents(folder) == before
-
-
-def test_a_checkpoint_of_other_data_is_refused(unfinished):
-    edit = {"data_sha256": OTHER_DATA}
-    stages.edit_checkpoint(unfinished, results=lambda text: stages.edited(text, lambda content: content.update(edit)))
-    with pytest.raises(Failure, match="other data"):
-        resume(unfinished)
 
 
 def test_a_training_that_is_resumed_goes_on_with_its_sum_of_parameters(unfinished):

@@ -32,7 +32,7 @@ class FakeTrainer:
 def new_workers(monkeypatch):
     """A function that makes workers, whose training is faked by a function of rank and batch, and their record."""
 
-    def make(train_batch=None, count=2, first=0, step=1, **changes):
+    def make(train_batch=None, count=2, rank=0, world=1, **changes):
         class Trainer(FakeTrainer):
             def train_batch(self, number):
                 return train_batch(self.rank, number) if train_batch else (96, 0.5)
@@ -40,7 +40,7 @@ def new_workers(monkeypatch):
         monkeypatch.setattr(workers, "Trainer", Trainer)
         new = record.Record.new(Settings(num_processes=count, **changes))
         shared = hogwild.SharedState(new, torch.zeros(960, 28, 28, dtype=torch.uint8), torch.zeros(960).long())
-        return workers.Workers(shared, new, stopping.StopRequest(), first, step), new
+        return workers.Workers(shared, new, stopping.StopRequest(), rank, world), new
 
     return make
 
@@ -52,17 +52,17 @@ def finish(pool, limit):
         assert REAL_TIME() < deadline
 
 
-@pytest.mark.parametrize(("first", "step", "limit"), [(0, 1, 50), (7, 1, 8), (3, 4, 40)])
-def test_each_batch_of_a_share_is_trained_on_once(new_workers, tmp_path, first, step, limit):
-    def note(rank, number):
-        (tmp_path / f"{number}-{rank}").touch()
+@pytest.mark.parametrize(("rank", "world", "limit"), [(0, 1, 50), (3, 4, 40)])
+def test_each_batch_of_a_share_is_trained_on_once(new_workers, tmp_path, rank, world, limit):
+    def note(worker, number):
+        (tmp_path / f"{number}-{worker}").touch()
         return 96, 0.5
 
-    pool, done = new_workers(note, first=first, step=step)
+    pool, done = new_workers(note, rank=rank, world=world)
     with pool:
         finish(pool, limit)
     numbers = sorted(int(path.name.split("-")[0]) for path in tmp_path.iterdir())
-    assert numbers == [*range(first, limit, step)]
+    assert numbers == [*range(rank, limit, world)]
     assert done.totals() == (len(numbers), 96 * len(numbers), 0.5 * len(numbers))
 
 

@@ -4,13 +4,15 @@ import hashlib
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
 from stage.files import read_limited
 from stage.process import Failure, command
 
 if TYPE_CHECKING:
     import torch
+
+Images: TypeAlias = "tuple[torch.Tensor, torch.Tensor]"  # uint8 [N, 28, 28], and their labels, int64 [N]
 
 DATA_HINT = f"Download it again with: {command('train')}, or: make data"
 
@@ -76,7 +78,7 @@ def has_right_sha256(name: str, content: bytes | bytearray) -> bool:
     return hashlib.sha256(content).hexdigest() == DATA_SET.sha256[name]
 
 
-def read_split(data: Path, split: str) -> "tuple[torch.Tensor, torch.Tensor]":
+def read_split(data: Path, split: str) -> Images:
     """Read the images, uint8 [N, 28, 28], and labels, int64 [N], of a split: "train", or "t10k", the test images.
 
     Raise Failure if a file is missing or has the wrong sha256.
@@ -84,7 +86,13 @@ def read_split(data: Path, split: str) -> "tuple[torch.Tensor, torch.Tensor]":
     return to_tensors(read_raw(data, f"{split}-images-idx3-ubyte"), read_raw(data, f"{split}-labels-idx1-ubyte"))
 
 
-def to_tensors(images: bytearray, labels: bytearray) -> "tuple[torch.Tensor, torch.Tensor]":
+def split(raw: dict[str, bytearray]) -> tuple[Images, Images]:
+    """Return the training images and the validation images, with labels, in the contents of the raw files."""
+    images, labels = to_tensors(raw["train-images-idx3-ubyte"], raw["train-labels-idx1-ubyte"])
+    return (images[:TRAINING_IMAGES], labels[:TRAINING_IMAGES]), (images[TRAINING_IMAGES:], labels[TRAINING_IMAGES:])
+
+
+def to_tensors(images: bytearray, labels: bytearray) -> Images:
     """Return the images, uint8 [N, 28, 28], and labels, int64 [N], in the contents of two raw files."""
     import torch  # here, since it takes a second, and train reads the files before
 

@@ -51,13 +51,14 @@ def load_weights(model: nn.Module, state_dict: Any, path: Path, hint: str) -> No
     model.load_state_dict(tensors, strict=True)
 
 
-def check_tensor(tensor: Any, name: str, shape: torch.Size, path: Path, hint: str) -> None:
-    """Raise Failure unless this is a plain float32 tensor of the given shape with finite values."""
+def check_tensor(tensor: Any, name: str, shape: torch.Size, path: Path, hint: str) -> torch.Tensor:
+    """Return the tensor, or raise Failure unless it is a plain one, float32, of the given shape, and finite."""
     plain = isinstance(tensor, torch.Tensor) and tensor.layout == torch.strided and tensor.device.type == "cpu"
     if not plain or tensor.shape != shape or tensor.dtype != torch.float32:
         raise Failure(f"{path} does not fit this network ({name}: expected float32 {[*shape]}). {hint}")
     if not torch.isfinite(tensor).all():
         raise Failure(f"{path} contains values that are not finite (in {name}). {hint}")
+    return torch.Tensor.detach(tensor)
 
 
 def unpickle(content: bytes | bytearray, path: Path, hint: str) -> Any:

@@ -3,14 +3,12 @@
 Only renaming a folder replaces all of its files at once.
 """
 
-import contextlib
 import ctypes
 import os
-from collections.abc import Iterator
 from pathlib import Path
 
-from stage.files import WRITE_HINTS, open_locked, publish, removal_hint, remove
-from stage.process import Failure, stop_signals_deferred
+from stage.files import publish, removal_hint, remove, write_hint
+from stage.process import Failure
 
 
 def check_destination(folder: Path) -> None:
@@ -19,23 +17,11 @@ def check_destination(folder: Path) -> None:
         raise Failure(f"{folder} is not a folder, but pictures must be written there. {removal_hint(folder)}")
 
 
-@contextlib.contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Lock a folder while the block publishes it; other runs and signals wait. Raise Failure if it cannot write."""
-    lock = folder.with_name(f".{folder.name}.lock")
-    try:
-        with open_locked(lock), stop_signals_deferred():  # nothing is written to the lock
-            try:
-                yield
-            finally:
-                lock.unlink(missing_ok=True)
-    except OSError as error:
-        hint = WRITE_HINTS.get(error.errno or 0, "Fix this, then run it again.")
-        raise Failure(f"cannot write {error.filename or folder} ({error.strerror}). {hint}") from None
-
-
 def replace_folder(folder: Path, files: dict[str, bytes]) -> None:
-    """Replace the contents of a folder with these files. Until all are written, the old ones stay."""
+    """Replace the contents of a folder with these files. Until all are written, the old ones stay.
+
+    The caller has the lock. Raise Failure if the folder cannot be written.
+    """
     new, old = (folder.with_name(f".{folder.name}.{which}") for which in ("new", "old"))
     try:
         clean_up(folder, new, old)  # left by a crash
@@ -47,6 +33,8 @@ def replace_folder(folder: Path, files: dict[str, bytes]) -> None:
             if folder.exists():
                 folder.rename(old)
             new.rename(folder)
+    except OSError as error:
+        raise Failure(f"cannot write {error.filename or folder} ({error.strerror}). {write_hint(error)}") from None
     finally:
         clean_up(folder, new, old)
 

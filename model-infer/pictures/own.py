@@ -49,7 +49,7 @@ def predict_pictures(names: list[str], data: Path, model: Path) -> int:
         say(f"infer: {path}: {as_text(result)}")
     if results:
         contents[PREDICTIONS] = predictor.as_json(results)
-        with folders.locked(folder):
+        with files.publishing(folder.parent):
             folders.replace_folder(folder, contents)
     return int(len(results) < len(paths))
 

@@ -8,7 +8,7 @@ the nodes. This is local SGD (Stich 2019, "Local SGD Converges Fast and Communic
   brought nothing.
 - The learning rate is multiplied by the number of nodes, N. Each node takes 1/N of the batches, and the mean divides
   its steps by N; at N times the rate the nodes together move the parameters as far as one node would.
-- The workers must be forked before start_group(): gloo starts threads, and a process with threads cannot be forked
+- The workers must be forked before the first sum(): gloo starts threads, and a process with threads cannot be forked
   safely. Until then, the nodes exchange what they need through the store, a dictionary in the process of node 0.
 - Every wait has a time limit, and is left at once when the training is asked to stop.
 """
@@ -46,7 +46,7 @@ class Node:
         self.sums, self.seconds = 0, 0.0  # calls of sum(), and the time they took
         with self.network():
             found = next(rendezvous("env://", timeout=timedelta(seconds=self.timeout)))
-        self.store, self.rank, self.world = found
+        self.store, self.rank, self.world = found[0], int(found[1]), int(found[2])
 
     @contextlib.contextmanager
     def network(self) -> Iterator[None]:
@@ -106,16 +106,10 @@ class Node:
 
     # From then on ----------------------------------------------------------------------------------------------------
 
-    def start_group(self) -> None:
-        """Connect to all other nodes."""
-        self.limit = self.timeout
-        with self.network():
-            limit = timedelta(seconds=self.timeout)
-            dist.init_process_group("gloo", store=self.store, rank=self.rank, world_size=self.world, timeout=limit)
-
     def end_group(self) -> None:
         """Disconnect from the other nodes, or gloo's threads might abort this process at its end."""
-        dist.destroy_process_group()
+        if dist.is_initialized():
+            dist.destroy_process_group()
 
     def sum(self, values: torch.Tensor, while_waiting: Callable[[], None]) -> None:
         """Replace the values by their sums over all nodes. They must be copies: a lost node leaves them torn.
@@ -124,6 +118,10 @@ class Node:
         """
         began, clock = time.monotonic(), RunningClock()
         with self.network():
+            if not dist.is_initialized():
+                self.limit = self.timeout
+                limit = timedelta(seconds=self.timeout)
+                dist.init_process_group("gloo", store=self.store, rank=self.rank, world_size=self.world, timeout=limit)
             work = dist.all_reduce(values, async_op=True)
             while not work.is_completed():
                 while_waiting()

@@ -18,17 +18,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from msgspec.structs import replace
+from msgspec.structs import astuple, replace
 
 from cluster.environment import HAS_BEGUN
 from stage import dataset
-from stage.dataset import DATA_SET, TRAINING_IMAGES
+from stage.dataset import DATA_SET, TRAINING_IMAGES, Images
 from stage.files import FRESH_HINT, TRAIN_RESULTS
 from stage.process import Failure, print_error, say
-from training import plan
+from training import plan, settings
 from training.download import read_data
 from training.record import LostWorker, Record
-from training.settings import Settings, flag
 from training.stopping import Stopped, StopRequest
 
 if TYPE_CHECKING:  # torch takes a second to import
@@ -37,8 +36,6 @@ if TYPE_CHECKING:  # torch takes a second to import
     from cluster.network import Node
     from hogwild import SharedState
     from training.workers import Workers
-
-    Validation = tuple[torch.Tensor, torch.Tensor]
 
 STOP_SECONDS = 5  # from the first to the last of the signals that stop all nodes
 
@@ -57,10 +54,7 @@ def train_on_node(args: argparse.Namespace, requested: dict[str, Any], train: Ca
         try:
             preparation = Preparation(node, args, requested, lock)
             started = preparation.prepare()
-            if not started:
-                return 0
-            validation = preparation.images(TRAINING_IMAGES, None)
-            return train(*started, Nodes(node, *started, validation), args)
+            return train(*started, preparation.validation, Nodes(node, *started), args) if started else 0
         except SharedFailure as failure:
             print_error(f"train: {failure}")
             return failure.status
@@ -73,9 +67,10 @@ class Preparation:
         self, node: "Node", args: argparse.Namespace, requested: dict[str, Any], lock: contextlib.ExitStack
     ) -> None:
         self.node, self.args, self.requested, self.lock = node, args, requested, lock
-        self.folder = None if args.dry_run else args.model
         self.has_begun = Path(os.environ[HAS_BEGUN])
-        self.raw: dict[str, bytearray] = {}
+        self.dry_run = plan.dry_run(requested, node.world) if args.dry_run else None
+        self.training: Images
+        self.validation: Images
         self.started: tuple[Record, SharedState] | None = None
 
     def prepare(self) -> "tuple[Record, SharedState] | None":
@@ -95,8 +90,8 @@ class Preparation:
 
     def describe(self) -> bytes:
         """Read the data, and return what must be the same on all nodes: flags, and the sha256 of data and programs."""
-        self.raw = read_data(self.args.data)
-        flags = {flag(name): str(value) for name, value in self.requested.items()}
+        self.training, self.validation = dataset.split(read_data(self.args.data))
+        flags = {settings.flag(name): str(value) for name, value in self.requested.items()}
         flags |= {"--dry-run": "given"} if self.args.dry_run else {}
         top = Path(__file__).parents[1]
         files = {str(path.relative_to(top)): path.read_bytes() for path in top.rglob("*.py")}
@@ -105,41 +100,26 @@ class Preparation:
         starts_over = self.args.fresh and not self.has_begun.stat().st_size
         return json.dumps(parts | {"starts over": starts_over}).encode()
 
-    def images(self, first: int, last: int | None) -> "tuple[torch.Tensor, torch.Tensor]":
-        """Return some of the training images, uint8 [N, 28, 28], and their labels."""
-        images, labels = dataset.to_tensors(self.raw["train-images-idx3-ubyte"], self.raw["train-labels-idx1-ubyte"])
-        return images[first:last], labels[first:last]
-
     def decide(self, fresh: bool) -> bytes:
         """On node 0: decide what to do, as on one machine; return the checkpoint to start from, empty for nothing."""
         from training.checkpoint import Checkpoints, start_or_resume
 
-        if self.folder:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            self.lock.enter_context(plan.volume_lock(self.folder))
-            todo = plan.decide(self.requested, fresh, self.folder)
-        else:
-            todo = plan.dry_run(self.requested)
+        folder, world = self.args.folder, self.node.world
+        if folder:
+            folder.mkdir(parents=True, exist_ok=True)
+            self.lock.enter_context(plan.volume_lock(folder))
+        todo = self.dry_run or replace(plan.decide(self.requested, fresh, folder), nodes=world)
         if todo.action == "nothing":
             say(f"train: {todo.message}")
             return b""
-        todo = replace(todo, nodes=self.node.world)
-        plan.check_limits(todo.settings)
-        record, shared = start_or_resume(todo, *self.images(0, self.count_images(todo.settings)), self.folder)
-        nodes = f"{self.node.world} node{'s' * (self.node.world > 1)}"
-        say(f"train: {todo.message} on {nodes} ({todo.settings.as_flags()})")
-        self.started = record, shared
-        return Checkpoints(None, shared, record).serialize()
-
-    def count_images(self, settings: Settings) -> int:
-        """Return the number of images to train on. Raise Failure with status 2 if there are not enough batches."""
-        if self.args.dry_run:
-            return settings.num_processes * settings.batch_size * int(self.node.world)
-        batches = dataset.batches_per_epoch(settings.batch_size)
-        if self.node.world > batches:
+        settings.check_limits(todo.settings)
+        batches = dataset.batches_per_epoch(todo.settings.batch_size, todo.images)
+        if world > batches:
             hint = "Use fewer nodes, or a smaller --batch-size"
-            raise Failure(f"an epoch has {batches} batches, too few for {self.node.world} nodes. {hint}", status=2)
-        return TRAINING_IMAGES
+            raise Failure(f"an epoch has {batches} batches, too few for {world} nodes. {hint}", status=2)
+        record, shared = self.started = start_or_resume(todo, *self.training, folder)
+        say(f"train: {todo.message} on {world} node{'s' * (world > 1)} ({todo.settings.as_flags()})")
+        return Checkpoints(None, shared, record).serialize()
 
     def follow(self, start: bytes) -> bytes:
         """On the other nodes: start from the checkpoint of node 0, which must be in the volume of this node too."""
@@ -147,12 +127,14 @@ class Preparation:
         from training.checkpoint import parse_checkpoint, restore
 
         path = Path("the checkpoint that node 0 has sent")
-        tensors, record = parse_checkpoint(start, path)
-        plan.check_limits(record.settings)
-        if self.folder:
-            check_volume(self.folder, record, self.node)
-        shared = SharedState(record, *self.images(0, self.count_images(record.settings)))
-        restore(shared, tensors, len(record.workers), path)
+        record, tensors = parse_checkpoint(start, path)
+        settings.check_limits(record.settings)
+        if self.args.folder:
+            check_volume(self.args.folder, record, self.node)
+        count = self.dry_run.images if self.dry_run else TRAINING_IMAGES
+        shared = SharedState(record, *(part[:count] for part in self.training))
+        restore(shared, record, tensors, path)
+        shared.sums.zero_()  # node 0 has the sum of the parameters
         self.started = record, shared
         return b""
 
@@ -191,34 +173,25 @@ class Nodes:
     """One node among those of a training; alone.py has the same for one machine.
 
     Its workers train on its share of the batches, and pause for each meeting, after which all nodes have the same
-    parameters and the same record.
+    parameters, and records with the same progress.
     """
 
-    may_pause, resume_hint = False, ""  # launch.py says how to resume
-
-    def __init__(self, node: "Node", record: Record, shared: "SharedState", validation: "Validation") -> None:
+    def __init__(self, node: "Node", record: Record, shared: "SharedState") -> None:
         import torch
 
         self.node, self.record, self.shared = node, record, shared
-        images, labels = validation
-        self.validation = images[node.rank :: node.world], labels[node.rank :: node.world]
-        self.leads, self.world, self.name = node.rank == 0, node.world, f"node {node.rank}: "
-        self.first_batch = record.batches + (node.rank - record.batches) % node.world
-        self.own_record = Record.new(record.settings)  # of what its workers have done since the last meeting
+        self.rank, self.world = node.rank, node.world
         shared.peak_lr = record.settings.lr * node.world
+        # What all nodes know since the last meeting: what the workers have done, and how many were killed.
+        self.known, self.known_lost = [replace(worker) for worker in record.workers], len(record.lost_workers)
         # What is summed: the parameters; six numbers for each worker of each node, where each node fills in its own, so
         # that all nodes get all; and how many nodes are asked to stop.
         self.sizes = [len(shared.parameters), node.world * len(record.workers) * 6, 1]
         self.sums = torch.zeros(sum(self.sizes))
 
-    def connect(self) -> None:
-        """Connect to the other nodes, once the workers are forked."""
-        self.node.start_group()
-
     def next_meeting(self, end_of_epoch: int) -> int:
         """Return the batch before which the nodes meet next."""
-        apart = self.record.settings.sync_every * int(self.world)
-        return min(end_of_epoch, self.record.batches + apart)
+        return min(end_of_epoch, self.record.batches + self.record.settings.sync_every * self.world)
 
     def meet(self, workers: "Workers") -> bool:
         """Wait for the other nodes, average the parameters, bring the record up to date.
@@ -231,14 +204,43 @@ class Nodes:
         parameters, numbers, stopping = torch.split(self.sums, self.sizes)
         parameters.copy_(self.shared.parameters)
         numbers = numbers.zero_().view(self.world, -1, 6)
-        told = len(self.own_record.lost_workers)
-        numbers[self.node.rank] = done_by_workers(self.own_record, self.record.batches)
+        numbers[self.rank] = self.news()
+        told = len(self.record.lost_workers)
         stopping.fill_(bool(workers.stop.number))
         self.node.sum(self.sums, workers.watch)
         self.shared.parameters.copy_(parameters.div_(self.world))
-        add_to_record(self.record, numbers.tolist())
-        del self.own_record.lost_workers[:told]  # one that was killed while this node waited is told next time
+        late = self.record.lost_workers[told:]  # killed while this node waited: told next time
+        del self.record.lost_workers[told:]
+        for rank, rows in enumerate(numbers.tolist()):
+            if rank != self.rank:
+                add_to_record(self.record, rank, rows)
+        self.known, self.known_lost = [replace(worker) for worker in self.record.workers], len(self.record.lost_workers)
+        self.record.lost_workers += late
         return bool(stopping.item())
+
+    def news(self) -> "torch.Tensor":
+        """Return what each worker of this node has done since the last meeting: float32 [workers, 6].
+
+        That is images, steps, sum of losses, seconds waited, and the signal that killed it and the batch that it had,
+        if it was killed. The batch, from 1, is counted from the meeting, since float32 has no large integers.
+        """
+        import torch
+
+        now, known = (
+            torch.tensor([astuple(worker)[1:] for worker in each]) for each in (self.record.workers, self.known)
+        )
+        numbers = torch.zeros(len(now), 6)
+        numbers[:, :4] = now - known
+        for lost in self.record.lost_workers[self.known_lost :]:
+            batch = 0 if lost.batch is None else lost.batch - self.record.batches + 1
+            numbers[lost.rank, 4:] = torch.tensor([lost.signal, batch])
+            lost.rank += self.rank * len(numbers)
+        return numbers
+
+    def sum(self, values: "torch.Tensor", workers: "Workers") -> "torch.Tensor":
+        """Return the sums of the values over the nodes."""
+        self.node.sum(values, workers.watch)
+        return values
 
     def stopped(self, stop: StopRequest) -> Exception:
         """Return what ends this node, since one was asked to stop: Stopped if this one is asked too, else LostNode."""
@@ -248,26 +250,6 @@ class Nodes:
         while not stop.number and time.monotonic() < deadline:
             time.sleep(0.01)
         return Stopped(stop.number, saved=True) if stop.number else LostNode("another node was stopped")
-
-    def average_last_batches(self, workers: "Workers") -> None:
-        """Replace the parameters by their mean over the last batches of all nodes, if these are averaged."""
-        total = self.shared.sums.sum(0)
-        self.node.sum(total, workers.watch)
-        self.shared.sums.zero_()[0].copy_(total)
-        self.shared.load_mean()
-
-    def validate(self, workers: "Workers") -> tuple[float, float]:
-        """Return loss and accuracy on the validation images, of which each node predicts a part."""
-        import torch
-
-        from training.validation import validate
-
-        loss, accuracy = validate(self.record, self.shared, self.validation)
-        count = len(self.validation[0])
-        sums = torch.tensor([loss * count, accuracy * count, count], dtype=torch.float64)
-        self.node.sum(sums, workers.watch)
-        loss, accuracy, count = sums.tolist()
-        return loss / count, accuracy / count
 
     def publish(self, publish_model: Callable[[], None]) -> None:
         """Check that all nodes have the same parameters, publish the model of node 0, and disconnect.
@@ -281,7 +263,7 @@ class Nodes:
         def publish() -> bytes:
             if len({*digests}) > 1:
                 raise Failure(f"the parameters of the nodes differ. {FRESH_HINT}")
-            if self.leads:
+            if self.rank == 0:
                 publish_model()
             return b""
 
@@ -292,29 +274,10 @@ class Nodes:
             node.end_group()
 
 
-def done_by_workers(own_record: Record, batches: int) -> "torch.Tensor":
-    """Return what each worker has done since the last meeting, before which some batches were done, and reset it.
-
-    float32 [workers, 6]: images, steps, sum of losses, seconds waited, and the signal that killed it and the batch that
-    it had, if it was killed. The batch, from 1, is counted from the meeting, since float32 has no large integers.
-    """
-    import torch
-
-    numbers = torch.zeros(len(own_record.workers), 6)
-    for row, worker in zip(numbers, own_record.workers, strict=True):
-        row[:4] = torch.tensor([worker.images, worker.steps, worker.loss_sum, worker.waited_seconds])
-        worker.images, worker.steps, worker.loss_sum, worker.waited_seconds = 0, 0, 0.0, 0.0
-    for lost in own_record.lost_workers:
-        batch = 0 if lost.batch is None else lost.batch - batches + 1
-        numbers[lost.rank, 4:] = torch.tensor([lost.signal, batch])
-    return numbers
-
-
-def add_to_record(record: Record, numbers: list[list[list[float]]]) -> None:
-    """Add what the workers of all nodes have done since the last meeting. Those of equal rank share a line."""
-    for node, rows in enumerate(numbers):
-        for worker, (images, steps, loss_sum, waited, number, batch) in zip(record.workers, rows, strict=True):
-            worker.add(int(images), int(steps), loss_sum, waited)
-            if number:
-                at = record.batches + int(batch) - 1 if batch else None
-                record.lost_workers.append(LostWorker(node * len(rows) + worker.rank, int(number), at))
+def add_to_record(record: Record, rank: int, rows: list[list[float]]) -> None:
+    """Add what the workers of another node have done since the last meeting. Those of equal rank share a line."""
+    for worker, (images, steps, loss_sum, waited, number, batch) in zip(record.workers, rows, strict=True):
+        worker.add(int(images), int(steps), loss_sum, waited)
+        if number:
+            at = record.batches + int(batch) - 1 if batch else None
+            record.lost_workers.append(LostWorker(rank * len(rows) + worker.rank, int(number), at))

@@ -9,12 +9,10 @@ import fcntl
 import os
 import shlex
 import shutil
-import stat
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO
 
-from stage.process import Failure, command
+from stage.process import Failure, command, stop_signals_deferred
 
 DATA = Path("/opt/mount/data")
 MODEL = Path("/opt/mount/model")
@@ -22,6 +20,7 @@ MODEL = Path("/opt/mount/model")
 WEIGHTS, CHECKPOINT, TRAIN_RESULTS, CURVES = "mnist_cnn.pt", "checkpoint.pt", "train_results.json", "training.png"
 EVAL_RESULTS, CONFUSION_MATRIX, MISTAKES = "eval_results.json", "confusion_matrix.png", "mistakes.png"
 RESULTS, PREDICTIONS, PREDICTIONS_SHEET = "results", "predictions.json", "predictions.png"
+PUBLISH_LOCK = ".publish.lock"
 OWN_RESULTS = "own"  # the pictures of infer and its predictions.json, for pictures of the user's own
 MAX_MODEL_BYTES = 1_000_000  # this network's state dict takes 90 kB
 FRESH_HINT = f"To start over: {command('train', '--fresh')} (the old model stays until the new one is finished)"
@@ -33,9 +32,7 @@ NO_LOCKS_HINT = (
 )
 WRITE_HINTS = {
     errno.ENOSPC: "Free some disk space (docker system df shows how much Docker uses), then run it again.",
-    errno.EDQUOT: "Free some of the disk quota, then run it again.",
     errno.EROFS: "Mount the folder writable, then run it again.",
-    errno.EFBIG: "Raise the limit of file sizes (ulimit -f), then run it again.",
     errno.EACCES: f"Make the folder writable for uid {os.getuid()}, the user of this stage, then run it again.",
     errno.EPERM: f"Change the owner of the folder to uid {os.getuid()}, the user of this stage, or, if lsattr shows "
     "that the folder or the file is immutable, undo that with chattr -i -a; then run it again.",
@@ -94,78 +91,34 @@ def removal_hint(path: Path) -> str:
     return f"Remove it with: {inside if MODEL in path.parents else 'rm -r'} {shlex.quote(str(path))}"
 
 
-def publish(path: Path, content: bytes) -> None:
-    """Write a file atomically: a temporary file in the same folder, fsync, mode 0644, rename.
+def publish(path: Path, content: bytes | bytearray) -> None:
+    """Write a file atomically: a temporary file in the same folder, fsync, mode 0644, rename. The caller has a lock.
 
     Raise Failure if that is not possible; an existing file is then unchanged.
     """
-    # A fixed temporary name: a crash leaves at most one such file, which the next writer reuses.
-    part = path.with_name(f".{path.name}.part")
+    part = path.with_name(
+        f".{path.name}.part"
+    )  # always the same: a crash leaves at most one, which the next run removes
     try:
-        with open_locked(part) as file:
-            try:
-                file.truncate(0)
+        try:
+            remove(part)
+            with open(part, "xb") as file:
                 file.write(content)
                 file.flush()
                 os.fsync(file.fileno())
                 os.fchmod(file.fileno(), 0o644)
-                part.rename(path)
-            except OSError:
-                part.unlink(missing_ok=True)
-                raise
+            part.rename(path)
+        except OSError:
+            part.unlink(missing_ok=True)
+            raise
     except OSError as error:
-        raise Failure(
-            f"cannot write {path} ({error.strerror}); an existing file is unchanged. {write_hint(error)}"
-        ) from None
+        kept = "an existing file is unchanged"
+        raise Failure(f"cannot write {path} ({error.strerror}); {kept}. {write_hint(error)}") from None
 
 
 def write_hint(error: OSError) -> str:
     """Return what to do about a file that cannot be written or locked."""
     return WRITE_HINTS.get(error.errno or 0, "Fix the cause, then run it again.")
-
-
-@contextlib.contextmanager
-def open_locked(part: Path) -> Iterator[IO[bytes]]:
-    """Open a temporary file for writing under a lock, since two runs of a stage may publish at once."""
-    while True:
-        with contextlib.suppress(FileNotFoundError):
-            if not is_reusable(part):
-                remove(part)  # otherwise it would block every later run
-        with open(part, "ab", opener=open_nofollow) as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
-            # While this run waited, the other one may have renamed the file; then a new one is needed.
-            if is_same_file(part, file):
-                if os.fstat(file.fileno()).st_nlink == 1:
-                    yield file
-                    return
-                remove(part)  # linked from elsewhere, where it must not change
-
-
-def is_same_file(path: Path, file: IO[bytes]) -> bool:
-    """Return whether a path still is that of an open file."""
-    try:
-        return os.path.samestat(path.stat(), os.fstat(file.fileno()))
-    except FileNotFoundError:
-        return False
-
-
-def is_reusable(part: Path) -> bool:
-    """Return whether this is a regular file, and writable.
-
-    Raise FileNotFoundError if it is gone: os.access() would call that not writable.
-    """
-    if not stat.S_ISREG(part.lstat().st_mode):
-        return False
-    try:
-        os.close(open_nofollow(part, os.O_WRONLY))
-    except PermissionError:
-        return False
-    return True
-
-
-def open_nofollow(path: str | Path, flags: int) -> int:
-    """Open a file without following links and without blocking on a pipe."""
-    return os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK, 0o644)
 
 
 def remove(path: Path) -> None:
@@ -174,6 +127,16 @@ def remove(path: Path) -> None:
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
+
+
+# Locks ----------------------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def publishing(folder: Path) -> Iterator[None]:
+    """Have other runs of evaluate and infer, and stop signals, wait while the block publishes files in the volume."""
+    with file_lock(folder / PUBLISH_LOCK), stop_signals_deferred():
+        yield
 
 
 @contextlib.contextmanager
@@ -185,12 +148,7 @@ def file_lock(path: Path, wait: bool = True) -> Iterator[int]:
     """
     with contextlib.ExitStack() as stack:
         try:
-            with contextlib.suppress(FileNotFoundError):
-                if not is_reusable(path):
-                    remove(path)
-            # NFS's server, and so other hosts, get to know of a lock only if the file is open for writing (flock(2)).
-            # With O_CREAT, files of others in a sticky folder cannot be opened.
-            file = open_nofollow(path, os.O_WRONLY | (0 if path.exists() else os.O_CREAT))
+            file = open_lock(path)
             stack.callback(os.close, file)
             with contextlib.suppress(PermissionError):  # made by another user
                 os.fchmod(file, 0o666)  # another user who cannot open it would replace it
@@ -200,3 +158,16 @@ def file_lock(path: Path, wait: bool = True) -> Iterator[int]:
         except OSError as error:
             raise Failure(f"cannot lock {path} ({error.strerror}). {write_hint(error)}") from None
         yield file
+
+
+def open_lock(path: Path) -> int:
+    """Open a lock file, for writing: only then NFS's server, and so other hosts, get to know of the lock (flock(2)).
+
+    What cannot be opened so, such as a link or a folder, is replaced, since it would block every later run.
+    """
+    flags = os.O_WRONLY | os.O_NOFOLLOW | os.O_NONBLOCK  # never wait for the reader of a pipe
+    try:
+        return os.open(path, flags)  # not with O_CREAT: it refuses files of others in a sticky folder
+    except OSError:
+        remove(path)
+    return os.open(path, flags | os.O_CREAT, 0o666)

@@ -12,6 +12,7 @@ from stage.dataset import DATA_SET, has_right_sha256, read_raw
 from stage.files import file_lock, publish, remove
 from stage.process import Failure, say
 
+LOCK = ".download.lock"  # in the data folder, which two containers may share
 DOWNLOAD_TIMEOUT = 60  # seconds without an answer from a mirror
 
 
@@ -33,7 +34,7 @@ def download(data: Path, problem: Failure) -> None:
     try:
         raw = data / DATA_SET.folder
         raw.mkdir(parents=True, exist_ok=True)
-        with file_lock(data / ".download.lock"):  # two containers may share the folder
+        with file_lock(data / LOCK):
             remove(part)  # left by a killed download
             invalid = use_what_is_there(data)
             if not invalid:
@@ -42,7 +43,7 @@ def download(data: Path, problem: Failure) -> None:
             try:
                 download_with_torchvision(part)
                 for name in invalid:
-                    publish_raw(raw / name, read_raw(part, name))
+                    publish(raw / name, read_raw(part, name))
             finally:
                 remove(part)
     except (OSError, RuntimeError, Failure) as error:
@@ -55,7 +56,7 @@ def use_what_is_there(data: Path) -> list[str]:
     missing = [name for name in DATA_SET.sha256 if not is_valid(data, name)]
     for name in list(missing):
         if content := find(data, name):
-            publish_raw(data / DATA_SET.folder / name, content)
+            publish(data / DATA_SET.folder / name, content)
             missing.remove(name)
     return missing
 
@@ -100,10 +101,3 @@ def download_with_torchvision(folder: Path) -> None:
     socket.setdefaulttimeout(DOWNLOAD_TIMEOUT)
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
         getattr(datasets, DATA_SET.name)(folder, download=True)
-
-
-def publish_raw(path: Path, content: bytes | bytearray) -> None:
-    """Publish a raw file. A folder, or an old one of the same size, may be the user's: it is kept as NAME.replaced."""
-    if path.is_dir() or (path.is_file() and path.stat().st_size == len(content)):
-        path.rename(path.with_name(f"{path.name}.replaced"))
-    publish(path, bytes(content))

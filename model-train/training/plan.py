@@ -35,8 +35,7 @@ from typing import Any
 from msgspec import Struct
 from msgspec.structs import replace
 
-from stage import process
-from stage.dataset import DATA_SET
+from stage.dataset import DATA_SET, TRAINING_IMAGES
 from stage.files import (
     CHECKPOINT,
     CURVES,
@@ -48,13 +47,10 @@ from stage.files import (
     file_lock,
     read_limited,
 )
-from stage.process import Failure, say
+from stage.process import Failure
 from training.record import Record, read_record
 from training.settings import Settings, flag
 
-# The memory that train needs, in bytes: for torch and the images, per worker for torch's buffers, and per image of a
-# batch for what a step keeps of it (float32; measured with 1 to 64 workers and batches of 96 to 10,000).
-PARENT_MEMORY, WORKER_MEMORY, IMAGE_MEMORY = 225_000_000, 32_000_000, 150_000
 LOCK = ".train.lock"  # in the volume; its text names the holder: "HOST at TIME"
 MAY_CHANGE = ("epochs", "num_processes")  # settings that an unfinished training may resume with other values of
 
@@ -65,7 +61,9 @@ class Plan(Struct):
     action: str
     message: str
     settings: Settings
+    images: int = TRAINING_IMAGES  # to train on, the first ones
     nodes: int = 1  # machines that train together
+    run: str = ""  # of the record to resume
 
 
 class Busy(Failure):
@@ -76,9 +74,10 @@ class Busy(Failure):
         self.holder = holder
 
 
-def dry_run(requested: dict[str, Any]) -> Plan:
-    """Return the plan of a dry run, which neither reads nor changes the volume."""
-    return Plan("start", "dry run", Settings(**requested | {"epochs": 1}))
+def dry_run(requested: dict[str, Any], nodes: int = 1) -> Plan:
+    """Return the plan of a dry run, on one batch per worker; it neither reads nor changes the volume."""
+    wanted = Settings(**requested | {"epochs": 1})
+    return Plan("start", "dry run", wanted, images=nodes * wanted.num_processes * wanted.batch_size, nodes=nodes)
 
 
 def decide(requested: dict[str, Any], fresh: bool, folder: Path) -> Plan:
@@ -112,14 +111,14 @@ def decide_on(record: Record, requested: dict[str, Any], model: Path) -> Plan:
         check_epochs(record, wanted.epochs, model.parent)
         if not record.batches:
             return Plan("start", "starting again: the last run ended before its first checkpoint", wanted)
-        return Plan("resume", f"resuming after {done} of {wanted.epochs} epochs", wanted)
+        return Plan("resume", f"resuming after {done} of {wanted.epochs} epochs", wanted, run=record.run)
     if hashlib.sha256(read_limited(model, MAX_MODEL_BYTES, FRESH_HINT)).hexdigest() != record.model_sha256:
         message = f"{model} does not match the sha256 in {TRAIN_RESULTS}"
         if trains:
             raise Failure(f"{message}, so it cannot be trained on. {FRESH_HINT}", status=2)
         return Plan("nothing", f"{message}; leaving it unchanged. {FRESH_HINT}", wanted)
     if trains:
-        return Plan("resume", f"continuing from {done} to {wanted.epochs} epochs", wanted)
+        return Plan("resume", f"continuing from {done} to {wanted.epochs} epochs", wanted, run=record.run)
     message = f"{model} is already trained for {done} epochs; nothing to do. To train longer: --epochs N. {FRESH_HINT}"
     return Plan("nothing", message, wanted)
 
@@ -181,17 +180,6 @@ def volume_lock(folder: Path) -> Iterator[None]:
         finally:
             with contextlib.suppress(OSError):
                 os.truncate(file, 0)  # the next holder's name comes a moment after its lock
-
-
-def check_limits(wanted: Settings) -> None:
-    """Raise Failure if the container lacks memory or processes for the settings; warn if it has too few cores."""
-    workers, batch_size = wanted.num_processes, wanted.batch_size
-    needed = PARENT_MEMORY + workers * (WORKER_MEMORY + batch_size * IMAGE_MEMORY)
-    process.check_memory(needed, f"training with {workers} workers and batches of {batch_size:,} images")
-    process.check_threads(2 * workers + 2)  # the workers, as many threads for validation, and a margin
-    cores = process.count_cores()
-    if workers > cores:
-        say(f"train: warning: {workers} workers share {cores} core{'s' * (cores > 1)}, which slows training down")
 
 
 def read_holder(lock: Path) -> str:

@@ -88,12 +88,6 @@ class Record(msgspec.Struct):
         """Return the text of train_results.json."""
         return msgspec.json.format(msgspec.json.encode(self), indent=1).decode()
 
-    def set_workers(self, count: int) -> None:
-        """Set the number of workers; what those that are no longer there have done is added to the others."""
-        old, self.workers = self.workers, [WorkerRecord(rank) for rank in range(count)]
-        for place, worker in enumerate(old):
-            self.workers[place % count].add(worker.images, worker.steps, worker.loss_sum, worker.waited_seconds)
-
     def update(self, batches: int, seconds: float) -> None:
         """Note how many batches are finished, and after how many seconds of training."""
         self.batches, self.seconds = batches, seconds
@@ -104,15 +98,18 @@ class Record(msgspec.Struct):
         workers = self.workers
         return sum(w.steps for w in workers), sum(w.images for w in workers), sum(w.loss_sum for w in workers)
 
-    def add_epoch(self, validation_loss: float, validation_accuracy: float, images: int) -> None:
-        """Append an epoch over `images` images. Its loss and time are the totals minus those of earlier epochs."""
-        total_loss = sum(worker.loss_sum for worker in self.workers) / images
+    def add_epoch(self, validation: list[float], images: int) -> None:
+        """Append an epoch over `images` images. Its loss and time are the totals minus those of earlier epochs.
+
+        The validation is the sum of the losses, the number of correct predictions, and that of validation images.
+        """
+        loss, correct, count = validation
         self.history.append(
             EpochRecord(
                 epoch=len(self.history) + 1,
-                train_loss=total_loss - sum(epoch.train_loss for epoch in self.history),
-                validation_loss=validation_loss,
-                validation_accuracy=validation_accuracy,
+                train_loss=self.totals()[2] / images - sum(epoch.train_loss for epoch in self.history),
+                validation_loss=loss / count,
+                validation_accuracy=100 * correct / count,
                 seconds=self.seconds - sum(epoch.seconds for epoch in self.history),
             )
         )
@@ -148,26 +145,6 @@ def parse_record(text: str | bytes | bytearray) -> Record:
         record = msgspec.json.decode(text, type=Record)
     except (msgspec.MsgspecError, RecursionError) as error:
         raise ValueError(f"it is damaged, or of another version than {VERSION} ({error})") from None
-    if not is_consistent(record):
+    if len(record.workers) != record.settings.num_processes or record.start > record.batches:
         raise ValueError("its values are inconsistent")
     return record
-
-
-def is_consistent(record: Record) -> bool:
-    """Return whether the parts of a record agree.
-
-    The workers' totals are at least those of the history, and at most what the batches allow, with a margin: a step for
-    each killed worker, which earlier runs may have counted, and an epoch of images, since its last batch is smaller.
-    """
-    images, tolerance = dataset.TRAINING_IMAGES, 1e-3  # of sums of floating-point numbers
-    seconds = sum(epoch.seconds for epoch in record.history)
-    loss_sum = sum(epoch.train_loss for epoch in record.history) * images
-    return (
-        len(record.workers) == record.settings.num_processes
-        and len(record.history) <= record.settings.epochs
-        and sum(worker.steps for worker in record.workers) <= record.batches + len(record.lost_workers)
-        and sum(worker.images for worker in record.workers) <= (record.epochs_done() + 1) * images
-        and sum(worker.loss_sum for worker in record.workers) >= loss_sum * (1 - tolerance)
-        and record.seconds >= seconds * (1 - tolerance)
-        and bool(record.model_sha256 or not record.finished)
-    )

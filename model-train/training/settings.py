@@ -8,8 +8,13 @@ from typing import Annotated, Any, Literal
 import msgspec
 from msgspec import Meta
 
-from stage import flags
+from stage import flags, process
 from stage.dataset import TRAINING_IMAGES
+from stage.process import say
+
+# The memory that train needs, in bytes: for torch and the images, per worker for torch's buffers, and per image of a
+# batch for what a step keeps of it (float32; measured with 1 to 64 workers and batches of 96 to 10,000).
+PARENT_MEMORY, WORKER_MEMORY, IMAGE_MEMORY = 225_000_000, 32_000_000, 150_000
 
 PASSES = f"passes over the {TRAINING_IMAGES:,} training images in total, earlier runs included"
 
@@ -106,4 +111,17 @@ def parse_args() -> argparse.Namespace:
     text = "start over; the old model stays until the new one is finished"
     parser.add_argument("--fresh", action="store_true", help=text)
     flags.add_folder_flags(parser)
-    return parser.parse_args()
+    args = parser.parse_args()
+    args.folder = None if args.dry_run else args.model  # where to read and write, if anywhere
+    return args
+
+
+def check_limits(wanted: Settings) -> None:
+    """Raise Failure if the container lacks memory or processes for the settings; warn if it has too few cores."""
+    workers, batch_size = wanted.num_processes, wanted.batch_size
+    needed = PARENT_MEMORY + workers * (WORKER_MEMORY + batch_size * IMAGE_MEMORY)
+    process.check_memory(needed, f"training with {workers} workers and batches of {batch_size:,} images")
+    process.check_threads(2 * workers + 2)  # the workers, as many threads for validation, and a margin
+    cores = process.count_cores()
+    if workers > cores:
+        say(f"train: warning: {workers} workers share {cores} core{'s' * (cores > 1)}, which slows training down")

@@ -4,20 +4,18 @@ import torch
 from torch.nn.functional import nll_loss
 
 import net
-from hogwild import SharedState
 from stage.files import FRESH_HINT
 from stage.process import Failure
-from training.record import Record
 
 
-def validate(record: Record, shared: SharedState, validation: tuple[torch.Tensor, torch.Tensor]) -> tuple[float, float]:
-    """Return loss and accuracy (percent) of the current model on images, uint8 [N, 28, 28], and their labels.
+def validate(model: net.Net, images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Return the sum of the losses, the number of correct predictions, and that of images: float64 [3].
 
     Raise Failure if the outputs of the model are not finite.
     """
-    images, labels = validation
-    log_probabilities = net.predict(shared.model, images)
+    log_probabilities = net.predict(model, images)
     if not log_probabilities.isfinite().all():
-        raise Failure(f"the model's outputs are not finite. Settings: {record.settings.as_flags()}. {FRESH_HINT}")
-    accuracy = 100 * (log_probabilities.argmax(1) == labels).float().mean().item()
-    return nll_loss(log_probabilities, labels).item(), accuracy
+        raise Failure(f"the model's outputs are not finite: try a smaller --lr. {FRESH_HINT}")
+    loss = nll_loss(log_probabilities, labels, reduction="sum")
+    correct = (log_probabilities.argmax(1) == labels).sum()
+    return torch.tensor([loss, correct, len(labels)], dtype=torch.float64)

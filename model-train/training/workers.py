@@ -97,13 +97,12 @@ class Worker:
 class Workers:
     """The workers of a training. A context manager: it forks them on entry and ends them on exit.
 
-    They train on the batches from `next` on, every `step`-th one: poll() hands them out.
+    On node `rank` of `world`, they train on the batches whose number is rank modulo world: poll() hands them out.
     """
 
-    def __init__(self, shared: SharedState, record: Record, stop: StopRequest, first: int, step: int) -> None:
-        self.shared, self.settings, self.stop = shared, record.settings, stop
-        self.records, self.lost_workers = record.workers, record.lost_workers
-        self.next, self.step = first, step
+    def __init__(self, shared: SharedState, record: Record, stop: StopRequest, rank: int, world: int) -> None:
+        self.shared, self.record, self.stop = shared, record, stop
+        self.next, self.step = record.batches + (rank - record.batches) % world, world
         self.returned: list[int] = []  # batches of killed workers
         self.ahead = max(2, min(AHEAD_BATCHES, AHEAD_IMAGES // record.settings.batch_size))
         self.living: list[Worker] = []
@@ -116,7 +115,7 @@ class Workers:
         It is safe because the parent has no other thread at this point.
         """
         try:
-            for record in self.records:
+            for record in self.record.workers:
                 self.living.append(Worker(record.rank, self.shared, record))
         except OSError:
             self.end()
@@ -176,17 +175,17 @@ class Workers:
 
     def steps(self) -> int:
         """Return the number of batches that have been answered."""
-        return sum(record.steps for record in self.records)
+        return sum(record.steps for record in self.record.workers)
 
     def bury(self, worker: Worker) -> None:
         """Take back the batches of a worker that was killed. Raise Failure if it has ended by itself."""
         worker.end(time.monotonic() + 1)
         exit_code = worker.process.exitcode or 0
         if exit_code >= 0:
-            flags = self.settings.as_flags()
+            flags = self.record.settings.as_flags()
             raise Failure(f"worker {worker.rank} failed: {worker.error}. Settings: {flags}. {FRESH_HINT}")
         say(f"train: {death_message(worker.rank, -exit_code, worker.sent)}")
-        self.lost_workers.append(LostWorker(worker.rank, -exit_code, worker.sent[0] if worker.sent else None))
+        self.record.lost_workers.append(LostWorker(worker.rank, -exit_code, worker.sent[0] if worker.sent else None))
         self.living.remove(worker)
         self.returned += worker.sent
 
