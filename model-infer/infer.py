@@ -92,7 +92,8 @@ def predict_samples(args: argparse.Namespace) -> int:
     indices = choose(len(images), count, args.seed)
     samples = [predict(predictor, images[index], int(labels[index]), index) for index in indices.tolist()]
     publish_all(args.model, samples, images[indices], predictor)
-    say(as_text(samples, predictor.accuracy))
+    say(as_text(samples))
+    say(f"infer: {predictor.evaluation()}")
     return 0
 
 
@@ -156,7 +157,7 @@ def draw(samples: list[Sample], images: torch.Tensor) -> bytes:
     return as_png(figure)
 
 
-def as_text(samples: list[Sample], accuracy: float | None) -> str:
+def as_text(samples: list[Sample]) -> str:
     """Format the predictions for the terminal."""
     lines = []
     for sample in samples:
@@ -166,10 +167,6 @@ def as_text(samples: list[Sample], accuracy: float | None) -> str:
         lines.append(
             f"infer: test image {sample['index']:4}: predicted {predicted} ({percent(confidence, 1)}), {verdict}"
         )
-    if accuracy is None:
-        lines.append("infer: this model has not been evaluated")
-    else:
-        lines.append(f"infer: this model has {percent(accuracy)} accuracy on the test images")
     return "\n".join(lines)
 
 

@@ -35,6 +35,7 @@ from stage.files import CURVES, FRESH_HINT, WEIGHTS, publish
 from stage.process import Failure, exit_on_failure, percent, print_error, say
 from training import plan, settings
 from training.download import read_data
+from training.lock import Busy, volume_lock
 from training.progress import Progress, draw_curves
 from training.record import Record
 from training.stopping import RESUME_HINT, Stopped, StopRequest
@@ -64,12 +65,12 @@ def main() -> int:
         todo = plan.decide(requested, args.fresh, args.model)
         if todo.action != "nothing":
             try:
-                with plan.volume_lock(args.model):
+                with volume_lock(args.model):
                     # Again: another training may have ended between the first look and the lock.
                     todo = plan.decide(requested, args.fresh, args.model)
                     if todo.action != "nothing":
                         return train_alone(todo, args)
-            except plan.Busy as busy:
+            except Busy as busy:
                 todo = plan.beside(busy, bool(requested or args.fresh), args.model)
         try:
             read_data(args.data)  # the next stages need the data but cannot write to its folder

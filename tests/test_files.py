@@ -17,7 +17,8 @@ import torch
 import stages
 from stage import dataset, files, process
 from stage.process import Failure
-from training import checkpoint, plan
+from training import checkpoint
+from training.lock import volume_lock
 
 
 def test_a_published_file_is_readable_by_all_and_nothing_is_left_beside_it(tmp_path):
@@ -142,7 +143,7 @@ def test_a_lock_is_one_that_other_hosts_see_over_nfs(tmp_path, monkeypatch):
             really(file, operation)
 
     monkeypatch.setattr(fcntl, "flock", flock)
-    with plan.volume_lock(tmp_path), pytest.raises(Failure, match="locked by"), plan.volume_lock(tmp_path):
+    with volume_lock(tmp_path), pytest.raises(Failure, match="locked by"), volume_lock(tmp_path):
         pass
 
 

@@ -11,6 +11,7 @@ import torch
 import stages
 from stage.process import Failure
 from training import checkpoint, plan, settings
+from training.lock import volume_lock
 
 OTHERS = {  # a value of each setting that the training in a volume did not have
     name: "constant" if name == "schedule" else type(item.default)(2 * item.default + 1)
@@ -132,23 +133,23 @@ def test_fresh_starts_over_from_anything(volume, record):
 def test_a_volume_is_locked_for_one_training_at_a_time_and_another_one_is_told_which(volume):
     stages.edit_record(volume, host="of an older training", began="long ago")
     before = stages.contents(volume)
-    with plan.volume_lock(volume):
+    with volume_lock(volume):
         host, _, time = (volume / plan.LOCK).read_text().partition(" at ")
-        with pytest.raises(Failure, match=f"began on {host} at {re.escape(time)}") as refusal, plan.volume_lock(volume):
+        with pytest.raises(Failure, match=f"began on {host} at {re.escape(time)}") as refusal, volume_lock(volume):
             pass
     assert refusal.value.status == 2
     assert host == platform.node()
     assert abs(datetime.fromisoformat(time) - datetime.now(UTC)) < timedelta(minutes=5)
-    with plan.volume_lock(volume):
+    with volume_lock(volume):
         pass
     assert stages.contents(volume) == before
     assert (volume / plan.LOCK).read_bytes() == b""
 
 
 def test_a_lock_whose_text_is_not_fit_for_a_terminal_names_no_holder(tmp_path):
-    with plan.volume_lock(tmp_path):
+    with volume_lock(tmp_path):
         (tmp_path / plan.LOCK).write_bytes(b"\x1b[2J")
-        with pytest.raises(Failure, match="another train container"), plan.volume_lock(tmp_path):
+        with pytest.raises(Failure, match="another train container"), volume_lock(tmp_path):
             pass
 
 
@@ -168,7 +169,7 @@ def test_beside_another_training_a_finished_model_is_a_success_if_nothing_is_ask
         path.unlink()
     if model == "a pipe":
         os.mkfifo(path)
-    with plan.volume_lock(volume):
+    with volume_lock(volume):
         before = stages.contents(volume)
         result = stages.call("train", *flags, model=volume)
         assert stages.contents(volume) == before

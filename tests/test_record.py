@@ -1,6 +1,5 @@
 """record.py: what train_results.json says, of this version and of others, and how a training resumes by it."""
 
-
 import pytest
 import torch
 

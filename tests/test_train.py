@@ -13,7 +13,8 @@ from PIL import Image
 import stages
 import train
 from stage import process
-from training import plan, workers
+from training import workers
+from training.lock import volume_lock
 
 POISON = "raise AssertionError('torch must not be imported')"
 
@@ -181,7 +182,7 @@ def test_a_training_that_is_killed_leaves_the_volume_to_the_next_one_at_once(dat
         process.kill()
         process.wait()
         stages.wait_until(lambda: not any(Path(f"/proc/{worker}/stat").exists() for worker in workers))
-        with plan.volume_lock(tmp_path):
+        with volume_lock(tmp_path):
             pass
 
 

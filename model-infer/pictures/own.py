@@ -51,6 +51,7 @@ def predict_pictures(names: list[str], data: Path, model: Path) -> int:
         contents[PREDICTIONS] = predictor.as_json(results)
         with files.publishing(folder.parent):
             folders.replace_folder(folder, contents)
+        say(f"infer: {predictor.evaluation()}")
     return int(len(results) < len(paths))
 
 

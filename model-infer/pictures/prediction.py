@@ -18,7 +18,7 @@ import torch
 import net
 from stage import dataset, files, weights
 from stage.files import EVAL_RESULTS
-from stage.process import Failure
+from stage.process import Failure, percent
 
 MAX_RESULTS_BYTES = 1_000_000  # eval_results.json takes 4 kB
 FLAGGED_FRACTION = 0.01  # of the validation images, at most, are predicted as "no digit"
@@ -76,6 +76,12 @@ class Predictor:
         if self.threshold is not None and energies.item() < self.threshold:
             return {"prediction": None, "probabilities": probabilities, "confidence": "no digit"}
         return {"prediction": prediction, "probabilities": probabilities, "confidence": confidence}
+
+    def evaluation(self) -> str:
+        """Return a sentence on how good the model is."""
+        if self.accuracy is None:
+            return "this model has not been evaluated"
+        return f"this model has {percent(self.accuracy)} accuracy on the test images"
 
     def as_json(self, predictions: Sequence[Mapping[str, object]]) -> bytes:
         """Return predictions as JSON, with the sha256 and the accuracy (percent) of the model."""

@@ -27,6 +27,7 @@ from stage.files import FRESH_HINT, TRAIN_RESULTS
 from stage.process import Failure, print_error, say
 from training import plan, settings
 from training.download import read_data
+from training.lock import volume_lock
 from training.record import LostWorker, Record
 from training.stopping import Stopped, StopRequest
 
@@ -107,7 +108,7 @@ class Preparation:
         folder, world = self.args.folder, self.node.world
         if folder:
             folder.mkdir(parents=True, exist_ok=True)
-            self.lock.enter_context(plan.volume_lock(folder))
+            self.lock.enter_context(volume_lock(folder))
         todo = self.dry_run or replace(plan.decide(self.requested, fresh, folder), nodes=world)
         if todo.action == "nothing":
             say(f"train: {todo.message}")

@@ -21,14 +21,9 @@ requested and there is a finished model, do nothing, so that evaluate, infer and
 The record is train_results.json.
 """
 
-import contextlib
 import hashlib
 import math
-import os
-import platform
 import zipfile
-from collections.abc import Iterator
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -44,14 +39,13 @@ from stage.files import (
     TRAIN_RESULTS,
     WEIGHTS,
     check_destinations,
-    file_lock,
     read_limited,
 )
 from stage.process import Failure
+from training.lock import Busy
 from training.record import Record, read_record
 from training.settings import Settings, flag
 
-LOCK = ".train.lock"  # in the volume; its text names the holder: "HOST at TIME"
 MAY_CHANGE = ("epochs", "num_processes")  # settings that an unfinished training may resume with other values of
 
 
@@ -64,14 +58,6 @@ class Plan(Struct):
     images: int = TRAINING_IMAGES  # to train on, the first ones
     nodes: int = 1  # machines that train together
     run: str = ""  # of the record to resume
-
-
-class Busy(Failure):
-    """Another training has the lock of the volume; `holder` says what is known of it."""
-
-    def __init__(self, folder: Path, holder: str) -> None:
-        super().__init__(f"{folder} is locked by {holder}. Wait for it to finish, or stop it.", status=2)
-        self.holder = holder
 
 
 def dry_run(requested: dict[str, Any], nodes: int = 1) -> Plan:
@@ -123,11 +109,11 @@ def decide_on(record: Record, requested: dict[str, Any], model: Path) -> Plan:
     return Plan("nothing", message, wanted)
 
 
-def check_same_training(record: Record, requested: dict[str, Any], folder: Path, but: tuple[str, ...]) -> None:
-    """Raise Failure if the training in the volume used other data, or other settings, `but` some, than requested."""
+def check_same_training(record: Record, requested: dict[str, Any], folder: Path, may_change: tuple[str, ...]) -> None:
+    """Raise Failure if the training in the volume used other data, or other settings but these, than requested."""
     if record.data_sha256 != DATA_SET.sha256:
         raise Failure(f"the training in {folder} used other data than this {DATA_SET.name}. {FRESH_HINT}", status=2)
-    names = [name for name in record.settings.differences(requested) if name not in but]
+    names = [name for name in record.settings.differences(requested) if name not in may_change]
     if names:
         has = ", ".join(f"{flag(name)} {getattr(record.settings, name)}" for name in names)
         wants = ", ".join(f"{flag(name)} {requested[name]}" for name in names)
@@ -157,35 +143,3 @@ def beside(busy: Busy, is_asked: bool, folder: Path) -> Plan:
     if is_asked or not (model.is_file() and zipfile.is_zipfile(model)):
         raise busy
     return Plan("nothing", f"{model} stays in use until {busy.holder} has finished", Settings())
-
-
-@contextlib.contextmanager
-def volume_lock(folder: Path) -> Iterator[None]:
-    """Lock the volume, for one training at a time, until the block or the process ends.
-
-    Raise Busy if another training has the lock, Failure if there can be no lock.
-    """
-    with contextlib.ExitStack() as stack:
-        try:
-            file = stack.enter_context(file_lock(folder / LOCK, wait=False))
-        except BlockingIOError:
-            raise Busy(folder, read_holder(folder / LOCK)) from None
-        name = f"{platform.node()} at {datetime.now(UTC).isoformat(timespec='seconds')}"
-        with contextlib.suppress(OSError):  # a full disk: the lock holds without a name
-            os.truncate(file, 0)
-            os.write(file, name.encode())
-            os.fsync(file)  # for other hosts
-        try:
-            yield
-        finally:
-            with contextlib.suppress(OSError):
-                os.truncate(file, 0)  # the next holder's name comes a moment after its lock
-
-
-def read_holder(lock: Path) -> str:
-    """Return what is known of the training that has a lock."""
-    with contextlib.suppress(Failure):
-        name = read_limited(lock, 1000, "").decode(errors="replace")
-        if name and name.isprintable():
-            return f"the training that began on {name}"
-    return "another train container"
