@@ -4,7 +4,7 @@ import hashlib
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, Literal, TypeAlias
 
 from stage.files import read_limited
 from stage.process import Failure, command
@@ -26,6 +26,9 @@ class DataSet:
     pixel_mean: float  # of the training images, with pixels scaled to 0..1
     pixel_std: float
     classes: tuple[str, ...]
+    shape: tuple[int, int, int] = (1, 28, 28)  # channels, height and width of an image
+    min_accuracy: float = 95.0  # percent of the test images; evaluate fails below it, unless it is told another
+    preparation: Literal["digit", "resize"] = "resize"  # of a user's picture: as MNIST's digits were made, or resized
     training_images: int = 60_000
     test_images: int = 10_000
 
@@ -51,6 +54,7 @@ DATA_SET = DataSet(
     pixel_mean=0.1307,
     pixel_std=0.3081,
     classes=tuple("0123456789"),
+    preparation="digit",
 )
 
 VALIDATION_IMAGES = 5_000  # the last of the training images: no worker trains on them
