@@ -36,7 +36,7 @@ def main() -> int:
         files.check_links(raw)
         raw.mkdir(parents=True, exist_ok=True)
         if not all(download.is_valid(data, name) for name in DATA_SET.sha256):
-            with files.file_lock(data / download.LOCK):
+            with files.file_lock(data / files.DOWNLOAD_LOCK):
                 fetch_missing(data, raw)
         process.say(f"data: the raw files are in {raw}, verified")
     return 0

@@ -34,9 +34,10 @@ from stage.dataset import Images
 from stage.files import CURVES, FRESH_HINT, WEIGHTS, publish
 from stage.process import Failure, exit_on_failure, percent, print_error, say
 from training import plan, settings
+from training.curves import draw_curves
 from training.download import read_data
 from training.lock import Busy, volume_lock
-from training.progress import Progress, draw_curves
+from training.progress import Progress
 from training.record import Record
 from training.stopping import RESUME_HINT, Stopped, StopRequest
 
@@ -52,8 +53,7 @@ MIN_VALIDATION_ACCURACY = 20  # percent; chance is 10
 
 def main() -> int:
     """Run the stage and return its exit status."""
-    args = settings.parse_args()
-    requested = {name: getattr(args, name) for name in settings.SETTINGS if getattr(args, name) is not None}
+    args, requested = settings.parse_args()
     with exit_on_failure("train"):
         if "TORCHELASTIC_RUN_ID" in os.environ:  # this is one of several nodes
             from cluster.nodes import train_on_node
@@ -111,7 +111,8 @@ def train(
         with Workers(shared, record, stop, nodes.rank, nodes.world) as workers:
             train_epochs(record, shared, validation, workers, nodes, checkpoints, progress)
     except Stopped as stopped:
-        print_error(f"train: {name}{stopped}{f'. {RESUME_HINT}' if folder and nodes.world == 1 else ''}")
+        hint = f". {RESUME_HINT}" if folder and nodes.world == 1 else ""  # cluster/launch.py has its own
+        print_error(f"train: {name}{stopped}{hint}")
         return 128 + stopped.number
     finally:
         progress.close()
@@ -143,24 +144,26 @@ def train_epochs(
     for epoch in range(len(record.history), record.settings.epochs):
         end_of_epoch = (epoch + 1) * shared.batches_per_epoch
         while record.batches < end_of_epoch:
-            limit = nodes.next_meeting(end_of_epoch)  # the workers train on the batches before this one, then rest
+            limit = nodes.next_sync(end_of_epoch)  # the workers train on the batches before this one, then wait
             while workers.poll(limit):
                 progress.update()
                 if nodes.world == 1 and (workers.stop.number or checkpoints.is_due()):
-                    limit = workers.next  # no more batches are handed out; those that are will be done
-            is_stopping = nodes.meet(workers)
+                    limit = workers.next  # send no more batches: the loop ends when those that are sent are done
+            is_stopping = nodes.sync(workers)
             record.update(limit, time.monotonic() - began)
             if is_stopping:
                 checkpoints.save()
                 raise nodes.stopped(workers.stop)
             if checkpoints.is_due():
                 checkpoint = checkpoints.serialize()
-                workers.hand_out(nodes.next_meeting(end_of_epoch))  # to train on while it is written
+                workers.hand_out(nodes.next_sync(end_of_epoch))  # to train on while it is written
                 checkpoints.write(checkpoint)
         if epoch + 1 == record.settings.epochs:
             shared.load_mean(nodes.sum(shared.sums.sum(0), workers))
         own_images = [part[nodes.rank :: nodes.world] for part in validation]  # each node validates on a part
-        record.add_epoch(nodes.sum(validate(shared.model, *own_images), workers).tolist(), len(shared.images))
+        sums = nodes.sum(validate(shared.model, *own_images), workers)
+        record.update(end_of_epoch, time.monotonic() - began)
+        record.add_epoch(sums.tolist(), len(shared.images))
         progress.print_epoch()
     checkpoints.save()
 

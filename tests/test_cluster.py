@@ -51,7 +51,7 @@ def test_the_learning_rate_is_multiplied_by_the_number_of_nodes():
 
 def test_nodes_meet_after_some_batches_of_each_and_at_the_end_of_the_epoch():
     one = new_nodes(0, 2, sync_every=2)
-    assert [one.next_meeting(7), one.next_meeting(3)] == [4, 3]
+    assert [one.next_sync(7), one.next_sync(3)] == [4, 3]
 
 
 @pytest.mark.parametrize(
@@ -96,7 +96,7 @@ class Two:
     def meet(self):
         """Has both nodes meet, and returns whether each is told that one is asked to stop."""
         with ThreadPoolExecutor(2) as pool:
-            return [*pool.map(lambda each, workers: each.meet(workers), self.nodes, self.workers)]
+            return [*pool.map(lambda each, workers: each.sync(workers), self.nodes, self.workers)]
 
 
 def test_both_nodes_get_the_mean_of_their_parameters():

@@ -20,7 +20,8 @@ MODEL = Path("/opt/mount/model")
 WEIGHTS, CHECKPOINT, TRAIN_RESULTS, CURVES = "mnist_cnn.pt", "checkpoint.pt", "train_results.json", "training.png"
 EVAL_RESULTS, CONFUSION_MATRIX, MISTAKES = "eval_results.json", "confusion_matrix.png", "mistakes.png"
 RESULTS, PREDICTIONS, PREDICTIONS_SHEET = "results", "predictions.json", "predictions.png"
-PUBLISH_LOCK = ".publish.lock"
+# Files that serve only as locks; the last one is in the data folder.
+TRAIN_LOCK, PUBLISH_LOCK, DOWNLOAD_LOCK = ".train.lock", ".publish.lock", ".download.lock"
 OWN_RESULTS = "own"  # the pictures of infer and its predictions.json, for pictures of the user's own
 MAX_MODEL_BYTES = 1_000_000  # this network's state dict takes 90 kB
 FRESH_HINT = f"To start over: {command('train', '--fresh')} (the old model stays until the new one is finished)"

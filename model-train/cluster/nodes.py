@@ -173,7 +173,7 @@ def check_volume(folder: Path, record: Record, node: "Node") -> None:
 class Nodes:
     """One node among those of a training; alone.py has the same for one machine.
 
-    Its workers train on its share of the batches, and pause for each meeting, after which all nodes have the same
+    Its workers train on its share of the batches, and pause to synchronise, after which all nodes have the same
     parameters, and records with the same progress.
     """
 
@@ -183,18 +183,18 @@ class Nodes:
         self.node, self.record, self.shared = node, record, shared
         self.rank, self.world = node.rank, node.world
         shared.peak_lr = record.settings.lr * node.world
-        # What all nodes know since the last meeting: what the workers have done, and how many were killed.
+        # What all nodes know since the last time: what the workers have done, and how many were killed.
         self.known, self.known_lost = [replace(worker) for worker in record.workers], len(record.lost_workers)
         # What is summed: the parameters; six numbers for each worker of each node, where each node fills in its own, so
         # that all nodes get all; and how many nodes are asked to stop.
         self.sizes = [len(shared.parameters), node.world * len(record.workers) * 6, 1]
         self.sums = torch.zeros(sum(self.sizes))
 
-    def next_meeting(self, end_of_epoch: int) -> int:
-        """Return the batch before which the nodes meet next."""
+    def next_sync(self, end_of_epoch: int) -> int:
+        """Return the batch before which the nodes synchronise next."""
         return min(end_of_epoch, self.record.batches + self.record.settings.sync_every * self.world)
 
-    def meet(self, workers: "Workers") -> bool:
+    def sync(self, workers: "Workers") -> bool:
         """Wait for the other nodes, average the parameters, bring the record up to date.
 
         Return whether a node is asked to stop. Raise Stopped if this one is, and that takes too long, LostNode if
@@ -220,10 +220,10 @@ class Nodes:
         return bool(stopping.item())
 
     def news(self) -> "torch.Tensor":
-        """Return what each worker of this node has done since the last meeting: float32 [workers, 6].
+        """Return what each worker of this node has done since the last time: float32 [workers, 6].
 
         That is images, steps, sum of losses, seconds waited, and the signal that killed it and the batch that it had,
-        if it was killed. The batch, from 1, is counted from the meeting, since float32 has no large integers.
+        if it was killed. The batch, from 1, is counted from then, since float32 has no large integers.
         """
         import torch
 
@@ -276,7 +276,7 @@ class Nodes:
 
 
 def add_to_record(record: Record, rank: int, rows: list[list[float]]) -> None:
-    """Add what the workers of another node have done since the last meeting. Those of equal rank share a line."""
+    """Add what the workers of another node have done since the last time. Those of equal rank share a line."""
     for worker, (images, steps, loss_sum, waited, number, batch) in zip(record.workers, rows, strict=True):
         worker.add(int(images), int(steps), loss_sum, waited)
         if number:

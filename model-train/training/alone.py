@@ -16,12 +16,12 @@ class Alone:
 
     rank, world = 0, 1  # its number, and how many there are
 
-    def next_meeting(self, end_of_epoch: int) -> int:
-        """Return the batch before which the nodes meet next."""
+    def next_sync(self, end_of_epoch: int) -> int:
+        """Return the batch before which the nodes synchronise next."""
         return end_of_epoch
 
-    def meet(self, workers: "Workers") -> bool:
-        """Bring the nodes together, with their workers idle; return whether one of them is asked to stop."""
+    def sync(self, workers: "Workers") -> bool:
+        """Synchronise the nodes, whose workers are idle; return whether one of them is asked to stop."""
         return bool(workers.stop.number)
 
     def sum(self, values: torch.Tensor, workers: "Workers") -> torch.Tensor:

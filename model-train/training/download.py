@@ -9,10 +9,9 @@ from pathlib import Path
 from typing import IO
 
 from stage.dataset import DATA_SET, has_right_sha256, read_raw
-from stage.files import file_lock, publish, remove
+from stage.files import DOWNLOAD_LOCK, file_lock, publish, remove
 from stage.process import Failure, say
 
-LOCK = ".download.lock"  # in the data folder, which two containers may share
 DOWNLOAD_TIMEOUT = 60  # seconds without an answer from a mirror
 
 
@@ -34,7 +33,7 @@ def download(data: Path, problem: Failure) -> None:
     try:
         raw = data / DATA_SET.folder
         raw.mkdir(parents=True, exist_ok=True)
-        with file_lock(data / LOCK):
+        with file_lock(data / DOWNLOAD_LOCK):
             remove(part)  # left by a killed download
             invalid = use_what_is_there(data)
             if not invalid:
@@ -98,6 +97,10 @@ def download_with_torchvision(folder: Path) -> None:
     """Download the data set into a folder from torchvision's mirrors."""
     from torchvision import datasets  # imported here: it takes a second, and nothing else needs it
 
+    before = socket.getdefaulttimeout()
     socket.setdefaulttimeout(DOWNLOAD_TIMEOUT)
-    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-        getattr(datasets, DATA_SET.name)(folder, download=True)
+    try:
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+            getattr(datasets, DATA_SET.name)(folder, download=True)
+    finally:
+        socket.setdefaulttimeout(before)

@@ -1,4 +1,4 @@
-"""The lock of the volume: one training at a time writes to it."""
+"""The lock of the volume: one training at a time writes to it. Its text names the holder: "HOST at TIME"."""
 
 import contextlib
 import os
@@ -7,10 +7,8 @@ from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 
-from stage.files import file_lock, read_limited
+from stage.files import TRAIN_LOCK, file_lock, read_limited
 from stage.process import Failure
-
-LOCK = ".train.lock"  # in the volume; its text names the holder: "HOST at TIME"
 
 
 class Busy(Failure):
@@ -29,9 +27,9 @@ def volume_lock(folder: Path) -> Iterator[None]:
     """
     with contextlib.ExitStack() as stack:
         try:
-            file = stack.enter_context(file_lock(folder / LOCK, wait=False))
+            file = stack.enter_context(file_lock(folder / TRAIN_LOCK, wait=False))
         except BlockingIOError:
-            raise Busy(folder, read_holder(folder / LOCK)) from None
+            raise Busy(folder, read_holder(folder / TRAIN_LOCK)) from None
         name = f"{platform.node()} at {datetime.now(UTC).isoformat(timespec='seconds')}"
         with contextlib.suppress(OSError):  # a full disk: the lock holds without a name
             os.truncate(file, 0)

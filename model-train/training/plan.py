@@ -4,12 +4,14 @@
 | ---                     | ---                                          | ---                                  |
 | empty                   | anything                                     | start                                |
 | an unfinished training  | no settings, or the same                     | resume                               |
-| one without checkpoint  | no settings, or the same                     | start                                |
+| one without a batch     | no settings, or the same                     | start                                |
 | an unfinished training  | another number of epochs, more than are done | resume, with the schedule recomputed |
 | an unfinished training  | no more epochs than are done                 | refuse                               |
 | an unfinished training  | another number of workers                    | resume, and say what that changes    |
 | a finished model        | no settings, or no more epochs               | do nothing                           |
 | a finished model        | more epochs                                  | resume                               |
+| one that was deleted    | no settings, or the same                     | resume, which publishes it again     |
+| one that was replaced   | no settings; more epochs                     | do nothing; refuse                   |
 | either                  | other settings, or other data                | refuse, and name the difference      |
 | a model, no record      | no settings; any settings                    | do nothing; refuse                   |
 | a checkpoint, no record | anything                                     | refuse                               |
@@ -110,7 +112,7 @@ def decide_on(record: Record, requested: dict[str, Any], model: Path) -> Plan:
 
 
 def check_same_training(record: Record, requested: dict[str, Any], folder: Path, may_change: tuple[str, ...]) -> None:
-    """Raise Failure if the training in the volume used other data, or other settings but these, than requested."""
+    """Raise Failure if the training in the volume used other data, or other settings, of which some may change."""
     if record.data_sha256 != DATA_SET.sha256:
         raise Failure(f"the training in {folder} used other data than this {DATA_SET.name}. {FRESH_HINT}", status=2)
     names = [name for name in record.settings.differences(requested) if name not in may_change]

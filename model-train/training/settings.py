@@ -96,8 +96,8 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         parser.add_argument(flag(name), type=partial(parse, name), metavar=metavar, help=text)
 
 
-def parse_args() -> argparse.Namespace:
-    """Parse the command line of train."""
+def parse_args() -> tuple[argparse.Namespace, dict[str, Any]]:
+    """Parse the command line of train; return it, and the settings in it that were given, by name."""
     description = (
         "Trains the digit classifier. Settings that you omit are taken from the training in the volume or, "
         "without one, from the defaults."
@@ -113,7 +113,7 @@ def parse_args() -> argparse.Namespace:
     flags.add_folder_flags(parser)
     args = parser.parse_args()
     args.folder = None if args.dry_run else args.model  # where to read and write, if anywhere
-    return args
+    return args, {name: getattr(args, name) for name in SETTINGS if getattr(args, name) is not None}
 
 
 def check_limits(wanted: Settings) -> None:

@@ -2,8 +2,8 @@
 
 The parent alone knows who has which batch. It has a socket pair with each worker, on which it sends the numbers of
 batches, and the worker answers each when it has trained on it. A batch counts when its answer arrives. When a worker is
-killed, its socket closes, and the batches that it has not answered go to the others. If it was killed between its last
-change of the parameters and its answer, that batch is applied twice.
+killed, its socket closes, and the batches that it has not answered go to the others. If it was killed while it changed
+the parameters, or between that and its answer, all or part of that batch is applied twice.
 """
 
 import contextlib
@@ -31,7 +31,7 @@ LOOK_SECONDS = 0.004  # between two looks at the answers
 DRAIN_SECONDS = 0.0005  # the same, once all batches are sent
 # What a worker has ahead: enough to last until the next look, and no more: others redo it if the worker is killed.
 AHEAD_BATCHES, AHEAD_IMAGES = 6, 600
-HANG_SECONDS = 30  # between two checks while no answer comes; a busy worker that used no CPU in between is killed
+HANG_SECONDS = 30  # between two checks while no answer comes; a busy worker that used no CPU since the last is killed
 MAX_MESSAGE_BYTES = 1_000
 PR_SET_PDEATHSIG = 1  # from linux/prctl.h
 
@@ -39,14 +39,15 @@ PR_SET_PDEATHSIG = 1  # from linux/prctl.h
 class Worker:
     """A worker process, as the parent sees it: it owes an answer for each of the batches in `sent`, in this order."""
 
-    def __init__(self, rank: int, shared: SharedState, record: WorkerRecord) -> None:
-        self.rank, self.record = rank, record
+    def __init__(self, shared: SharedState, counts: WorkerRecord) -> None:
+        self.rank, self.counts = counts.rank, counts
         self.sent: list[int] = []
         self.error, self.has_ended = "no error message", False
         self.socket, other_end = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self.socket.setblocking(False)
+        other_end.settimeout(None)  # whatever a library has made the default: a worker waits as long as it takes
         process = multiprocessing.get_context("fork").Process
-        self.process = process(target=run_worker, args=(rank, shared, other_end), daemon=True)
+        self.process = process(target=run_worker, args=(self.rank, shared, other_end), daemon=True)
         with other_end:  # must be open in the worker only: so this end is closed when the worker ends
             self.process.start()
 
@@ -67,7 +68,7 @@ class Worker:
             else:
                 number, images, loss_sum, waited_seconds = answer
                 self.sent.remove(number)
-                self.record.add(images, 1, loss_sum, waited_seconds)
+                self.counts.add(images, 1, loss_sum, waited_seconds)
         return self.has_ended
 
     def messages(self) -> Iterator[Any]:
@@ -102,6 +103,7 @@ class Workers:
 
     def __init__(self, shared: SharedState, record: Record, stop: StopRequest, rank: int, world: int) -> None:
         self.shared, self.record, self.stop = shared, record, stop
+        # The first batch that is not done, and whose number is rank modulo world.
         self.next, self.step = record.batches + (rank - record.batches) % world, world
         self.returned: list[int] = []  # batches of killed workers
         self.ahead = max(2, min(AHEAD_BATCHES, AHEAD_IMAGES // record.settings.batch_size))
@@ -115,8 +117,8 @@ class Workers:
         It is safe because the parent has no other thread at this point.
         """
         try:
-            for record in self.record.workers:
-                self.living.append(Worker(record.rank, self.shared, record))
+            for counts in self.record.workers:
+                self.living.append(Worker(self.shared, counts))
         except OSError:
             self.end()
             raise
@@ -175,7 +177,7 @@ class Workers:
 
     def steps(self) -> int:
         """Return the number of batches that have been answered."""
-        return sum(record.steps for record in self.record.workers)
+        return sum(counts.steps for counts in self.record.workers)
 
     def bury(self, worker: Worker) -> None:
         """Take back the batches of a worker that was killed. Raise Failure if it has ended by itself."""
@@ -215,7 +217,7 @@ def cpu_time(pid: int | None) -> str:
 
 
 def run_worker(rank: int, shared: SharedState, parent: socket.socket) -> None:
-    """Train on each batch that the parent sends, and answer; end when it closes the socket. The worker's main function.
+    """Train on each batch that the parent sends, and answer; end when it shuts the socket down. The main function.
 
     An answer is a list: batch, images, sum of their losses, seconds waited for the batch. An error is a text.
     """
@@ -223,6 +225,9 @@ def run_worker(rank: int, shared: SharedState, parent: socket.socket) -> None:
         signal.signal(stop_signal, signal.SIG_IGN)  # the parent gets it too and stops its workers cleanly
     # A worker must not outlive its parent, or it would keep the lock of the volume.
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    forked_by = multiprocessing.parent_process()
+    if forked_by is None or os.getppid() != forked_by.pid:  # it ended before that
+        os._exit(1)
     try:
         trainer = Trainer(rank, shared)
         began = time.monotonic()
