@@ -53,15 +53,18 @@ def test_while_batches_are_averaged_the_learning_rate_stays():
     assert course[750] == pytest.approx(plain[749], rel=0.01)
 
 
-def test_the_model_is_the_mean_of_the_parameters_after_the_last_batches():
-    trainer = new_trainer(epochs=2, averaging=0.4)
+@pytest.mark.parametrize("averaging", [0.4, 0])
+def test_the_model_is_the_mean_of_the_parameters_after_the_last_batches_or_without_averaging_those_after_the_last(
+    averaging,
+):
+    trainer = new_trainer(epochs=2, averaging=averaging)
     after = []
     for number in range(20):
         trainer.train_batch(number)
         after.append(trainer.shared.parameters.clone())
     trainer.shared.load_mean()
-    torch.testing.assert_close(trainer.shared.parameters, torch.stack(after[12:]).mean(0))
-    assert not trainer.shared.parameters.equal(after[-1])
+    torch.testing.assert_close(trainer.shared.parameters, torch.stack(after[12:]).mean(0) if averaging else after[-1])
+    assert trainer.shared.parameters.equal(after[-1]) == (not averaging)
 
 
 def test_a_worker_that_is_late_with_an_early_batch_leaves_the_sums_of_the_last_batches_alone():
@@ -70,15 +73,6 @@ def test_a_worker_that_is_late_with_an_early_batch_leaves_the_sums_of_the_last_b
     for number in (12, 13, 5, 14):
         workers[number % 2].train_batch(number)
     assert shared.sums[:, -1].tolist() == [2, 1]
-
-
-def test_without_averaging_the_model_is_what_the_last_batch_has_left():
-    trainer = new_trainer()
-    for number in range(10):
-        trainer.train_batch(number)
-    parameters = trainer.shared.parameters.clone()
-    trainer.shared.load_mean()
-    assert trainer.shared.parameters.equal(parameters)
 
 
 @pytest.mark.parametrize("longest", [0.5, 1e6], ids=["clipped", "not clipped"])

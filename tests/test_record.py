@@ -85,19 +85,14 @@ def test_a_checkpoint_of_other_data_is_refused(unfinished):
         resume(unfinished)
 
 
-def test_a_training_that_is_resumed_goes_on_with_its_sum_of_parameters(unfinished):
-    summed = torch.randn(21_841)
-    stages.edit_checkpoint(unfinished, sum=lambda saved: summed)
-    _, shared = resume(unfinished)
-    assert shared.sums.sum(0).equal(summed)
-
-
-@pytest.mark.parametrize("either", ["volume", "unfinished"])
-def test_a_training_of_another_number_of_epochs_begins_a_new_sum_of_parameters(request, either):
-    folder = request.getfixturevalue(either)
-    stages.edit_checkpoint(folder, sum=torch.ones_like)
-    _, shared = resume(folder, epochs=4)
-    assert not shared.sums.any()
+@pytest.mark.parametrize(
+    ("state", "requested"), [("unfinished", {}), ("unfinished", {"epochs": 4}), ("volume", {"epochs": 4})]
+)
+def test_a_training_goes_on_with_its_sum_of_parameters_but_not_with_another_number_of_epochs(request, state, requested):
+    folder, summed = request.getfixturevalue(state), torch.randn(21_841)
+    stages.edit_checkpoint(folder, sum=lambda saved: summed)
+    _, shared = resume(folder, **requested)
+    assert shared.sums.sum(0).equal(torch.zeros_like(summed) if requested else summed)
 
 
 @pytest.mark.parametrize("part", ["model", "velocities", "sum"])
@@ -109,8 +104,13 @@ def test_a_part_of_the_checkpoint_that_was_left_out_is_missed(unfinished, part):
         resume(unfinished)
 
 
-def test_a_training_that_is_resumed_has_the_velocities_of_its_workers(unfinished):
+@pytest.mark.parametrize("workers", [1, 2, 3])
+def test_a_training_goes_on_with_the_velocities_of_its_workers_and_says_if_it_has_another_number(
+    unfinished, workers, capsys
+):
     velocities = stages.load_checkpoint(unfinished)["velocities"]
-    resumed, shared = resume(unfinished)
-    assert shared.velocities.equal(velocities)
+    resumed, shared = resume(unfinished, num_processes=workers)
+    assert len(resumed.workers) == len(shared.velocities) == resumed.settings.num_processes == workers
     assert resumed.totals()[1] == 55_000
+    assert shared.velocities.equal(torch.cat([velocities, torch.zeros_like(velocities[:1])])[:workers])
+    assert ("velocities" in capsys.readouterr().out) == (workers != 2)
