@@ -5,7 +5,6 @@ import fcntl
 import os
 import shutil
 import stat
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -97,29 +96,6 @@ def test_of_several_writers_of_the_same_file_one_is_the_last_and_its_file_is_who
             pass  # it raises what they raise
     assert (tmp_path / "file").read_bytes() in versions
     assert os.listdir(tmp_path) == ["file"]
-
-
-def test_a_lock_ends_with_the_process_that_has_it(tmp_path):
-    lock = tmp_path / "lock"
-
-    def is_locked():
-        try:
-            with files.file_lock(lock, wait=False):
-                return False
-        except BlockingIOError:
-            return True
-
-    script = (
-        "import pathlib, signal, sys\n"
-        "from stage import files\n"
-        "with files.file_lock(pathlib.Path(sys.argv[1])):\n"
-        "    print(flush=True)\n"
-        "    signal.pause()"
-    )
-    with stages.running([sys.executable, "-c", script, lock], PYTHONPATH=stages.TREE / "model-train") as process:
-        process.stdout.readline()
-        assert is_locked()
-    stages.wait_until(lambda: not is_locked())
 
 
 def test_a_lock_is_one_that_other_hosts_see_over_nfs(tmp_path, monkeypatch):

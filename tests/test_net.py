@@ -29,12 +29,6 @@ def test_the_predictions_are_those_of_the_examples_network(trained, images):
     torch.testing.assert_close(net.predict(model, images), expected, atol=1e-4, rtol=1e-4)
 
 
-def test_the_input_is_normalised_as_in_the_example():
-    images = torch.arange(2 * 28 * 28).remainder(256).to(torch.uint8).view(2, 28, 28)
-    expected = ((images / 255 - 0.1307) / 0.3081).view(2, 1, 28, 28)
-    torch.testing.assert_close(net.to_input(images), expected)
-
-
 @pytest.mark.parametrize("threads", [1, 3])
 def test_the_predictions_do_not_depend_on_batches_and_threads(images, threads):
     model = net.Net()

@@ -42,19 +42,11 @@ def test_an_empty_volume_gets_the_training_that_is_requested(tmp_path, requested
     assert decide(tmp_path, **requested) == ("start", settings.Settings(**requested))
 
 
-@pytest.mark.parametrize(
-    ("state", "requested"),
-    [
-        *(("unfinished", asked) for asked in ({}, {"seed": 77, "epochs": 3}, {"epochs": 2}, {"epochs": 4})),
-        ("volume", {"epochs": 5}),
-    ],
-    ids=str,
-)
-def test_a_training_goes_on_with_its_settings_up_to_the_epochs_requested(request, state, requested):
-    folder = request.getfixturevalue(state)
-    stages.edit_record(folder, settings={"seed": 77})
+@pytest.mark.parametrize("requested", [{}, {"seed": 77, "epochs": 3}, {"epochs": 2}, {"epochs": 4}], ids=str)
+def test_an_unfinished_training_resumes_with_its_settings_up_to_the_epochs_requested(unfinished, requested):
+    stages.edit_record(unfinished, settings={"seed": 77})
     expected = settings.Settings(seed=77, epochs=requested.get("epochs", 3))
-    assert decide(folder, **requested) == ("resume", expected)
+    assert decide(unfinished, **requested) == ("resume", expected)
 
 
 @pytest.mark.parametrize(("batches", "done", "epochs"), [(573, "1.0", 1), (800, "1.3", 1), (1718, "2.9", 2)])
@@ -78,6 +70,11 @@ def test_a_finished_model_needs_nothing_when_nothing_or_what_it_has_is_requested
     has = stages.results(volume)["settings"]
     expected = ("nothing", settings.Settings(epochs=1, seed=77))
     assert decide(volume, **{name: has[name] for name in requested}) == expected
+
+
+def test_a_finished_model_trains_on_to_more_epochs(volume):
+    stages.edit_record(volume, settings={"seed": 77})
+    assert decide(volume, epochs=5) == ("resume", settings.Settings(epochs=5, seed=77))
 
 
 def test_a_finished_model_of_many_epochs_is_not_undone_by_fewer(volume):

@@ -226,33 +226,28 @@ def png_claiming(width, height):
 
 
 def hostile_pictures():
-    """Yield names and contents of damaged, blank, huge and unusual pictures, and of files that are no pictures."""
+    """Yield names and contents of damaged, blank, huge and unusual pictures, and of files that are no pictures.
+
+    What the preparation makes of truncated files, formats, modes and sizes is in test_picture.py.
+    """
     plain = Image.linear_gradient("L")
     for format in ("PNG", "JPEG", "GIF", "BMP", "TIFF", "WEBP", "PPM", "ICO", "TGA", "JPEG2000"):
         whole = as_file(plain.convert("RGB"), format)
-        for share in (0.02, 0.3, 0.6, 0.9, 0.99):
-            yield f"{format} cut at {share}", whole[: int(share * len(whole))]
         yield f"{format} altered", whole[:40] + bytes(byte ^ 0x5A for byte in whole[40:80]) + whole[80:]
     for mode in ("1", "L", "P", "RGB", "RGBA", "CMYK", "YCbCr", "I;16", "I", "F", "LA"):
         for color in (0, 1):
             yield f"blank {mode} {color}", as_file(Image.new(mode, (50, 50), color), "TIFF")
-    for size in ((1, 1), (1, 5000), (5000, 1), (2, 2)):
-        yield f"{size}", as_file(Image.new("L", size))
     for width, height in ((50_000, 50_000), (2**31 - 1, 2**31 - 1), (0, 0), (1, 2**31 - 1), (8000, 8000)):
         yield f"claims {width} x {height}", png_claiming(width, height)
     yield "bomb", as_file(Image.new("1", (20_000, 20_000)))
-    yield "too large for its format", as_file(Image.new("RGB", (5_000, 5_000)), "WEBP")
     yield "50 megapixels", as_file(Image.new("L", (7_000, 7_000), 255))
-    yield "palette with alpha", as_file(plain.convert("P"), transparency=bytes(256))
-    yield "animated", as_file(plain, "GIF", save_all=True, append_images=[plain] * 50)
     yield "NaN", as_file(Image.new("F", (50, 50), float("nan")), "TIFF")
-    texts = {
-        "empty": b"", "zeros": bytes(100_000), "text": b"hello", "html": b"<script>alert(1)</script>",
-        "svg": b"<svg xmlns='http://www.w3.org/2000/svg'><image href='file:///etc/passwd'/></svg>",
-        "eps": b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n(/etc/passwd) (r) file\n", "pdf": b"%PDF-1.4\n",
-        "elf": b"\x7fELF" + bytes(99), "zip": b"PK\x03\x04" + bytes(99), "path": b"/etc/passwd",
-    }  # fmt: skip
-    yield from texts.items()
+    for content in (
+        *(b"", bytes(100_000), b"<script>alert(1)</script>", b"%PDF-1.4\n", b"/etc/passwd"),
+        *(b"\x7fELF" + bytes(99), b"PK\x03\x04" + bytes(99), b"%!PS-Adobe-3.0 EPSF-3.0\n(/etc/passwd) (r) file\n"),
+        b"<svg xmlns='http://www.w3.org/2000/svg'><image href='file:///etc/passwd'/></svg>",
+    ):
+        yield f"{content[:20]}", content
 
 
 def hostile_bodies():
@@ -289,10 +284,7 @@ def test_a_hostile_body_is_refused_in_one_line(service, body):
 @pytest.mark.parametrize(
     ("status", "method", "path", "headers"),
     [
-        *(
-            (200, "GET", "/", {"Host": host})
-            for host in ("127.0.0.1", "192.0.2.7:80", "[2001:db8::7]:80", "LOCALHOST.")
-        ),
+        *((200, "GET", "/", {"Host": host}) for host in ("127.0.0.1", "192.0.2.7:80", "[::7]:80", "LOCALHOST.")),
         *((200, "GET", probe, {"Host": "host.docker.internal:8000"}) for probe in ("/health-check", "/metrics")),
         (421, "GET", "/", {"Host": "evil.example"}),
         (421, "GET", "/", {"Host": "127.0.0.1.evil.example:80"}),
@@ -524,9 +516,8 @@ def test_on_sigterm_a_long_queue_is_refused_with_503_within_3_s(trained):
     with serving(trained) as service, ThreadPoolExecutor(60) as pool:
         body = json.dumps({"input": {"image": data_url(slow)}}).encode()
         responses = [pool.submit(service, "POST", "/predictions", body) for _ in range(60)]
-        stages.wait_until(
-            lambda: b"mnist_requests_in_progress 6" in service("GET", "/metrics")[2] or responses[20].done()
-        )
+        many = b"mnist_requests_in_progress 6"
+        stages.wait_until(lambda: many in service("GET", "/metrics")[2] or responses[20].done())
         service.process.send_signal(signal.SIGTERM)
         assert service.process.wait(3) == 143
         responses = [response.result() for response in responses]

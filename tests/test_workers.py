@@ -27,15 +27,11 @@ class FakeTrainer:
         return 96, 0.5
 
 
-def nothing(rank, number):
-    """What a worker does if a test wants nothing else."""
-
-
 @pytest.fixture
 def new_workers(monkeypatch):
     """A function that makes workers, whose training is faked, and their record."""
 
-    def make(do=nothing, trainer=FakeTrainer, count=2, first=0, step=1, **changes):
+    def make(do=lambda rank, number: None, trainer=FakeTrainer, count=2, first=0, step=1, **changes):
         monkeypatch.setattr(workers, "Trainer", partial(trainer, do=do))
         new = record.Record.new(Settings(num_processes=count, **changes))
         shared = hogwild.SharedState(new, torch.zeros(960, 28, 28, dtype=torch.uint8), torch.zeros(960).long())
