@@ -287,30 +287,21 @@ def test_the_node_that_has_the_address_of_the_endpoint_hosts_it(own_address, mon
 
 
 @pytest.mark.parametrize(
-    "flags",
+    "wrong",
     [
         *("--epochs 0", "--nnodes 2:1", "--nnodes two", "--nnodes 0", "--max-restarts -1", "--timeout 0"),
         *("--rdzv-endpoint host0", "--rdzv-endpoint :1", "--rdzv-endpoint host0:one", "--rdzv-endpoint host0:65536"),
+        *("PET_NNODES two", "PET_NODE_RANK one", "PET_NODE_RANK 2", "PET_MASTER_PORT 65536", "PET_MASTER_PORT one"),
+        *("PET_MASTER_PORT ", "PET_MASTER_ADDR ", "PET_MAX_RESTARTS -1"),
     ],
 )
-def test_a_wrong_flag_ends_a_node_with_status_2_before_torchrun_starts(tmp_path, flags):
-    (end,) = nodes.run(nodes.command(*flags.split(), model=tmp_path))
-    stages.assert_fails(end, 2, flags.split()[0])
-
-
-@pytest.mark.parametrize(
-    ("name", "value"),
-    [
-        *(("PET_NNODES", "two"), ("PET_NODE_RANK", "one"), ("PET_NODE_RANK", "2"), ("PET_MASTER_PORT", "65536")),
-        *(("PET_MASTER_PORT", "one"), ("PET_MASTER_PORT", ""), ("PET_MASTER_ADDR", ""), ("PET_MAX_RESTARTS", "-1")),
-    ],
-)
-def test_a_wrong_variable_of_torchrun_ends_a_node_in_one_line_with_status_2(tmp_path, name, value):
-    words = nodes.command(model=tmp_path)
+def test_a_wrong_flag_or_variable_of_torchrun_ends_a_node_in_one_line_with_status_2(tmp_path, wrong):
+    words, (name, value) = nodes.command(model=tmp_path), wrong.split(" ")
+    env = {"PET_NNODES": 2, "PET_NODE_RANK": 0, "PET_MASTER_ADDR": "127.0.0.1", "PET_MASTER_PORT": 1}
     del words[2:6]  # --rdzv-endpoint, --nnodes
-    right = {"PET_NNODES": 2, "PET_NODE_RANK": 0, "PET_MASTER_ADDR": "127.0.0.1", "PET_MASTER_PORT": 1}
-    (end,) = nodes.run(words, **right | {name: value})
-    stages.assert_fails(end, 2)
+    is_flag = name.startswith("--")
+    (end,) = nodes.run(words + [name, value] * is_flag, **env | ({} if is_flag else {name: value}))
+    stages.assert_fails(end, 2, *[name] * is_flag)
 
 
 # deploy/train.sbatch, with stand-ins for Slurm's commands ------------------------------------------------------------

@@ -20,7 +20,7 @@ from stage import dataset
 from training import download
 
 NOWHERE = "http://127.0.0.1:9/"  # nobody listens there
-LABELS = "t10k-labels-idx1-ubyte"
+_, TRAIN_LABELS, IMAGES, LABELS = stages.RAW_FILES
 SHA256 = dataset.DATA_SET.sha256
 WHOLE = {f"{stages.RAW}/{name}": sha256 for name, sha256 in SHA256.items()}  # what stages.contents() says of all files
 
@@ -75,11 +75,7 @@ def compressed(data, tmp_path_factory):
     return folder
 
 
-DAMAGES = [
-    ("missing", stages.RAW_FILES),
-    ("cut in half", ["t10k-images-idx3-ubyte"]),
-    ("a flipped bit", ["train-labels-idx1-ubyte"]),
-]
+DAMAGES = [("missing", stages.RAW_FILES), ("cut in half", [IMAGES]), ("a flipped bit", [TRAIN_LABELS])]
 
 
 @pytest.fixture
@@ -183,9 +179,7 @@ def test_files_that_were_put_there_by_hand_are_used(compressed, data, tmp_path, 
     assert WHOLE.items() <= stages.contents(folder).items()
 
 
-def test_a_link_out_of_the_data_folder_that_leads_nowhere_is_named_by_train_evaluate_and_make_data(
-    run_fetch, volume, tmp_path, capsys
-):
+def test_a_link_that_leads_nowhere_is_named_by_train_evaluate_and_make_data(run_fetch, volume, tmp_path, capsys):
     link, nowhere = tmp_path / "data" / "MNIST", tmp_path / "nowhere"
     link.parent.mkdir()
     link.symlink_to(nowhere)

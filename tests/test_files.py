@@ -52,9 +52,7 @@ def fail(*args, number=errno.ENOSPC):
         *((Path, "rename", errno.EPERM, "chattr -i"), (fcntl, "flock", errno.ENOLCK, "no locks")),
     ],
 )
-def test_a_write_that_fails_says_what_helps_and_leaves_the_old_file_and_nothing_else(
-    tmp_path, monkeypatch, module, call, number, hint
-):
+def test_a_failed_write_leaves_the_old_file_and_says_what_helps(tmp_path, monkeypatch, module, call, number, hint):
     files.publish(tmp_path / "file", b"old")
     monkeypatch.setattr(module, call, partial(fail, number=number))
     with pytest.raises(Failure, match=f"/file .*{hint}"):

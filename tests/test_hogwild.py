@@ -54,9 +54,7 @@ def test_while_batches_are_averaged_the_learning_rate_stays():
 
 
 @pytest.mark.parametrize("averaging", [0.4, 0])
-def test_the_model_is_the_mean_of_the_parameters_after_the_last_batches_or_without_averaging_those_after_the_last(
-    averaging,
-):
+def test_the_model_is_the_mean_over_the_last_batches_or_without_averaging_that_after_the_last_one(averaging):
     trainer = new_trainer(epochs=2, averaging=averaging)
     after = []
     for number in range(20):

@@ -105,9 +105,7 @@ def digit(data):
 # The API --------------------------------------------------------------------------------------------------------------
 
 
-def test_a_prediction_has_the_fields_of_cogs_api_and_the_probabilities_of_infer_to_the_last_bit(
-    service, digit, trained
-):
+def test_a_prediction_has_cogs_fields_and_the_probabilities_of_infer_to_the_last_bit(service, digit, trained):
     status, response = service.predict(digit)
     output = response["output"]
     assert (status, response["status"], output["prediction"]) == (200, "succeeded", 7)
@@ -302,9 +300,7 @@ def test_a_hostile_body_is_refused_in_one_line(service, body):
         (405, "HEAD", "/predictions", {}),
     ],
 )
-def test_a_request_from_any_address_is_accepted_a_probe_under_any_name_and_others_are_refused(
-    service, status, method, path, headers
-):
+def test_a_request_is_accepted_or_refused_with_its_status(service, status, method, path, headers):
     actual, response_headers, _ = service(method, path, b"{}" if method in ("POST", "PUT") else None, **headers)
     assert actual == status
     assert "Content-Security-Policy" in response_headers
@@ -430,10 +426,7 @@ def test_training_images_that_come_later_are_noticed(trained, tmp_path):
 
 @pytest.mark.parametrize(
     "changes",
-    [
-        *({"settings": {"epochs": epochs}} for epochs in (0, -1, "many", None)),
-        {"batches": 1, "images_per_second": 5e-324},
-    ],
+    [*({"settings": {"epochs": n}} for n in (0, -1, "many", None)), {"batches": 1, "images_per_second": 5e-324}],
 )
 def test_damaged_results_and_those_that_make_a_number_infinite_are_left_out(volume, changes):
     stages.edit_record(volume, **changes)
