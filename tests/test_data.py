@@ -27,7 +27,6 @@ WHOLE = {f"{stages.RAW}/{name}": sha256 for name, sha256 in SHA256.items()}  # w
 
 @pytest.fixture
 def copied(data, tmp_path):
-    """A copy of the data set."""
     return shutil.copytree(data / stages.RAW, tmp_path / "data" / stages.RAW).parents[1]
 
 

@@ -14,7 +14,7 @@ import pytest
 import stages
 from stage import dataset, files, process
 from stage.process import Failure
-from training import checkpoint, plan
+from training import plan
 
 
 def test_a_published_file_is_readable_by_all_and_nothing_is_left_beside_it(tmp_path):
@@ -61,22 +61,12 @@ def test_a_failed_write_leaves_the_old_file_and_says_what_helps(tmp_path, monkey
     assert os.listdir(tmp_path) == ["file"] or call == "flock"  # the file with the lock stays
 
 
-def save_checkpoint(folder):
-    with pytest.raises(Failure):
-        checkpoint.Checkpoints(folder, shared=None, record=None).write(b"new")
-
-
-def run_stage(stage):
-    """A function that runs a stage, which fails."""
-    return lambda folder: stages.assert_fails(stages.call(stage, model=folder), 1)
-
-
-@pytest.mark.parametrize("write", [save_checkpoint, run_stage("evaluate"), run_stage("infer")])
-def test_no_file_is_replaced_before_its_successor_is_flushed_to_disk(finished, tmp_path, monkeypatch, write):
+@pytest.mark.parametrize(("stage", "flags"), [("train", ["--fresh"]), ("evaluate", []), ("infer", [])])
+def test_no_file_is_replaced_before_its_successor_is_flushed_to_disk(finished, tmp_path, monkeypatch, stage, flags):
     folder = shutil.copytree(finished, tmp_path / "volume")
     before = stages.contents(folder)
     monkeypatch.setattr(os, "fsync", fail)
-    write(folder)
+    stages.assert_fails(stages.call(stage, *flags, model=folder), 1)
     assert stages.contents(folder) == before
 
 
@@ -172,13 +162,10 @@ def test_a_lack_of_processes_or_threads_is_a_failure_that_names_the_variable(cap
     assert "MNIST_PIDS" in capsys.readouterr().err
 
 
-def test_a_failure_is_one_line_whatever_a_path_has_in_it(tmp_path):
-    stages.assert_fails(stages.call("infer", model=tmp_path / "two\nlines"), 1)
-
-
-def test_a_folder_that_cannot_be_made_is_a_failure_that_names_it(tmp_path):
+@pytest.mark.parametrize(("stage", "path", "named"), [("infer", "two\nlines", "two"), ("train", "file/volume", "file")])
+def test_a_folder_that_is_not_there_or_cannot_be_made_is_named_in_one_line(tmp_path, stage, path, named):
     (tmp_path / "file").write_text("in the way")
-    stages.assert_fails(stages.call("train", model=tmp_path / "file" / "volume"), 1, tmp_path / "file")
+    stages.assert_fails(stages.call(stage, model=tmp_path / path), 1, tmp_path / named)
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,6 @@ def new_trainer(count=960, **changes):
 
 
 def rates(trainer):
-    """The learning rate of every batch."""
     shared = trainer.shared
     return [trainer.learning_rate(number) for number in range(shared.schedule_start, shared.schedule_end)]
 

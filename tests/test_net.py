@@ -10,7 +10,6 @@ from stage import dataset, weights
 
 @pytest.fixture(scope="module")
 def images(data):
-    """The first 100 test images."""
     return dataset.read_split(data, "t10k")[0][:100]
 
 

@@ -15,8 +15,6 @@ import train
 from stage import process
 from training import plan, workers
 
-POISON = "raise AssertionError('torch must not be imported')"
-
 
 def test_the_model_is_plain_numbers_and_the_same_as_in_the_last_checkpoint(trained):
     model, last = torch.load(trained / "mnist_cnn.pt", weights_only=True), stages.load_checkpoint(trained)["model"]
@@ -54,7 +52,7 @@ def test_one_worker_with_a_seed_gives_the_same_bits_also_if_it_averages_and_is_s
 @pytest.mark.parametrize("flags", [(), ("--epochs", "1", "--num-processes", "2", "--log-interval", "5")])
 def test_a_finished_model_is_left_as_it_is_before_torch_is_even_imported(volume, tmp_path, flags):
     for name in ("torch", "torchvision", "numpy"):
-        (tmp_path / f"{name}.py").write_text(POISON)
+        (tmp_path / f"{name}.py").write_text("raise AssertionError('this must not be imported')")
     before = {path: (path.stat().st_mtime_ns, stages.sha256(path)) for path in volume.iterdir()}
     stages.assert_succeeds(stages.run("train", *flags, model=volume, PYTHONPATH=tmp_path))
     assert {path: (path.stat().st_mtime_ns, stages.sha256(path)) for path in volume.iterdir()} == before
@@ -71,10 +69,11 @@ def test_more_epochs_train_the_same_model_on(volume):
     assert after["model_sha256"] == stages.sha256(volume / "mnist_cnn.pt") != before["model_sha256"]
 
 
-def test_a_training_that_was_stopped_published_nothing_and_resumes_where_it_was(data, tmp_path):
+@pytest.mark.parametrize("numbers", [(signal.SIGHUP,), (signal.SIGQUIT,), (signal.SIGTERM, signal.SIGTERM)], ids=str)
+def test_a_training_that_was_stopped_published_nothing_and_resumes_where_it_was(data, tmp_path, numbers):
     with stages.training(tmp_path, "--epochs", "1", "--seed", "5") as process:
         assert not (tmp_path / "mnist_cnn.pt").exists()
-        stages.stop(process, signal.SIGTERM)
+        stages.stop(process, *numbers)
     assert {*stages.contents(tmp_path)} == {"checkpoint.pt", "train_results.json"}
     run = stages.results(tmp_path)["run"]
     assert 0 < stages.images_trained_on(tmp_path) < 55_000
