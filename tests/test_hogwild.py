@@ -174,10 +174,11 @@ def test_a_scaling_by_two_makes_an_image_narrower_or_flatter(only, numbers, size
     assert (len(rows.unique()), len(columns.unique())) == pytest.approx(size, abs=2)
 
 
-def test_every_image_is_augmented_by_itself_and_a_seed_repeats_it(x):
+def test_every_image_is_augmented_by_itself_a_seed_repeats_it_and_strength_0_changes_nothing(x):
     same = x[:1].expand(2, 1, 28, 28).contiguous()
     torch.manual_seed(1)
     one = hogwild.augment(same, 1.0)
     assert not torch.allclose(one[0], one[1], atol=0.1)
     torch.manual_seed(1)
     assert hogwild.augment(same, 1.0).equal(one)
+    assert hogwild.augment(same, 0.0).equal(same)

@@ -72,11 +72,6 @@ def test_a_finished_model_needs_nothing_when_nothing_or_what_it_has_is_requested
     assert decide(volume, **{name: has[name] for name in requested}) == expected
 
 
-def test_a_finished_model_trains_on_to_more_epochs(volume):
-    stages.edit_record(volume, settings={"seed": 77})
-    assert decide(volume, epochs=5) == ("resume", settings.Settings(epochs=5, seed=77))
-
-
 def test_a_finished_model_of_many_epochs_is_not_undone_by_fewer(volume):
     record = stages.results(volume)
     workers = [{key: 2 * number for key, number in worker.items()} for worker in record["workers"]]
