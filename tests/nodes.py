@@ -21,18 +21,19 @@ def free_port():
         return server.getsockname()[1]
 
 
-def command(*flags, port, model, data=stages.DATA, tree=TREE):
+def command(*flags, model, port=None, data=stages.DATA, tree=TREE):
     """The command line of one of two nodes on this machine; flags can be those of launch.py and of train."""
-    program = [sys.executable, str(tree / "model-train/cluster/launch.py"), "--rdzv-endpoint", f"127.0.0.1:{port}"]
+    endpoint = ["--rdzv-endpoint", f"127.0.0.1:{port or free_port()}"]
+    program = [sys.executable, str(tree / "model-train/cluster/launch.py"), *endpoint]
     where = ["--data", str(data), "--model", str(model)]
     return [*program, "--nnodes", "2", "--local-addr", "127.0.0.1", *where, *flags]
 
 
 @contextlib.contextmanager
-def running(*commands):
+def running(*commands, **env):
     """Starts a process for each command, as stages.running() does."""
     with contextlib.ExitStack() as stack:
-        yield [stack.enter_context(stages.running(words)) for words in commands]
+        yield [stack.enter_context(stages.running(words, **env)) for words in commands]
 
 
 def finish(processes):
@@ -41,16 +42,15 @@ def finish(processes):
         return [*pool.map(stages.finish, processes)]
 
 
-def run(*commands):
+def run(*commands, **env):
     """Runs all commands at once to their ends, and returns what came of each."""
-    with running(*commands) as processes:
+    with running(*commands, **env) as processes:
         return finish(processes)
 
 
 def digests(ends):
     """The sha256 of the parameters that each node says it has after the last averaging, by rank."""
-    found = re.findall(r"node (\d) of \d: .* sha256 (\w{64})", "".join(end.stdout for end in ends))
-    return dict(found)
+    return dict(re.findall(r"node (\d) of \d: .* sha256 (\w{64})", "".join(end.stdout for end in ends)))
 
 
 class Cluster(Pipeline):
@@ -86,11 +86,7 @@ class Cluster(Pipeline):
 
 def wait_until_they_train(containers):
     """Waits until one of the nodes, which is node 0 then, has finished an epoch."""
-
-    def speaks(container):
-        return "epoch 1 of" in container.logs()
-
-    stages.wait_until(lambda: any(map(speaks, containers)), "the first epoch")
+    stages.wait_until(lambda: any("epoch 1 of" in container.logs() for container in containers), "the first epoch")
 
 
 def by_rank(containers):

@@ -68,10 +68,7 @@ def test_a_node_that_differs_from_node_0_is_refused_and_the_difference_named(kin
 
 
 def test_on_one_machine_nothing_of_this_is_imported(volume):
-    words = stages.command("train", "--epochs", "2", model=volume)
-    words.insert(1, "-Ximporttime")
-    with stages.running(words) as process:
-        result = stages.finish(process)
+    result = stages.run("train", "--epochs", "2", model=volume, PYTHONPROFILEIMPORTTIME=1)
     imported = {line.rpartition("|")[2].strip() for line in result.stderr.splitlines()}
     assert result.returncode == 0
     assert "hogwild" in imported
@@ -148,11 +145,8 @@ def test_both_nodes_know_when_one_is_asked_to_stop():
 @pytest.fixture(scope="module")
 def pair(data, tmp_path_factory):
     """How both nodes of a training of one epoch ended, and its volume, to look at."""
-    folder, port = tmp_path_factory.mktemp("pair"), nodes.free_port()
-    flags = (*nodes.SMALL, "--averaging", "0.5")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TMPDIR", str(tmp_path_factory.mktemp("temporary")))
-        return nodes.run(*[nodes.command(*flags, port=port, model=folder)] * 2), folder
+    folder, temporary = tmp_path_factory.mktemp("pair"), tmp_path_factory.mktemp("temporary")
+    return nodes.run(*[nodes.command(*nodes.SMALL, "--averaging", "0.5", model=folder)] * 2, TMPDIR=temporary), folder
 
 
 def test_two_nodes_leave_no_temporary_files(pair, tmp_path_factory):
@@ -170,23 +164,20 @@ def test_two_nodes_train_a_model_on_every_image_once(pair):
 
 
 def test_two_nodes_have_equal_parameters_after_the_last_averaging(pair):
-    ends, _ = pair
-    found = nodes.digests(ends)
+    found = nodes.digests(pair[0])
     assert {*found} == {"0", "1"}
     assert found["0"] == found["1"]
 
 
 def test_the_model_is_the_mean_of_the_parameters_of_both_nodes_after_the_last_batches(pair):
-    _, folder = pair
-    saved = stages.load_checkpoint(folder)
+    saved = stages.load_checkpoint(pair[1])
     mean = saved["sum"] / saved["sum"][-1]
     assert saved["sum"][-1] == 55
     assert torch.cat([tensor.flatten() for tensor in saved["model"].values()]).equal(mean[:-1])
 
 
 def test_the_training_loss_is_that_of_all_nodes(pair):
-    _, folder = pair
-    results = stages.results(folder)
+    results = stages.results(pair[1])
     (worker,), (epoch,) = results["workers"], results["history"]
     assert worker["steps"] == results["batches"] == 110
     assert epoch["train_loss"] == pytest.approx(worker["loss_sum"] / 55_000)
@@ -196,24 +187,30 @@ def test_the_training_loss_is_that_of_all_nodes(pair):
 def test_two_nodes_leave_a_finished_model_as_it_is(pair):
     _, folder = pair
     before = stages.contents(folder)
-    for end in nodes.run(*[nodes.command(port=nodes.free_port(), model=folder)] * 2):
+    for end in nodes.run(*[nodes.command(model=folder)] * 2):
         stages.assert_succeeds(end)
     assert stages.contents(folder) == before
 
 
-def test_nodes_with_different_flags_end_at_once_each_in_one_line(data, tmp_path):
+@pytest.mark.parametrize(
+    ("flags", "names"),
+    [
+        (("--lr 0.1", "--lr 0.2"), ("--lr", "0.2", "0.1")),
+        (("--batch-size 55000", "--batch-size 55000"), ("1 batches", "2 nodes", "--batch-size")),
+    ],
+    ids=["different flags", "more nodes than batches"],
+)
+def test_nodes_that_cannot_train_together_end_at_once_each_in_one_line(data, tmp_path, flags, names):
     port = nodes.free_port()
-    one, other = (nodes.command(*nodes.SMALL, "--lr", lr, port=port, model=tmp_path) for lr in ("0.1", "0.2"))
-    for end in nodes.run(one, other):
-        stages.assert_fails(end, 2, "--lr", "0.2", "0.1")
+    for end in nodes.run(*(nodes.command(*nodes.SMALL, *each.split(), port=port, model=tmp_path) for each in flags)):
+        stages.assert_fails(end, 2, *names)
     assert stages.contents(tmp_path) == {}
 
 
-def test_nodes_whose_volume_is_not_shared_end_each_in_one_line(data, tmp_path, monkeypatch):
-    monkeypatch.setenv("NODE_TIMEOUT", "2")
+def test_nodes_whose_volume_is_not_shared_end_each_in_one_line(data, tmp_path):
     port = nodes.free_port()
-    folders = [tmp_path / "one", tmp_path / "other"]
-    for end in nodes.run(*(nodes.command(*nodes.SMALL, port=port, model=folder) for folder in folders)):
+    one, other = (nodes.command(*nodes.SMALL, port=port, model=tmp_path / name) for name in ("one", "other"))
+    for end in nodes.run(one, other, NODE_TIMEOUT=2):
         stages.assert_fails(end, 1, "volume", "train_results.json")
     assert not [*tmp_path.rglob("mnist_cnn.pt")]
 
@@ -224,24 +221,16 @@ def test_a_record_that_is_no_text_is_not_that_of_node_0(tmp_path):
         cluster.check_volume(tmp_path, record.Record.new(Settings()), SimpleNamespace(rank=1, timeout=0))
 
 
-def test_more_nodes_than_batches_are_refused(data, tmp_path):
-    port = nodes.free_port()
-    words = nodes.command("--epochs", "1", "--batch-size", "55000", "--num-processes", "1", port=port, model=tmp_path)
-    for end in nodes.run(words, words):
-        stages.assert_fails(end, 2, "1 batches", "2 nodes", "--batch-size")
-
-
 def test_a_checkpoint_of_another_network_is_refused_by_both_nodes(unfinished):
     stages.edit_checkpoint(unfinished, model=lambda saved: saved | {"fc2.weight": torch.zeros(12, 50)})
     before = stages.contents(unfinished)
-    words = nodes.command(port=nodes.free_port(), model=unfinished)
-    for end in nodes.run(words, words):
+    for end in nodes.run(*[nodes.command(model=unfinished)] * 2):
         stages.assert_fails(end, 1, "checkpoint.pt", "fc2.weight")
     assert stages.contents(unfinished) == before
 
 
 def test_two_nodes_that_are_stopped_save_a_checkpoint_from_which_one_machine_goes_on(data, tmp_path):
-    words = nodes.command("--epochs", "9", "--num-processes", "1", port=nodes.free_port(), model=tmp_path)
+    words = nodes.command("--epochs", "9", "--num-processes", "1", model=tmp_path)
     with nodes.running(words, words) as processes:
         stages.wait_until(lambda: stages.batches_saved(tmp_path) > 0, "a checkpoint")
         before = stages.batches_saved(tmp_path)
@@ -259,18 +248,16 @@ def test_two_nodes_that_are_stopped_save_a_checkpoint_from_which_one_machine_goe
     assert stages.results(tmp_path)["nodes"] == 1
 
 
-def test_a_node_that_does_not_reach_the_rendezvous_ends_in_one_line(data, tmp_path):
-    port = nodes.free_port()
-    words = nodes.command(*nodes.SMALL, "--timeout", "1", port=port, model=tmp_path)
-    words[words.index(f"127.0.0.1:{port}")] = f"192.0.2.1:{port}"  # an address that is nobody's (RFC 5737)
-    (end,) = nodes.run(words)
-    stages.assert_fails(end, 1, "192.0.2.1", "rendezvous")
-
-
-def test_a_node_that_stays_alone_ends_in_one_line(data, tmp_path):
-    words = nodes.command(*nodes.SMALL, "--join-timeout", "1", port=nodes.free_port(), model=tmp_path)
-    (end,) = nodes.run(words)
-    stages.assert_fails(end, 1, "too few nodes")
+@pytest.mark.parametrize(
+    ("flags", "names"),
+    [
+        ("--timeout 1 --rdzv-endpoint 192.0.2.1:29400", ("192.0.2.1", "rendezvous")),  # nobody's address (RFC 5737)
+        ("--join-timeout 1", ("too few nodes",)),
+    ],
+)
+def test_a_node_that_does_not_reach_the_rendezvous_or_stays_alone_ends_in_one_line(data, tmp_path, flags, names):
+    (end,) = nodes.run(nodes.command(*nodes.SMALL, *flags.split(), model=tmp_path))
+    stages.assert_fails(end, 1, *names)
 
 
 @pytest.fixture
@@ -301,30 +288,21 @@ def test_the_node_that_has_the_address_of_the_endpoint_hosts_it(own_address, mon
 
 
 @pytest.mark.parametrize(
-    "flags",
+    "wrong",
     [
         *("--epochs 0", "--nnodes 2:1", "--nnodes two", "--nnodes 0", "--max-restarts -1", "--timeout 0"),
         *("--rdzv-endpoint host0", "--rdzv-endpoint :1", "--rdzv-endpoint host0:one", "--rdzv-endpoint host0:65536"),
+        *("PET_NNODES two", "PET_NODE_RANK one", "PET_NODE_RANK 2", "PET_MASTER_PORT 65536", "PET_MASTER_PORT one"),
+        *("PET_MASTER_PORT ", "PET_MASTER_ADDR ", "PET_MAX_RESTARTS -1"),
     ],
 )
-def test_a_wrong_flag_ends_a_node_with_status_2_before_torchrun_starts(tmp_path, flags):
-    (end,) = nodes.run(nodes.command(*flags.split(), port=nodes.free_port(), model=tmp_path))
-    stages.assert_fails(end, 2, flags.split()[0])
-
-
-@pytest.mark.parametrize(
-    ("name", "value"),
-    [
-        *(("PET_NNODES", "two"), ("PET_NODE_RANK", "one"), ("PET_NODE_RANK", "2"), ("PET_MASTER_PORT", "65536")),
-        *(("PET_MASTER_PORT", "one"), ("PET_MASTER_PORT", ""), ("PET_MASTER_ADDR", ""), ("PET_MAX_RESTARTS", "-1")),
-    ],
-)
-def test_a_wrong_variable_of_torchrun_ends_a_node_in_one_line_with_status_2(tmp_path, name, value):
-    words = nodes.command(port=1, model=tmp_path)
+def test_a_wrong_flag_or_variable_of_torchrun_ends_a_node_in_one_line_with_status_2(tmp_path, wrong):
+    words, (name, value) = nodes.command(model=tmp_path), wrong.split(" ")
+    env = {"PET_NNODES": 2, "PET_NODE_RANK": 0, "PET_MASTER_ADDR": "127.0.0.1", "PET_MASTER_PORT": 1}
     del words[2:6]  # --rdzv-endpoint, --nnodes
-    right = {"PET_NNODES": 2, "PET_NODE_RANK": 0, "PET_MASTER_ADDR": "127.0.0.1", "PET_MASTER_PORT": 1}
-    with stages.running(words, **right | {name: value}) as process:
-        stages.assert_fails(stages.finish(process), 2)
+    is_flag = name.startswith("--")
+    (end,) = nodes.run(words + [name, value] * is_flag, **env | ({} if is_flag else {name: value}))
+    stages.assert_fails(end, 2, *[name] * is_flag)
 
 
 # deploy/train.sbatch, with stand-ins for Slurm's commands ------------------------------------------------------------

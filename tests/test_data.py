@@ -20,14 +20,13 @@ from stage import dataset
 from training import download
 
 NOWHERE = "http://127.0.0.1:9/"  # nobody listens there
-LABELS = "t10k-labels-idx1-ubyte"
+_, TRAIN_LABELS, IMAGES, LABELS = stages.RAW_FILES
 SHA256 = dataset.DATA_SET.sha256
 WHOLE = {f"{stages.RAW}/{name}": sha256 for name, sha256 in SHA256.items()}  # what stages.contents() says of all files
 
 
 @pytest.fixture
 def copied(data, tmp_path):
-    """A copy of the data set."""
     return shutil.copytree(data / stages.RAW, tmp_path / "data" / stages.RAW).parents[1]
 
 
@@ -75,11 +74,7 @@ def compressed(data, tmp_path_factory):
     return folder
 
 
-DAMAGES = [
-    ("missing", stages.RAW_FILES),
-    ("cut in half", ["t10k-images-idx3-ubyte"]),
-    ("a flipped bit", ["train-labels-idx1-ubyte"]),
-]
+DAMAGES = [("missing", stages.RAW_FILES), ("cut in half", [IMAGES]), ("a flipped bit", [TRAIN_LABELS])]
 
 
 @pytest.fixture
@@ -167,31 +162,23 @@ BY_HAND = {
 }
 
 
-@pytest.fixture(params=BY_HAND.values(), ids=BY_HAND.keys())
-def by_hand(request, compressed, data, tmp_path):
-    """A data folder in which somebody has put the files under other names."""
+@pytest.mark.parametrize("program", ["train", "make data"])
+@pytest.mark.parametrize("form", BY_HAND.values(), ids=BY_HAND.keys())
+def test_files_that_were_put_there_by_hand_are_used(compressed, data, tmp_path, mirrors_at, run_fetch, program, form):
+    folder = tmp_path / "by_hand"
     for name in stages.RAW_FILES:
-        path = tmp_path / "by_hand" / request.param.format(name=name, dotted=name.replace("-idx", ".idx"))
+        path = folder / form.format(name=name, dotted=name.replace("-idx", ".idx"))
         path.parent.mkdir(parents=True, exist_ok=True)
-        source = compressed / path.name if path.suffix == ".gz" else data / stages.RAW / name
-        shutil.copy(source, path)
-    return tmp_path / "by_hand"
-
-
-def test_train_uses_files_that_were_put_there_by_hand(by_hand, mirrors_at):
+        shutil.copy(compressed / path.name if path.suffix == ".gz" else data / stages.RAW / name, path)
     mirrors_at(NOWHERE)
-    download.read_data(by_hand)
-    assert WHOLE.items() <= stages.contents(by_hand).items()
+    if program == "train":
+        download.read_data(folder)
+    else:
+        assert run_fetch(folder) == 0
+    assert WHOLE.items() <= stages.contents(folder).items()
 
 
-def test_make_data_uses_files_that_were_put_there_by_hand(by_hand, run_fetch):
-    assert run_fetch(by_hand) == 0
-    assert WHOLE.items() <= stages.contents(by_hand).items()
-
-
-def test_a_link_out_of_the_data_folder_that_leads_nowhere_is_named_by_train_evaluate_and_make_data(
-    run_fetch, volume, tmp_path, capsys
-):
+def test_a_link_that_leads_nowhere_is_named_by_train_evaluate_and_make_data(run_fetch, volume, tmp_path, capsys):
     link, nowhere = tmp_path / "data" / "MNIST", tmp_path / "nowhere"
     link.parent.mkdir()
     link.symlink_to(nowhere)

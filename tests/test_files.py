@@ -5,19 +5,15 @@ import fcntl
 import os
 import shutil
 import stat
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
-import torch
 
 import stages
 from stage import dataset, files, process
 from stage.process import Failure
-from training import checkpoint
 from training.lock import volume_lock
 
 
@@ -49,45 +45,28 @@ def fail(*args, number=errno.ENOSPC):
     raise OSError(number, os.strerror(number))
 
 
-@pytest.mark.parametrize("system_call", ["fsync", "fchmod"])
-def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch, system_call):
-    files.publish(tmp_path / "file", b"old")
-    monkeypatch.setattr(os, system_call, fail)
-    with pytest.raises(Failure, match=r"/file .*disk space"):
-        files.publish(tmp_path / "file", b"new")
-    assert (tmp_path / "file").read_bytes() == b"old"
-    assert os.listdir(tmp_path) == ["file"]
-
-
 @pytest.mark.parametrize(
     ("module", "call", "number", "hint"),
-    [(Path, "rename", errno.EPERM, "chattr -i"), (fcntl, "flock", errno.ENOLCK, "no locks")],
+    [
+        *((os, call, errno.ENOSPC, "disk space") for call in ("fsync", "fchmod")),
+        *((Path, "rename", errno.EPERM, "chattr -i"), (fcntl, "flock", errno.ENOLCK, "no locks")),
+    ],
 )
-def test_the_hint_fits_a_file_that_may_not_be_replaced_or_locked(tmp_path, monkeypatch, module, call, number, hint):
+def test_a_failed_write_leaves_the_old_file_and_says_what_helps(tmp_path, monkeypatch, module, call, number, hint):
+    files.publish(tmp_path / "file", b"old")
     monkeypatch.setattr(module, call, partial(fail, number=number))
     with pytest.raises(Failure, match=f"/file .*{hint}"), files.file_lock(tmp_path / "file"):
         files.publish(tmp_path / "file", b"new")
+    assert (tmp_path / "file").read_bytes() == b"old"
+    assert os.listdir(tmp_path) == ["file"] or call == "flock"  # the file with the lock stays
 
 
-def save_checkpoint(folder):
-    """Saves a checkpoint as a training does."""
-    shared = SimpleNamespace(state_dict=dict, velocities=None, sums=torch.zeros(1))
-    record = SimpleNamespace(to_json=str, publish=lambda folder: None)
-    with pytest.raises(Failure):
-        checkpoint.Checkpoints(folder, shared, record).save()
-
-
-def run_stage(stage):
-    """A function that runs a stage, which fails."""
-    return lambda folder: stages.assert_fails(stages.call(stage, model=folder), 1)
-
-
-@pytest.mark.parametrize("write", [save_checkpoint, run_stage("evaluate"), run_stage("infer")])
-def test_no_file_is_replaced_before_its_successor_is_flushed_to_disk(finished, tmp_path, monkeypatch, write):
+@pytest.mark.parametrize(("stage", "flags"), [("train", ["--fresh"]), ("evaluate", []), ("infer", [])])
+def test_no_file_is_replaced_before_its_successor_is_flushed_to_disk(finished, tmp_path, monkeypatch, stage, flags):
     folder = shutil.copytree(finished, tmp_path / "volume")
     before = stages.contents(folder)
     monkeypatch.setattr(os, "fsync", fail)
-    write(folder)
+    stages.assert_fails(stages.call(stage, *flags, model=folder), 1)
     assert stages.contents(folder) == before
 
 
@@ -109,29 +88,6 @@ def test_of_several_writers_of_the_same_file_one_is_the_last_and_its_file_is_who
         assert len([*pool.map(write, versions)]) == 200  # it raises what they raise
     assert (tmp_path / "file").read_bytes() in versions
     assert {*os.listdir(tmp_path)} == {"file", "lock"}
-
-
-def test_a_lock_ends_with_the_process_that_has_it(tmp_path):
-    lock = tmp_path / "lock"
-
-    def is_locked():
-        try:
-            with files.file_lock(lock, wait=False):
-                return False
-        except BlockingIOError:
-            return True
-
-    script = (
-        "import pathlib, signal, sys\n"
-        "from stage import files\n"
-        "with files.file_lock(pathlib.Path(sys.argv[1])):\n"
-        "    print(flush=True)\n"
-        "    signal.pause()"
-    )
-    with stages.running([sys.executable, "-c", script, lock], PYTHONPATH=stages.TREE / "model-train") as process:
-        process.stdout.readline()
-        assert is_locked()
-    stages.wait_until(lambda: not is_locked())
 
 
 def test_a_lock_is_one_that_other_hosts_see_over_nfs(tmp_path, monkeypatch):
@@ -210,13 +166,10 @@ def test_a_lack_of_processes_or_threads_is_a_failure_that_names_the_variable(cap
     assert "MNIST_PIDS" in capsys.readouterr().err
 
 
-def test_a_failure_is_one_line_whatever_a_path_has_in_it(tmp_path):
-    stages.assert_fails(stages.call("infer", model=tmp_path / "two\nlines"), 1)
-
-
-def test_a_folder_that_cannot_be_made_is_a_failure_that_names_it(tmp_path):
+@pytest.mark.parametrize(("stage", "path", "named"), [("infer", "two\nlines", "two"), ("train", "file/volume", "file")])
+def test_a_folder_that_is_not_there_or_cannot_be_made_is_named_in_one_line(tmp_path, stage, path, named):
     (tmp_path / "file").write_text("in the way")
-    stages.assert_fails(stages.call("train", model=tmp_path / "file" / "volume"), 1, tmp_path / "file")
+    stages.assert_fails(stages.call(stage, model=tmp_path / path), 1, tmp_path / named)
 
 
 @pytest.mark.parametrize(

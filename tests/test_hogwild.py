@@ -23,7 +23,6 @@ def new_trainer(count=960, **changes):
 
 
 def rates(trainer):
-    """The learning rate of every batch."""
     shared = trainer.shared
     return [trainer.learning_rate(number) for number in range(shared.schedule_start, shared.schedule_end)]
 
@@ -53,15 +52,16 @@ def test_while_batches_are_averaged_the_learning_rate_stays():
     assert course[750] == pytest.approx(plain[749], rel=0.01)
 
 
-def test_the_model_is_the_mean_of_the_parameters_after_the_last_batches():
-    trainer = new_trainer(epochs=2, averaging=0.4)
+@pytest.mark.parametrize("averaging", [0.4, 0])
+def test_the_model_is_the_mean_over_the_last_batches_or_without_averaging_that_after_the_last_one(averaging):
+    trainer = new_trainer(epochs=2, averaging=averaging)
     after = []
     for number in range(20):
         trainer.train_batch(number)
         after.append(trainer.shared.parameters.clone())
     trainer.shared.load_mean(trainer.shared.sums.sum(0))
-    torch.testing.assert_close(trainer.shared.parameters, torch.stack(after[12:]).mean(0))
-    assert not trainer.shared.parameters.equal(after[-1])
+    torch.testing.assert_close(trainer.shared.parameters, torch.stack(after[12:]).mean(0) if averaging else after[-1])
+    assert trainer.shared.parameters.equal(after[-1]) == (not averaging)
 
 
 def test_a_worker_that_is_late_with_an_early_batch_leaves_the_sums_of_the_last_batches_alone():
@@ -70,15 +70,6 @@ def test_a_worker_that_is_late_with_an_early_batch_leaves_the_sums_of_the_last_b
     for number in (12, 13, 5, 14):
         workers[number % 2].train_batch(number)
     assert shared.sums[:, -1].tolist() == [2, 1]
-
-
-def test_without_averaging_the_model_is_what_the_last_batch_has_left():
-    trainer = new_trainer()
-    for number in range(10):
-        trainer.train_batch(number)
-    parameters = trainer.shared.parameters.clone()
-    trainer.shared.load_mean(trainer.shared.sums.sum(0))
-    assert trainer.shared.parameters.equal(parameters)
 
 
 @pytest.mark.parametrize("longest", [0.5, 1e6], ids=["clipped", "not clipped"])
@@ -162,10 +153,6 @@ def only(monkeypatch):
     return allow
 
 
-def test_an_augmentation_of_strength_0_leaves_the_images_as_they_are(x):
-    assert hogwild.augment(x, 0.0).equal(x)
-
-
 def test_a_shift_moves_images_right_by_the_one_and_down_by_the_other_number(x, only):
     only("MAX_SHIFT", 2 / 28, [0, 0, 0, 1.0, 0])  # a pixel is 2 / 28
     assert torch.allclose(hogwild.augment(x, 1.0)[..., :-1], x[..., 1:], atol=1e-4)
@@ -187,10 +174,11 @@ def test_a_scaling_by_two_makes_an_image_narrower_or_flatter(only, numbers, size
     assert (len(rows.unique()), len(columns.unique())) == pytest.approx(size, abs=2)
 
 
-def test_every_image_is_augmented_by_itself_and_a_seed_repeats_it(x):
+def test_every_image_is_augmented_by_itself_a_seed_repeats_it_and_strength_0_changes_nothing(x):
     same = x[:1].expand(2, 1, 28, 28).contiguous()
     torch.manual_seed(1)
     one = hogwild.augment(same, 1.0)
     assert not torch.allclose(one[0], one[1], atol=0.1)
     torch.manual_seed(1)
     assert hogwild.augment(same, 1.0).equal(one)
+    assert hogwild.augment(same, 0.0).equal(same)

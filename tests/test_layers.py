@@ -26,10 +26,8 @@ def batch(request):
 
 def test_loss_and_gradients_are_those_of_the_examples_network(batch):
     model, before = example.untrained(), batch[0].clone()
-    (loss, ours), (expected_loss, expected) = (
-        layers.loss_and_gradients(model, *batch, torch.float32),
-        of_torch(model, *batch),
-    )
+    loss, ours = layers.loss_and_gradients(model, *batch, torch.float32)
+    expected_loss, expected = of_torch(model, *batch)
     torch.testing.assert_close(loss, expected_loss)
     for name, one, other in zip(model.state_dict(), ours, expected, strict=True):
         torch.testing.assert_close(one, other, atol=1e-6, rtol=1e-4, msg=lambda text, name=name: f"{name}: {text}")

@@ -8,34 +8,19 @@ import pytest
 import stages
 from training import settings
 
+FOLDERS = ["--data=", "--model="]
 WRONG = {
     "train": [
         *("--batch-size 0", "--batch-size 60001", "--epochs 0", "--epochs -1", "--epochs 1.5", "--lr 0", "--lr -0.1"),
         *("--lr nan", "--lr inf", "--lr fast", "--momentum -0.5", "--momentum 1", "--seed -1", "--seed 4294967296"),
         *("--num-processes 0", "--num-processes 65", "--num-processes two", "--schedule cosine", "--dropout 1"),
-        *(
-            "--dropout -0.1",
-            "--augmentation -1",
-            "--averaging 0.9",
-            "--weight-decay -1",
-            "--max-grad-norm 0",
-            "--log-interval 0",
-        ),
-        *("--epoch-count 3", "extra", "--epochs", "--lr", "--schedule"),
-        *("--data=", "--model=", "--log-interval " + 5_000 * "9"),
+        *("--dropout -0.1", "--augmentation -1", "--averaging 0.9", "--weight-decay -1", "--max-grad-norm 0"),
+        *("--log-interval 0", "--log-interval " + 5_000 * "9", "--epoch-count 3", "extra", "--epochs", "--lr"),
+        *("--schedule", *FOLDERS),
     ],
-    "evaluate": ["--data=", "--model=", "--min-accuracy -1", "--min-accuracy 101", "--min-accuracy nan", "--samples 5"],
-    "infer": [
-        "--samples 0",
-        "--samples -5",
-        "--samples 101",
-        "--samples five",
-        "--seed -1",
-        "--epochs 5",
-        "--data=",
-        "--model=",
-    ],
-    "serve": ["--data=", "--model=", "--host=", "--allow-host=", "--port 0", "--port 65536", "--port " + 5_000 * "9"],
+    "evaluate": [*FOLDERS, "--min-accuracy -1", "--min-accuracy 101", "--min-accuracy nan", "--samples 5"],
+    "infer": [*FOLDERS, *(f"--samples {number}" for number in ("0", "-5", "101", "five")), "--seed -1", "--epochs 5"],
+    "serve": [*FOLDERS, "--host=", "--allow-host=", "--port 0", "--port 65536", "--port " + 5_000 * "9"],
 }
 
 

@@ -1,4 +1,4 @@
-"""Signals that ask a stage to stop: while it starts, and in the middle of a training."""
+"""Signals that ask a stage to stop while it starts or publishes. Those in a training are in test_train.py."""
 
 import re
 import shutil
@@ -81,15 +81,3 @@ def test_a_signal_while_a_stage_publishes_is_handled_when_all_files_are_in_place
     assert {path.name for path in folder.iterdir()} == {*modified}
     replaced = {path.name for path in folder.iterdir() if path.stat().st_mtime_ns > modified[path.name]}
     assert replaced >= stages.MADE_BY[stage]
-
-
-@pytest.mark.parametrize(
-    "numbers",
-    [(signal.SIGHUP,), (signal.SIGQUIT,), (signal.SIGTERM, signal.SIGTERM)],
-    ids=lambda numbers: " ".join(number.name for number in numbers),
-)
-def test_signals_to_all_processes_of_a_training_stop_it_with_a_checkpoint(data, tmp_path, numbers):
-    with stages.training(tmp_path) as process:
-        stages.stop(process, *numbers)
-    assert stages.results(tmp_path)["batches"] > 0
-    assert {*stages.contents(tmp_path)} == {"checkpoint.pt", "train_results.json"}
