@@ -6,11 +6,10 @@ import re
 from datetime import UTC, datetime, timedelta
 
 import pytest
-import torch
 
 import stages
 from stage.process import Failure
-from training import checkpoint, plan, settings
+from training import plan, settings
 from training.lock import volume_lock
 
 OTHERS = {  # a value of each setting that the training in a volume did not have

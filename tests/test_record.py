@@ -5,7 +5,6 @@ import torch
 
 import stages
 from stage import dataset
-from stage.process import Failure
 from training import checkpoint, plan, record, settings
 
 IMAGES = torch.zeros(1, 28, 28, dtype=torch.uint8).expand(dataset.TRAINING_IMAGES, 28, 28)
