@@ -8,6 +8,7 @@ from datetime import UTC, datetime, timedelta
 import pytest
 
 import stages
+from stage.files import TRAIN_LOCK
 from stage.process import Failure
 from training import plan, settings
 from training.lock import volume_lock
@@ -105,7 +106,7 @@ def test_a_volume_is_locked_for_one_training_at_a_time_and_another_one_is_told_w
     stages.edit_record(volume, host="of an older training", began="long ago")
     before = stages.contents(volume)
     with volume_lock(volume):
-        host, _, time = (volume / plan.LOCK).read_text().partition(" at ")
+        host, _, time = (volume / TRAIN_LOCK).read_text().partition(" at ")
         with pytest.raises(Failure, match=f"began on {host} at {re.escape(time)}") as refusal, volume_lock(volume):
             pass
     assert refusal.value.status == 2
@@ -114,12 +115,12 @@ def test_a_volume_is_locked_for_one_training_at_a_time_and_another_one_is_told_w
     with volume_lock(volume):
         pass
     assert stages.contents(volume) == before
-    assert (volume / plan.LOCK).read_bytes() == b""
+    assert (volume / TRAIN_LOCK).read_bytes() == b""
 
 
 def test_a_lock_whose_text_is_not_fit_for_a_terminal_names_no_holder(tmp_path):
     with volume_lock(tmp_path):
-        (tmp_path / plan.LOCK).write_bytes(b"\x1b[2J")
+        (tmp_path / TRAIN_LOCK).write_bytes(b"\x1b[2J")
         with pytest.raises(Failure, match="another train container"), volume_lock(tmp_path):
             pass
 
