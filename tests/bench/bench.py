@@ -39,6 +39,14 @@ RECIPES = {
 }
 CURVE_EPOCHS = (2, 4, 8)  # further points of the plot, with one seed
 STAGE_REPEATS = 3
+SPEEDS = "/opt/tests/bench/speeds.py"
+# In place of train.py: two torch threads in each worker, not in their parent, which forks them.
+TWO_THREADS = """
+import os, runpy, sys, torch
+sys.path.insert(0, "/opt/app")
+os.register_at_fork(after_in_child=lambda: torch.set_num_threads(2))
+runpy.run_path("/opt/app/train.py", run_name="__main__")
+"""
 
 
 def main():
@@ -115,7 +123,7 @@ def plan_runs(args):
         "reference": partial(run_reference, report.EPOCHS, ["OMP_NUM_THREADS=1"]),
         **{name: partial(run_training, flags) for name, flags in RECIPES.items()},
         "one worker": partial(run_training, one_worker),
-        "two threads": partial(run_training, one_worker, program="/opt/tests/bench/two_threads.py"),
+        "two threads": partial(run_training, one_worker, program=("-c", TWO_THREADS)),
         "matrices": run_matrices,
         **{peer: partial(run_peer, peer) for peer in report.PEERS},
         "stages": run_stages,
@@ -142,22 +150,21 @@ def run_reference(epochs, environment, seed):
     return run | results | {"accuracy": results["history"][-1]["accuracy"], "epochs": epochs}
 
 
-def run_training(flags, seed, program="/opt/app/train.py"):
+def run_training(flags, seed, program=("/opt/app/train.py",)):
     """A training of the pipeline: seconds, images/s, test accuracy, peaks of memory."""
     with Pipeline() as project:
-        run = containers.run(project, "train", program, *flags.split(), f"--seed={seed}", watched=True)
+        run = containers.run(project, "train", *program, *flags.split(), f"--seed={seed}", watched=True)
         containers.run(project, "evaluate", "/opt/app/evaluate.py", "--min-accuracy=0")
         record, evaluation = (json.loads(project.shell(f"cat {stage}_results.json")) for stage in ("train", "eval"))
     del run["output"]
-    names = ("settings", "seconds", "images_per_second", "precision", "versions")
-    run |= {name: record[name] for name in names}
+    run |= {name: record[name] for name in ("settings", "seconds", "images_per_second", "precision", "versions")}
     return run | {"epochs": record["settings"]["epochs"], "accuracy": evaluation["Accuracy"]}
 
 
 def run_matrices(seed):
     """The speed of matrix products on one core, which no training can exceed."""
     with Pipeline() as project:
-        return json.loads(containers.run(project, "train", "/opt/tests/bench/matrices.py")["output"])
+        return json.loads(containers.run(project, "train", SPEEDS, "matrices")["output"])
 
 
 def run_peer(peer, seed):
@@ -182,7 +189,7 @@ def run_stages(seed):
         for _ in range(STAGE_REPEATS):
             for name, words in commands.items():
                 seconds[name].append(containers.run(project, *words)["container_seconds"])
-        predicting = containers.run(project, "evaluate", "/opt/tests/bench/predicting.py")
+        predicting = containers.run(project, "evaluate", SPEEDS, "predict_all")
     return {name: statistics.median(times) for name, times in seconds.items()} | json.loads(predicting["output"])
 
 

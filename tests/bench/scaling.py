@@ -9,6 +9,7 @@ Results are kept in tests/bench/out/scaling.json: what is there is not done agai
 """
 
 import argparse
+import itertools
 import json
 import multiprocessing
 import os
@@ -100,19 +101,12 @@ def measure_traffic():
 
 def measure_all_reduce():
     """The median of the seconds that an all_reduce of the parameters takes two idle processes, on a core each."""
-    port, context = nodes.free_port(), multiprocessing.get_context("spawn")
-    seconds = context.Queue()
-    processes = [context.Process(target=all_reduce, args=(rank, port, seconds)) for rank in range(2)]
-    for process in processes:
-        process.start()
-    found = [seconds.get(timeout=60) for _ in processes]
-    for process in processes:
-        process.join()
-    return max(found)
+    with ProcessPoolExecutor(2, multiprocessing.get_context("spawn")) as pool:
+        return max(pool.map(all_reduce, range(2), [nodes.free_port()] * 2))
 
 
-def all_reduce(rank, port, seconds):
-    """One of the two processes."""
+def all_reduce(rank, port):
+    """What one of the two processes does: the seconds."""
     import torch
     from torch import distributed
 
@@ -124,7 +118,7 @@ def all_reduce(rank, port, seconds):
         distributed.all_reduce(vector)
         times.append(time.monotonic() - began)
     distributed.destroy_process_group()
-    seconds.put(statistics.median(times))
+    return statistics.median(times)
 
 
 def bytes_sent(container):
@@ -157,14 +151,10 @@ def measured(project, ends, volume):
 
 def simulate(results):
     """Trains as N nodes would, one after the other in one process: the arithmetic needs no network."""
-    runs = [
-        (world, sync if world > 1 else 20, seed, 0.1)
-        for seed in SIMULATED_SEEDS
-        for world in NODES
-        for sync in SYNC_EVERY
-    ]
+    runs = [(1, 20, seed, 0.1) for seed in SIMULATED_SEEDS]
+    runs += [(world, sync, seed, 0.1) for seed in SIMULATED_SEEDS for world in NODES[1:] for sync in SYNC_EVERY]
     runs += [(world, 20, seed, LOW_PEAK / world) for seed in SIMULATED_SEEDS for world in NODES if world > 4]
-    wanted = [run for run in dict.fromkeys(runs) if name_of(*run) not in results["simulated"]]
+    wanted = [run for run in runs if name_of(*run) not in results["simulated"]]
     with ProcessPoolExecutor(2) as pool:
         for run, accuracy in zip(wanted, pool.map(train_as_nodes, wanted), strict=True):
             results["simulated"][name_of(*run)] = accuracy
@@ -244,21 +234,19 @@ def draw(results):
     pairs = [*results["measured"].values()]
     ratios = sorted(pair["1"]["seconds"] / pair["2"]["seconds"] for pair in pairs)
     print("ratios", [round(ratio, 3) for ratio in ratios], "median", round(statistics.median(ratios), 3))
-    for world in ("1", "2"):
-        for name in ("seconds", "container_seconds", "images_per_second"):
-            print(world, name, round(statistics.median(pair[world][name] for pair in pairs), 2))
-        for name in ("validation", "test"):
-            print(world, name, round(statistics.mean(pair[world][name] for pair in pairs), 3))
+    for world, name in itertools.product("12", ("seconds", "container_seconds", "images_per_second")):
+        print(world, name, round(statistics.median(pair[world][name] for pair in pairs), 2))
+    for world, name in itertools.product("12", ("validation", "test")):
+        print(world, name, round(statistics.mean(pair[world][name] for pair in pairs), 3))
     two = [pair["2"] for pair in pairs]
     print("averagings", two[0]["averagings"], "s", [statistics.median(pair["averaging_seconds"]) for pair in two])
     print("bytes/s", results["bytes_per_second"], "seconds of an all_reduce", results["all_reduce_seconds"])
     print("costs: batch, pause", measured_costs(results))
     for world in NODES:
-        row = [
-            f"{model_seconds(results, world, sync):.1f} s {mean_accuracy(results, world, sync)}" for sync in SYNC_EVERY
-        ]
+        seconds = [f"{model_seconds(results, world, sync):.1f} s" for sync in SYNC_EVERY]
+        accuracies = [mean_accuracy(results, world, sync) for sync in SYNC_EVERY]
         low = mean_accuracy(results, world, 20, LOW_PEAK / world) if world > 4 else None
-        print(world, *row, low, sep=" | ")
+        print(world, *seconds, *accuracies, low, sep=" | ")
     plot(results)
 
 
