@@ -8,7 +8,6 @@ import re
 import shutil
 import threading
 import time
-from pathlib import Path
 from signal import SIGKILL, SIGTERM
 
 import pytest
@@ -61,7 +60,6 @@ def report(capsys):
 
 @pytest.fixture
 def volume(tmp_path):
-    """A folder for the volume."""
     return tmp_path / "volume"
 
 
@@ -88,9 +86,15 @@ def seconds_until_progress(volume):
     return seconds_until(lambda: stages.batches_saved(volume) > before, "progress")
 
 
-def starts(container):
-    """How many times a node has been node 0: what it said it does."""
-    return re.findall(r"train: (starting|resuming).* on (\d) nodes?", container.logs())
+def starts(*containers):
+    """What nodes said that they do each time that one was node 0: such as ("resuming", "2"), on so many nodes."""
+    logs = "".join(container.logs() for container in containers)
+    return re.findall(r"train: (starting|resuming).* on (\d) nodes?", logs)
+
+
+def seconds_until_start(what, count, *containers):
+    """Waits until a node has said that it is starting or resuming on a number of nodes."""
+    return seconds_until(lambda: (what, str(count)) in starts(*containers), f"{what} on {count} nodes")
 
 
 def is_running(container):
@@ -105,16 +109,12 @@ def run_inside(container, script):
 def test_a_killed_node_leaves_the_other_to_go_on_alone_and_joins_when_it_comes_back(two, volume, report):
     project, train, other = two
     other.send(SIGKILL)
-    taken = seconds_until(lambda: ("resuming", "1") in starts(train), "a training of one node")
+    taken = seconds_until_start("resuming", 1, train)
     report(f"node killed: the other went on alone after {taken:.1f} s")
     assert taken < 60
     seconds_until_progress(volume)
-    project.start_nodes("train-2")
-
-    def trains_with_two():
-        return any(("resuming", "2") in starts(container) for container in map(project.container, project.nodes))
-
-    report(f"node started again: both trained together after {seconds_until(trains_with_two, 'two nodes'):.1f} s")
+    (other,) = project.start_nodes("train-2")
+    report(f"node started again: both trained after {seconds_until_start('resuming', 2, train, other):.1f} s")
     seconds_until_progress(volume)
     assert is_running(train)
 
@@ -125,8 +125,7 @@ def test_a_node_that_is_stopped_leaves_a_checkpoint_and_the_other_goes_on(two, v
     other.send(SIGTERM)
     assert other.end(20).returncode == 128 + SIGTERM
     assert stages.batches_saved(volume) > before
-    taken = seconds_until(lambda: ("resuming", "1") in starts(train), "a training of one node")
-    report(f"node stopped: the other went on alone after {taken:.1f} s")
+    report(f"node stopped: the other went on alone after {seconds_until_start('resuming', 1, train):.1f} s")
     seconds_until_progress(volume)
 
 
@@ -161,24 +160,20 @@ def test_a_killed_worker_costs_nothing_but_its_time(volume, report):
 
 
 def test_the_only_worker_of_a_node_is_killed_and_all_nodes_go_on_from_the_checkpoint(two, volume, report):
-    _, *containers = two
-    leader, follower = nodes.by_rank(containers)
+    leader, follower = nodes.by_rank(two[1:])
     run_inside(follower, KILL_WORKER)
-
-    def resumes():
-        return any(("resuming", "2") in starts(container) for container in containers)
-
-    report(f"only worker of node 1 killed: both went on after {seconds_until(resumes, 'a restart'):.1f} s")
+    taken = seconds_until_start("resuming", 2, leader, follower)
+    report(f"only worker of node 1 killed: both went on after {taken:.1f} s")
     seconds_until_progress(volume)
     assert is_running(leader)
 
 
 def test_a_network_that_is_cut_for_5_seconds_is_waited_for(two, volume, report):
     _, train, other = two
-    before = starts(train) + starts(other)
+    before = starts(train, other)
     run_inside(other, CUT.replace("SECONDS", "5"))
     report(f"network cut for 5 s: progress {seconds_until_progress(volume):.1f} s after its end")
-    assert starts(train) + starts(other) == before
+    assert starts(train, other) == before
 
 
 def test_a_network_that_is_cut_for_60_seconds_loses_a_node_for_a_while_at_most(two, volume, report):
@@ -186,14 +181,15 @@ def test_a_network_that_is_cut_for_60_seconds_loses_a_node_for_a_while_at_most(t
     began = time.monotonic()
     cutting = threading.Thread(target=run_inside, args=(other, CUT.replace("SECONDS", "60")))
     cutting.start()
-    seconds_until(lambda: ("resuming", "1") in starts(train), "a training of one node")
+    seconds_until_start("resuming", 1, train)
     report(f"network cut for 60 s: the node with the rendezvous went on alone after {time.monotonic() - began:.1f} s")
     cutting.join()
     after = time.monotonic()
 
     def has_joined_or_ended():
-        joined = any(("resuming", "2") in starts(container) for container in (train, other))
-        return "joined" if joined else not is_running(other) and f"ended ({other.end().stderr.splitlines()[-1]})"
+        if ("resuming", "2") in starts(train, other):
+            return "joined"
+        return not is_running(other) and f"ended ({other.end().stderr.splitlines()[-1]})"
 
     outcome = stages.wait_until(has_joined_or_ended, "the end of the other node")
     report(f"the other one {outcome} {time.monotonic() - after:.1f} s after the cut")
@@ -204,22 +200,11 @@ def test_a_network_that_is_cut_for_60_seconds_loses_a_node_for_a_while_at_most(t
 def test_a_late_node_joins(volume, report):
     with Cluster(volume, LONG) as project:
         (train,) = project.start_nodes("train")
-        began = time.monotonic()
-        stages.wait_until(lambda: ("starting", "1") in starts(train), "a training of one node")
-        report(f"one node alone: trained after {time.monotonic() - began:.1f} s")
+        report(f"one node alone: trained after {seconds_until_start('starting', 1, train):.1f} s")
         seconds_until_progress(volume)
         (other,) = project.start_nodes("train-2")
-
-        def trains_with_two():
-            return any(("resuming", "2") in starts(container) for container in (train, other))
-
-        report(f"late node: both trained together after {seconds_until(trains_with_two, 'two nodes'):.1f} s")
+        report(f"late node: both trained after {seconds_until_start('resuming', 2, train, other):.1f} s")
         seconds_until_progress(volume)
-
-
-def other_recipe(folder):
-    """A node that is started with other flags."""
-    return {"command": [*LONG, "--lr", "0.2"]}
 
 
 def other_code(folder):
@@ -244,14 +229,13 @@ def other_data(folder):
 def damaged_data(folder):
     """A node whose data is damaged, and cannot be downloaded."""
     shutil.copytree(stages.DATA / "MNIST", folder / "data" / "MNIST")
-    Path(folder / "data" / stages.RAW / "train-labels-idx1-ubyte").write_bytes(b"")
+    (folder / "data" / stages.RAW / "train-labels-idx1-ubyte").write_bytes(b"")
     return {"volumes": [f"{folder / 'data'}:{DATA_FOLDER}"]}
 
 
 @pytest.mark.parametrize(
     ("make", "names"),
     [
-        (other_recipe, ["flags", "--lr", "0.2"]),
         (other_code, ["programs", "net.py"]),
         (other_data, ["data", "t10k-labels"]),
         (damaged_data, ["train-labels-idx1-ubyte"]),

@@ -6,13 +6,9 @@ If the environment variable SCREENSHOTS names a folder, screenshots are saved th
 import base64
 import contextlib
 import importlib.util
-import io
 import json
 import os
-import select
 import shutil
-import socket
-import time
 import urllib.request
 from pathlib import Path
 
@@ -22,6 +18,7 @@ from selenium import webdriver
 
 import stages
 import strokes
+from nodes import free_port
 from pipeline import Pipeline
 from stage import dataset
 
@@ -30,7 +27,6 @@ BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
 if not (BROWSER and shutil.which("chromedriver")) and not os.environ.get("REQUIRE_CONTAINERS"):
     pytest.skip("chromium and chromedriver are not installed", allow_module_level=True)
 
-WAIT = 30  # seconds at most, for something that takes a fraction of one
 FLAGS = ["--headless=new", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync",
          "--disable-background-networking", "--disable-component-update"]  # fmt: skip
 NOTHING = "\u2013"  # the dash that is shown without a prediction
@@ -47,8 +43,7 @@ LOADED = "return [...document.querySelectorAll('#results img')].filter((i) => i.
 @pytest.fixture(scope="module")
 def served(complete, tmp_path_factory):
     """The service on a volume after all three stages: its project, with `address`."""
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
+    port = free_port()
     volume = shutil.copytree(complete, tmp_path_factory.mktemp("served") / "volume")
     with Pipeline(volume, environment={"MNIST_PORT": str(port)}) as project:
         project.address = f"http://127.0.0.1:{port}"
@@ -59,7 +54,7 @@ def served(complete, tmp_path_factory):
 
 def get(served, path):
     """Return the JSON at a path of the service."""
-    with urllib.request.urlopen(served.address + path, timeout=WAIT) as response:
+    with urllib.request.urlopen(served.address + path, timeout=stages.SECONDS) as response:
         return json.load(response)
 
 
@@ -67,7 +62,7 @@ class Page:
     """The page in a browser window of a width and height in pixels."""
 
     def __init__(self, driver, address, width=1200, height=900, phone=False, dark=False):
-        self.driver, self.address, self.requested = driver, address, set()
+        self.driver, self.address = driver, address
         size = {"width": width, "height": height, "deviceScaleFactor": 1 + phone, "mobile": phone}
         self.command("Emulation.setDeviceMetricsOverride", **size)
         self.command("Emulation.setTouchEmulationEnabled", enabled=phone, maxTouchPoints=2 if phone else 1)
@@ -84,6 +79,10 @@ class Page:
         self.driver.get(self.address + path)
         self.until(lambda: self.text("model").startswith("Model"))
 
+    def open_results(self):
+        self.open("/#results")
+        self.until(lambda: "Confusion" in self.text("results-content"))
+
     def script(self, text, *arguments):
         return self.driver.execute_script(text, *arguments)
 
@@ -94,11 +93,7 @@ class Page:
         self.script("document.getElementById(arguments[0]).click()", name)
 
     def until(self, condition):
-        deadline = time.monotonic() + WAIT
-        while not (value := condition()):
-            assert time.monotonic() < deadline, (self.text("digit"), self.text("verdict"))
-            select.select([], [], [], 0.02)
-        return value
+        stages.wait_until(condition, "what the page is to show")
 
     def prediction(self):
         """Wait for the prediction of the current drawing, and return the digit that is shown."""
@@ -111,38 +106,31 @@ class Page:
             "const b = document.getElementById('canvas').getBoundingClientRect(); return [b.left, b.top, b.width]"
         )
         for line in lines:
-            points = [{"x": box[0] + x * box[2], "y": box[1] + y * box[2]} for x, y in line]
+            first, *rest = [{"x": box[0] + x * box[2], "y": box[1] + y * box[2]} for x, y in line]
             if touch:
-                steps = [
-                    ("touchStart", points[:1]),
-                    *(("touchMove", [point]) for point in points[1:]),
-                    ("touchEnd", []),
-                ]
+                steps = [("touchStart", [first]), *(("touchMove", [point]) for point in rest), ("touchEnd", [])]
                 for kind, fingers in steps:
                     self.command("Input.dispatchTouchEvent", type=kind, touchPoints=fingers)
             else:
-                steps = [("mousePressed", points[0]), *(("mouseMoved", point) for point in points[1:])]
-                for kind, point in [*steps, ("mouseReleased", points[-1])]:
+                steps = [("mousePressed", first), *(("mouseMoved", point) for point in rest)]
+                for kind, point in [*steps, ("mouseReleased", rest[-1])]:
                     self.command("Input.dispatchMouseEvent", type=kind, button="left", buttons=1, clickCount=1, **point)
         return self.prediction()
 
     def press(self, *keys):
         """Press keys one after the other."""
-        actions = webdriver.ActionChains(self.driver)
-        for key in keys:
-            actions.send_keys(getattr(webdriver.Keys, key, key))
-        actions.perform()
+        webdriver.ActionChains(self.driver).send_keys(*(getattr(webdriver.Keys, key, key) for key in keys)).perform()
 
-    def give(self, event, content, name):
-        """Drop or paste a file."""
+    def give(self, event, content):
+        """Drop or paste a PNG."""
         self.script(
             """const bytes = Uint8Array.from(atob(arguments[1]), (c) => c.charCodeAt(0));
             const data = new DataTransfer();
-            data.items.add(new File([bytes], arguments[2], { type: "image/png" }));
+            data.items.add(new File([bytes], "seven.png", { type: "image/png" }));
             const init = { bubbles: true, cancelable: true, dataTransfer: data, clipboardData: data };
             const kind = arguments[0] === "drop" ? DragEvent : ClipboardEvent;
             document.body.dispatchEvent(new kind(arguments[0], init));""",
-            event, base64.b64encode(content).decode(), name,
+            event, base64.b64encode(content).decode(),
         )  # fmt: skip
 
     def check_accessibility(self, name):
@@ -180,14 +168,6 @@ def page(served, tmp_path):
             return opened
 
         yield open_page
-
-
-@pytest.fixture(scope="module")
-def picture(data):
-    """A PNG of a 7, dark on white."""
-    buffer = io.BytesIO()
-    Image.fromarray(255 - dataset.read_split(data, "t10k")[0][0].numpy()).resize((400, 400)).save(buffer, "PNG")
-    return buffer.getvalue()
 
 
 SEVEN = [[(0.6, 0.3), (0.75, 0.3), (0.66, 0.55)]]
@@ -245,20 +225,17 @@ def test_the_last_50_steps_can_be_undone_and_no_more_are_kept(page):
     assert opened.script("let n = 0; for (; !byId('undo').disabled; n++) undo(); return n") == 50
 
 
-@pytest.mark.parametrize("event", ["drop", "paste"])
-def test_a_picture_can_be_dropped_or_pasted(page, picture, event):
-    opened = page()
-    opened.give(event, picture, "seven.png")
+@pytest.mark.parametrize("how", ["drop", "paste", "choose"])
+def test_a_picture_can_be_dropped_pasted_or_chosen(page, data, tmp_path, how):
+    opened, file = page(), tmp_path / "seven.png"
+    Image.fromarray(255 - dataset.read_split(data, "t10k")[0][0].numpy()).resize((400, 400)).save(file)
+    if how == "choose":
+        opened.driver.find_element("id", "file").send_keys(str(file))
+    else:
+        opened.give(how, file.read_bytes())
     opened.until(lambda: opened.prediction() == "7")
     opened.click("clear")
     assert opened.prediction() == NOTHING
-
-
-def test_a_picture_can_be_chosen(page, picture, tmp_path):
-    (tmp_path / "seven.png").write_bytes(picture)
-    opened = page()
-    opened.driver.find_element("id", "file").send_keys(str(tmp_path / "seven.png"))
-    opened.until(lambda: opened.prediction() == "7")
 
 
 def test_the_page_works_with_the_keyboard_alone(page):
@@ -280,8 +257,7 @@ def test_on_a_phone_a_finger_draws_and_the_page_fits_the_screen(page):
     assert opened.draw(SEVEN, touch=True) == "7"
     assert opened.script("return [scrollY, document.documentElement.scrollWidth - innerWidth]") == [0, 0]
     opened.check_accessibility("phone")
-    opened.open("/#results")
-    opened.until(lambda: "Confusion" in opened.text("results-content"))
+    opened.open_results()
     assert opened.script("return document.documentElement.scrollWidth - innerWidth") == 0
 
 
@@ -308,8 +284,7 @@ def test_unsure_and_no_digit_are_shown(page, confidence, prediction, text):
 
 def test_results_and_api_are_shown(page, served):
     opened = page(height=2200)
-    opened.open("/#results")
-    opened.until(lambda: "Confusion" in opened.text("results-content"))
+    opened.open_results()
     assert f"{get(served, '/results')['evaluation']['accuracy']:.2f} %" in opened.text("results-content")
     opened.until(lambda: opened.script(LOADED) == 6)
     opened.check_accessibility("results")
@@ -322,8 +297,7 @@ def test_under_a_prefix_behind_a_proxy_the_page_works(page, served):
     with stages.proxied(served.address, "/digits") as address:
         opened = page(address)
         assert opened.draw(SEVEN) == "7"
-        opened.open("/#results")
-        opened.until(lambda: "Confusion" in opened.text("results-content"))
+        opened.open_results()
         opened.until(lambda: opened.script(LOADED) == 6)
         opened.script("document.querySelector('[data-view=docs]').click()")
         opened.until(lambda: "/predictions/{prediction_id}" in opened.text("docs-content"))
@@ -339,8 +313,6 @@ def test_a_running_training_is_shown_and_its_model_replaces_the_old_one(page, se
     served.start("train", "--epochs", "17")  # two more than it has
     opened.until(lambda: "Training: " in opened.text("results-content"))
     opened.check_accessibility("training")
-    deadline = time.monotonic() + 120
-    while (after := get(served, "/health-check")["model"]["sha256"]) == before:
-        assert time.monotonic() < deadline
-        select.select([], [], [], 0.5)
+    stages.wait_until(lambda: get(served, "/health-check")["model"]["sha256"] != before, "a new model")
+    after = get(served, "/health-check")["model"]["sha256"]
     opened.until(lambda: after[:12] in opened.text("model"))
