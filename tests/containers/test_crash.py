@@ -1,4 +1,4 @@
-"""The crash contract: a stage that is killed, has no space on its disk, or shares its volume with another one."""
+"""The crash contract: a stage that is killed, cannot write, or finds broken files. `make chaos` tries far more."""
 
 from functools import partial
 from signal import SIGKILL
@@ -7,8 +7,20 @@ import pytest
 import scenarios
 from scenarios import LONG, kill_once_there_is
 
+import corpus
 from pipeline import DATA_FOLDER, MODEL, OFTEN, READ_ONLY, Container, Pipeline
 from stages import MADE_BY, assert_fails, assert_succeeds, contents, results
+
+BROKEN = [  # some of the corpus
+    "train-images-idx3-ubyte: a flipped bit (train)",
+    "t10k-images-idx3-ubyte: a FIFO (evaluate)",
+    "mnist_cnn.pt: a torch file that runs code (evaluate)",
+    "mnist_cnn.pt: many bytes (evaluate)",
+    "mnist_cnn.pt: forbidden to read (evaluate)",
+    "checkpoint.pt: a zip with a pickle that runs code (train)",
+    "train_results.json: 100,000 lists in each other (train)",
+    "eval_results.json: empty (infer)",
+]
 
 
 def test_a_training_killed_at_any_moment_loses_five_seconds_at_most_and_finishes(tmp_path):
@@ -38,6 +50,12 @@ def test_a_stage_killed_while_it_publishes_leaves_whole_artifacts_to_the_next_ru
 @pytest.mark.parametrize(("stage", "left"), [("train", 100), ("evaluate", 8), ("infer", 8)])
 def test_on_a_full_disk_a_stage_fails_and_succeeds_when_there_is_space_again(volume, stage, left):
     scenarios.fill_disk(volume, stage, left)
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_a_broken_file_is_named_in_one_line_with_what_fixes_it_and_harms_nothing(complete, tmp_path, name):
+    (case,) = [case for case in corpus.cases() if case.name == name]
+    corpus.check(case, complete, tmp_path, corpus.run_in_container)
 
 
 @pytest.mark.parametrize(("stage", "flags"), [("train", LONG), ("evaluate", ()), ("infer", ())])

@@ -2,13 +2,13 @@
 
 import json
 import os
-import socket
 import subprocess
 
 import pytest
 import torch
 
 import example
+from nodes import free_port
 from pipeline import COMPOSE_FILE, OFTEN, Pipeline, statuses
 from stages import MADE_BY, assert_succeeds, contents, read_json, sha256
 
@@ -77,9 +77,7 @@ def test_the_pipeline_again_runs_one_stage_after_the_other_and_leaves_five_pictu
 
 def test_the_finished_model_is_evaluated_used_and_served_while_another_training_goes_on(volume):
     before = identity(volume / "mnist_cnn.pt")
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        environment = {"MNIST_PORT": str(free.getsockname()[1])}
-    with Pipeline(volume, environment=environment) as project:
+    with Pipeline(volume, environment={"MNIST_PORT": str(free_port())}) as project:
         train = project.start("train", "--epochs", "70", *OFTEN)
         train.wait_until_it_trains()
         for words in (("run", "--rm", "-T", "evaluate"), ("run", "--rm", "-T", "infer"), ("up", "--wait", "serve")):
