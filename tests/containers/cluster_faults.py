@@ -21,30 +21,12 @@ LONG = ("--epochs", "200", "--num-processes", "1")  # flags for a training that 
 APP = "/opt/app"
 
 # Takes a container's network interface down for some seconds, as if the cable had been pulled.
-CUT = """
-import fcntl, socket, struct, time
-SIOCGIFFLAGS, SIOCSIFFLAGS, IFF_UP = 0x8913, 0x8914, 1
-def set_up(up):
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as any_socket:
-        request = struct.pack("16sH14x", b"eth0", 0)
-        _, flags = struct.unpack("16sH14x", fcntl.ioctl(any_socket, SIOCGIFFLAGS, request))
-        flags = flags | IFF_UP if up else flags & ~IFF_UP
-        fcntl.ioctl(any_socket, SIOCSIFFLAGS, struct.pack("16sH14x", b"eth0", flags))
-set_up(False)
-time.sleep(SECONDS)
-set_up(True)
-"""
-# Kills a Hogwild worker of a node: the one process that has a grandparent of its own command and no children.
-KILL_WORKER = """
-import os, pathlib
-parent, spawned = {}, set()
-for folder in pathlib.Path("/proc").glob("[0-9]*"):
-    pid = int(folder.name)
-    parent[pid] = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
-    if b"spawn_main" in (folder / "cmdline").read_bytes():
-        spawned.add(pid)
-os.kill(max(pid for pid in spawned if parent[pid] in spawned), 9)
-"""
+CUT = """mount -o remount,rw /sys && cd /sys/class/net/eth0 && read flags <flags
+echo $((flags & ~1)) >flags && sleep SECONDS && echo $flags >flags"""
+# Kills a Hogwild worker of a node: a process whose parent has the same command, that of torchrun's children.
+KILL_WORKER = r"""for pid in $(grep -l '[s]pawn_main' /proc/[0-9]*/cmdline | cut -d/ -f3); do
+  grep -q '[s]pawn_main' "/proc/$(sed -n 's/^PPid:\s*//p' /proc/$pid/status)/cmdline" && exec kill -9 $pid
+done; exit 1"""
 
 
 @pytest.fixture
@@ -102,7 +84,7 @@ def is_running(container):
 
 
 def run_inside(container, script):
-    done = container.inside(f"/opt/venv/bin/python - <<'EOF'\n{script}\nEOF")
+    done = container.inside(script)
     assert done.returncode == 0, done.stderr
 
 

@@ -9,7 +9,7 @@ import subprocess
 
 import pytest
 
-from pipeline import Pipeline, as_root, output_of, remove_images
+from pipeline import Pipeline, as_root, docker, output_of, remove_images
 
 OWNERS = (0, 1000, 1234)  # of a checkout: root, the first user of a machine, another one
 
@@ -74,7 +74,7 @@ def slurm_image(first_run):
 
     slurm.build()
     yield
-    slurm.remove_image()
+    docker("image", "rm", "--force", slurm.IMAGE)
 
 
 @pytest.fixture
@@ -83,5 +83,4 @@ def cluster(slurm_image, tmp_path):
     from slurm import Cluster
 
     with Cluster(tmp_path) as cluster:
-        cluster.start()
         yield cluster

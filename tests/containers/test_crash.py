@@ -40,8 +40,7 @@ def test_a_training_killed_at_any_moment_loses_five_seconds_at_most_and_finishes
 
 
 @pytest.mark.parametrize(
-    ("stage", "file"),
-    [("evaluate", ".eval_results.json.part"), ("infer", ".predictions.json.part"), ("infer", ".results.new")],
+    ("stage", "file"), [(stage, file) for stage in ("evaluate", "infer") for file in scenarios.PARTS[stage]]
 )
 def test_a_stage_killed_while_it_publishes_leaves_whole_artifacts_to_the_next_run(volume, stage, file):
     scenarios.kill_while_publishing(volume, stage, file)

@@ -3,13 +3,10 @@
 The variables are those that Kubeflow Trainer sets for two nodes.
 """
 
-import json
-import uuid
-
 import pytest
 
 from manifest import JOBS, TRAIN, container_of, pod_of
-from pipeline import DATA_FOLDER, PREFIX, Container, as_root, docker, image
+from pipeline import DATA_FOLDER, Pipeline, as_root, image
 from stages import DATA, STAGES, assert_whole, images_trained_on, read_json, results
 
 FIRST_NODE = "mnist-train-node-0-0.mnist-train"
@@ -47,19 +44,16 @@ def pods(first_run, tmp_path):
     tmp_path.chmod(0o777)
     services = {f"node-{rank}": node(rank, tmp_path) for rank in range(TRAIN["spec"]["trainer"]["numNodes"])}
     services |= {stage: service(job, stage, tmp_path) for stage, job in zip(STAGES[1:], JOBS, strict=True)}
-    options = ("--progress", "quiet", "--project-name", f"{PREFIX}-{uuid.uuid4().hex[:6]}", "--file", "-")
+    with Pipeline() as project:
+        project.files, project.override = (), {"services": services}
 
-    def compose(*words):
-        return docker("compose", *options, *words, input=json.dumps({"services": services}))
+        def run(*names):
+            started = project.compose("up", "--detach", *names)
+            assert started.returncode == 0, started.stderr
+            ended = [project.container(name).end() for name in names]
+            assert [end.returncode for end in ended] == [0] * len(names), ended
 
-    def run(*names):
-        started = compose("up", "--detach", *names)
-        assert started.returncode == 0, started.stderr
-        ended = [Container(compose("ps", "--all", "--quiet", name).stdout.strip()).end() for name in names]
-        assert [end.returncode for end in ended] == [0] * len(names), ended
-
-    yield run
-    compose("down", "--timeout", "0")
+        yield run
     as_root(tmp_path, "rm -rf model")  # which belongs to the user of the pods
 
 
