@@ -1,6 +1,6 @@
 """Measures how many letters, scribbles and clothes (Fashion-MNIST) the model predicts as "no digit".
 
-Reads   MODEL/mnist_cnn.pt, a model of train; DATA/MNIST/raw; the test images of Fashion-MNIST, gzipped (--fashion)
+Reads   MODEL/mnist_cnn.pt, a model of train; data/MNIST/raw; the test images of Fashion-MNIST, gzipped (--fashion)
 
     .venv/bin/python tests/bench/no_digit.py --model model
 
@@ -38,9 +38,9 @@ def main():
     """Print the outcomes for each kind of image."""
     args = parse_args()
     torch.set_num_threads(1)
-    predictor = prediction.load_predictor(args.model, args.data)
-    rng = np.random.default_rng(args.seed)
-    digits = dataset.read_split(args.data, "t10k")[0].numpy()
+    predictor = prediction.load_predictor(args.model, TREE / "data")
+    rng = np.random.default_rng(1)
+    digits = dataset.read_split(TREE / "data", "t10k")[0].numpy()
     kinds = {
         "letters": draw_letters(rng),
         "scribbles": (draw_scribble(rng) for _ in range(COUNT)),
@@ -57,10 +57,8 @@ def parse_args():
     """Parse the command line."""
     parser = argparse.ArgumentParser(description="Measures how many images of other things are predicted as no digit.")
     parser.add_argument("--model", type=Path, default=TREE / "model", help="folder of the model (default: %(default)s)")
-    parser.add_argument("--data", type=Path, default=TREE / "data", help="folder of the data (default: %(default)s)")
     default = Path("/usr/share/datasets/fashion-mnist/t10k-images-idx3-ubyte.gz")
     parser.add_argument("--fashion", type=Path, default=default, help="Fashion-MNIST's images (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=1, help="seed of the drawings (default: %(default)s)")
     return parser.parse_args()
 
 

@@ -1,15 +1,16 @@
-"""The crash contract: a stage that is killed, cannot write, or finds broken files. `make chaos` tries far more."""
+"""The crash contract: a stage that is killed or paused, cannot write, or finds broken files. `make chaos` tries more."""
 
+import time
 from functools import partial
-from signal import SIGKILL
+from signal import SIGCONT, SIGKILL, SIGSTOP
 
 import pytest
 import scenarios
 from scenarios import LONG, kill_once_there_is
 
 import corpus
-from pipeline import DATA_FOLDER, MODEL, OFTEN, READ_ONLY, Container, Pipeline
-from stages import MADE_BY, assert_fails, assert_succeeds, contents, results
+from pipeline import DATA_FOLDER, MODEL, OFTEN, READ_ONLY, Container, Pipeline, docker
+from stages import MADE_BY, TREE, assert_fails, assert_succeeds, contents, results
 
 BROKEN = [  # some of the corpus
     "train-images-idx3-ubyte: a flipped bit (train)",
@@ -21,6 +22,16 @@ BROKEN = [  # some of the corpus
     "train_results.json: 100,000 lists in each other (train)",
     "eval_results.json: empty (infer)",
 ]
+PAUSED = (
+    "--epochs",
+    "2",
+    "--batch-size",
+    "1000",
+)  # for a training that is paused: a batch takes longer than a look at it
+HANG_SECONDS, PAUSE_SECONDS = (
+    4,
+    8,
+)  # of a worker, half a minute in the program, which is too long to wait for; of a pause
 
 
 def test_a_training_killed_at_any_moment_loses_five_seconds_at_most_and_finishes(tmp_path):
@@ -76,3 +87,31 @@ def test_missing_data_in_a_read_only_folder_is_a_failure_that_names_the_folder(t
     with Pipeline(volume, train={"volumes": [f"{data}:{DATA_FOLDER}:ro"]}) as project:
         assert_fails(project.run("train"), 1, DATA_FOLDER, "make data")
     assert not contents(volume)
+
+
+def pause_by_the_engine(train):
+    docker("pause", train.id)
+    time.sleep(PAUSE_SECONDS)
+    docker("unpause", train.id)
+
+
+def stop_all_processes(train):
+    for number in (SIGSTOP, SIGCONT):
+        train.send(number)  # from outside: within its container, the first process cannot be stopped
+        train.inside(f"kill -{number} -1")
+        time.sleep(PAUSE_SECONDS if number == SIGSTOP else 0)
+
+
+@pytest.mark.parametrize("pause", [pause_by_the_engine, stop_all_processes])
+def test_a_training_that_stood_still_altogether_goes_on_with_all_workers(tmp_path, pause):
+    workers, volume = tmp_path / "workers.py", tmp_path / "volume"
+    text = (TREE / "model-train/training/workers.py").read_text()
+    assert text.count("\nHANG_SECONDS = 30") == 1
+    workers.write_text(text.replace("\nHANG_SECONDS = 30", f"\nHANG_SECONDS = {HANG_SECONDS}"))
+    with Pipeline(volume, train={"volumes": [f"{workers}:/opt/app/training/workers.py:ro"]}) as project:
+        train = project.start("train", *PAUSED, *OFTEN)
+        train.wait_until_it_trains()
+        pause(train)
+        assert_succeeds(train.end())
+    assert results(volume)["finished"]
+    assert results(volume)["lost_workers"] == []

@@ -1,7 +1,4 @@
-"""The page in a headless browser, with the service in its container: drawing, pictures, keyboard, phone, results.
-
-If the environment variable SCREENSHOTS names a folder, screenshots are saved there.
-"""
+"""The page in a headless browser, with the service in its container: drawing, pictures, keyboard, phone, results."""
 
 import base64
 import contextlib
@@ -133,13 +130,11 @@ class Page:
             event, base64.b64encode(content).decode(),
         )  # fmt: skip
 
-    def check_accessibility(self, name):
-        """Check with axe-core that what the page shows is accessible; save a screenshot if wanted."""
-        if "SCREENSHOTS" in os.environ:
-            self.driver.save_screenshot(f"{os.environ['SCREENSHOTS']}/{name}.png")
+    def check_accessibility(self):
+        """Check with axe-core that what the page shows is accessible."""
         self.script(AXE.read_text())
         found = self.driver.execute_async_script("axe.run().then(arguments[0])")
-        assert not [(rule["id"], rule["nodes"][0]["html"]) for rule in found["violations"]], name
+        assert not [(rule["id"], rule["nodes"][0]["html"]) for rule in found["violations"]]
 
     def assert_clean(self):
         """Check that the console has no errors, and that all requests went to the service."""
@@ -185,7 +180,7 @@ def test_digits_of_all_sizes_and_positions_are_predicted(page):
 
 def test_the_prediction_appears_within_a_tenth_of_a_second_and_is_announced(page):
     opened = page()
-    opened.check_accessibility("empty")
+    opened.check_accessibility()
     assert opened.text("verdict") == "Nothing drawn yet"
     opened.script(
         """const canvas = document.getElementById("canvas");
@@ -202,7 +197,7 @@ def test_the_prediction_appears_within_a_tenth_of_a_second_and_is_announced(page
     assert min(times) < 100 * max(1, os.getloadavg()[0] / os.cpu_count())
     assert opened.script("return document.getElementById('seen').naturalWidth") == 28
     opened.until(lambda: opened.text("announcer").startswith("7. Sure"))
-    opened.check_accessibility("drawn")
+    opened.check_accessibility()
 
 
 def test_undo_and_clear_work_by_button_and_by_key(page):
@@ -247,7 +242,7 @@ def test_the_page_works_with_the_keyboard_alone(page):
     opened.press(*["ARROW_LEFT"] * 5, *["ARROW_UP"] * 6, " ", *["ARROW_RIGHT"] * 8)
     opened.press(*["ARROW_DOWN", "ARROW_DOWN", "ARROW_LEFT"] * 5, " ")
     assert opened.prediction() == "7"
-    opened.check_accessibility("keyboard")
+    opened.check_accessibility()
     opened.press("ESCAPE")
     assert opened.prediction() == NOTHING
 
@@ -256,7 +251,7 @@ def test_on_a_phone_a_finger_draws_and_the_page_fits_the_screen(page):
     opened = page(width=390, height=844, phone=True)
     assert opened.draw(SEVEN, touch=True) == "7"
     assert opened.script("return [scrollY, document.documentElement.scrollWidth - innerWidth]") == [0, 0]
-    opened.check_accessibility("phone")
+    opened.check_accessibility()
     opened.open_results()
     assert opened.script("return document.documentElement.scrollWidth - innerWidth") == 0
 
@@ -265,7 +260,7 @@ def test_the_page_follows_the_dark_scheme(page):
     opened = page(dark=True)
     opened.draw(SEVEN)
     assert opened.script("return getComputedStyle(document.body).backgroundColor") == "rgb(20, 22, 26)"
-    opened.check_accessibility("dark")
+    opened.check_accessibility()
 
 
 @pytest.mark.parametrize(
@@ -279,31 +274,26 @@ def test_unsure_and_no_digit_are_shown(page, confidence, prediction, text):
     opened.script(MOCK, {"output": output})
     opened.draw(SEVEN)
     opened.until(lambda: opened.text("verdict") == text)
-    opened.check_accessibility(confidence.replace(" ", "-"))
+    opened.check_accessibility()
 
 
-def test_results_and_api_are_shown(page, served):
-    opened = page(height=2200)
-    opened.open_results()
-    assert f"{get(served, '/results')['evaluation']['accuracy']:.2f} %" in opened.text("results-content")
-    opened.until(lambda: opened.script(LOADED) == 6)
-    opened.check_accessibility("results")
-    opened.open("/docs")
-    opened.until(lambda: "/predictions/{prediction_id}" in opened.text("docs-content"))
-    opened.check_accessibility("docs")
-
-
-def test_under_a_prefix_behind_a_proxy_the_page_works(page, served):
-    with stages.proxied(served.address, "/digits") as address:
-        opened = page(address)
+@pytest.mark.parametrize("prefix", ["", "/digits"])
+def test_results_and_api_are_shown_also_under_a_prefix_behind_a_proxy(page, served, prefix):
+    with stages.proxied(served.address, prefix) as address:
+        opened = page(address, height=2200)
         assert opened.draw(SEVEN) == "7"
         opened.open_results()
+        assert f"{get(served, '/results')['evaluation']['accuracy']:.2f} %" in opened.text("results-content")
         opened.until(lambda: opened.script(LOADED) == 6)
+        opened.check_accessibility()
         opened.script("document.querySelector('[data-view=docs]').click()")
         opened.until(lambda: "/predictions/{prediction_id}" in opened.text("docs-content"))
         assert f"{address}/predictions" in opened.text("docs-content")
+        opened.check_accessibility()
         opened.script("document.querySelector('[data-view=draw]').click()")
         opened.until(lambda: opened.script("return location.href") == f"{address}/#draw")
+        opened.open("/docs")
+        opened.until(lambda: "/predictions/{prediction_id}" in opened.text("docs-content"))
 
 
 def test_a_running_training_is_shown_and_its_model_replaces_the_old_one(page, served):
@@ -312,7 +302,7 @@ def test_a_running_training_is_shown_and_its_model_replaces_the_old_one(page, se
     before = get(served, "/health-check")["model"]["sha256"]
     served.start("train", "--epochs", "17")  # two more than it has
     opened.until(lambda: "Training: " in opened.text("results-content"))
-    opened.check_accessibility("training")
+    opened.check_accessibility()
     stages.wait_until(lambda: get(served, "/health-check")["model"]["sha256"] != before, "a new model")
     after = get(served, "/health-check")["model"]["sha256"]
     opened.until(lambda: after[:12] in opened.text("model"))
