@@ -15,7 +15,7 @@ import pytest
 import nodes
 import stages
 from nodes import Cluster
-from pipeline import DATA_FOLDER, statuses
+from pipeline import DATA_FOLDER
 
 LONG = ("--epochs", "200", "--num-processes", "1")  # flags for a training that is still going on after the fault
 APP = "/opt/app"
@@ -30,14 +30,18 @@ done; exit 1"""
 
 
 @pytest.fixture
-def report(capsys):
-    """A function that prints a figure at once."""
+def timed(capsys):
+    """A function that waits for a condition, prints at once how many seconds that took, and returns them."""
 
-    def say(text):
+    def wait(what, condition):
+        began = time.monotonic()
+        stages.wait_until(condition, what)
+        seconds = time.monotonic() - began
         with capsys.disabled():
-            print(f"\n  {text}", end="")
+            print(f"\n  {what}: {seconds:.1f} s", end="")
+        return seconds
 
-    return say
+    return wait
 
 
 @pytest.fixture
@@ -55,28 +59,21 @@ def two(volume):
         yield project, *containers
 
 
-def seconds_until(condition, what):
-    """Waits for a condition; returns the seconds that took."""
-    began = time.monotonic()
-    stages.wait_until(condition, what)
-    return time.monotonic() - began
-
-
-def seconds_until_progress(volume):
-    """Waits until a new checkpoint has more batches than the one there is; returns the seconds that took."""
+def progresses(volume):
+    """A condition: there is a checkpoint of more batches than now."""
     before = stages.batches_saved(volume)
-    return seconds_until(lambda: stages.batches_saved(volume) > before, "progress")
+    return lambda: stages.batches_saved(volume) > before
 
 
 def starts(*containers):
-    """What nodes said that they do each time that one was node 0: such as ("resuming", "2"), on so many nodes."""
+    """What nodes said each time that one of them was node 0: such as ("resuming", "2"), on so many nodes."""
     logs = "".join(container.logs() for container in containers)
     return re.findall(r"train: (starting|resuming).* on (\d) nodes?", logs)
 
 
-def seconds_until_start(what, count, *containers):
-    """Waits until a node has said that it is starting or resuming on a number of nodes."""
-    return seconds_until(lambda: (what, str(count)) in starts(*containers), f"{what} on {count} nodes")
+def resumes(count, *containers):
+    """A condition: node 0 is one of the containers, and has resumed on a number of nodes."""
+    return lambda: ("resuming", str(count)) in starts(*containers)
 
 
 def is_running(container):
@@ -88,45 +85,42 @@ def run_inside(container, script):
     assert done.returncode == 0, done.stderr
 
 
-def test_a_killed_node_leaves_the_other_to_go_on_alone_and_joins_when_it_comes_back(two, volume, report):
+def test_a_killed_node_leaves_the_other_to_go_on_alone_and_joins_when_it_comes_back(two, volume, timed):
     project, train, other = two
     other.send(SIGKILL)
-    taken = seconds_until_start("resuming", 1, train)
-    report(f"node killed: the other went on alone after {taken:.1f} s")
-    assert taken < 60
-    seconds_until_progress(volume)
-    (other,) = project.start_nodes("train-2")
-    report(f"node started again: both trained after {seconds_until_start('resuming', 2, train, other):.1f} s")
-    seconds_until_progress(volume)
+    assert timed("node killed: the other goes on alone", resumes(1, train)) < 60
+    stages.wait_until(progresses(volume))
+    project.start_nodes("train-2")
+    timed("node started again: both train together", resumes(2, train, other))
+    stages.wait_until(progresses(volume))
     assert is_running(train)
 
 
-def test_a_node_that_is_stopped_leaves_a_checkpoint_and_the_other_goes_on(two, volume, report):
+def test_a_node_that_is_stopped_leaves_a_checkpoint_and_the_other_goes_on(two, volume, timed):
     _, train, other = two
     before = stages.batches_saved(volume)
     other.send(SIGTERM)
     assert other.end(20).returncode == 128 + SIGTERM
     assert stages.batches_saved(volume) > before
-    report(f"node stopped: the other went on alone after {seconds_until_start('resuming', 1, train):.1f} s")
-    seconds_until_progress(volume)
+    timed("node stopped: the other goes on alone", resumes(1, train))
+    stages.wait_until(progresses(volume))
 
 
-def test_the_loss_of_the_rendezvous_ends_the_other_node_in_one_clear_line_and_both_resume(two, volume, report):
+def test_the_loss_of_the_rendezvous_ends_the_other_node_in_one_clear_line_and_both_resume(two, volume, timed):
     project, train, other = two
-    killed = time.time()
     train.send(SIGKILL)
-    ended = other.end(60)
-    report(f"node with the rendezvous killed: the other ended after {ended.ended - killed:.1f} s")
+    assert timed("node with the rendezvous killed: the other ends", lambda: not is_running(other)) < 60
+    ended = other.end()
     assert ended.returncode == 1
     assert [line for line in ended.stderr.splitlines() if "launch: cannot reach the rendezvous" in line]
     assert "Traceback" not in ended.stderr
     stages.assert_whole(volume)
     assert not (volume / "mnist_cnn.pt").exists()
     project.start_nodes()
-    seconds_until_progress(volume)
+    stages.wait_until(progresses(volume))
 
 
-def test_a_killed_worker_costs_nothing_but_its_time(volume, report):
+def test_a_killed_worker_costs_nothing_but_its_time(volume):
     with Cluster(volume, ("--epochs", "12", "--num-processes", "2")) as project:
         containers = project.start_nodes()
         nodes.wait_until_they_train(containers)
@@ -134,59 +128,48 @@ def test_a_killed_worker_costs_nothing_but_its_time(volume, report):
         run_inside(follower, KILL_WORKER)
         ends = project.end_nodes()
     assert [end.returncode for end in ends] == [0, 0], ends
-    results = stages.results(volume)
-    (lost,) = results["lost_workers"]
-    report(f"worker of node 1 killed: recorded as {lost}")
+    (lost,) = stages.results(volume)["lost_workers"]
     assert (lost["signal"], lost["rank"] >= 2) == (SIGKILL, True)
     assert stages.images_trained_on(volume) == 12 * 55_000
 
 
-def test_the_only_worker_of_a_node_is_killed_and_all_nodes_go_on_from_the_checkpoint(two, volume, report):
+def test_the_only_worker_of_a_node_is_killed_and_all_nodes_go_on_from_the_checkpoint(two, volume, timed):
     leader, follower = nodes.by_rank(two[1:])
     run_inside(follower, KILL_WORKER)
-    taken = seconds_until_start("resuming", 2, leader, follower)
-    report(f"only worker of node 1 killed: both went on after {taken:.1f} s")
-    seconds_until_progress(volume)
+    timed("only worker of node 1 killed: both go on", resumes(2, leader, follower))
+    stages.wait_until(progresses(volume))
     assert is_running(leader)
 
 
-def test_a_network_that_is_cut_for_5_seconds_is_waited_for(two, volume, report):
+def test_a_network_that_is_cut_for_5_seconds_is_waited_for(two, volume, timed):
     _, train, other = two
     before = starts(train, other)
     run_inside(other, CUT.replace("SECONDS", "5"))
-    report(f"network cut for 5 s: progress {seconds_until_progress(volume):.1f} s after its end")
+    timed("network cut for 5 s: progress after its end", progresses(volume))
     assert starts(train, other) == before
 
 
-def test_a_network_that_is_cut_for_60_seconds_loses_a_node_for_a_while_at_most(two, volume, report):
+def test_a_network_that_is_cut_for_60_seconds_loses_a_node_for_a_while_at_most(two, volume, timed):
     _, train, other = two
-    began = time.monotonic()
     cutting = threading.Thread(target=run_inside, args=(other, CUT.replace("SECONDS", "60")))
     cutting.start()
-    seconds_until_start("resuming", 1, train)
-    report(f"network cut for 60 s: the node with the rendezvous went on alone after {time.monotonic() - began:.1f} s")
+    timed("network cut for 60 s: the node with the rendezvous goes on alone", resumes(1, train))
     cutting.join()
-    after = time.monotonic()
-
-    def has_joined_or_ended():
-        if ("resuming", "2") in starts(train, other):
-            return "joined"
-        return not is_running(other) and f"ended ({other.end().stderr.splitlines()[-1]})"
-
-    outcome = stages.wait_until(has_joined_or_ended, "the end of the other node")
-    report(f"the other one {outcome} {time.monotonic() - after:.1f} s after the cut")
-    seconds_until_progress(volume)
+    joins = resumes(2, train, other)
+    timed("the other one joins or ends, after the cut", lambda: joins() or not is_running(other))
+    assert joins() or "cannot reach the rendezvous" in other.end().stderr
+    stages.wait_until(progresses(volume))
     assert is_running(train)
 
 
-def test_a_late_node_joins(volume, report):
+def test_a_late_node_joins(volume, timed):
     with Cluster(volume, LONG) as project:
         (train,) = project.start_nodes("train")
-        report(f"one node alone: trained after {seconds_until_start('starting', 1, train):.1f} s")
-        seconds_until_progress(volume)
+        timed("one node alone: it trains", lambda: ("starting", "1") in starts(train))
+        stages.wait_until(progresses(volume))
         (other,) = project.start_nodes("train-2")
-        report(f"late node: both trained after {seconds_until_start('resuming', 2, train, other):.1f} s")
-        seconds_until_progress(volume)
+        timed("late node: both train together", resumes(2, train, other))
+        stages.wait_until(progresses(volume))
 
 
 def other_code(folder):
@@ -223,13 +206,13 @@ def damaged_data(folder):
         (damaged_data, ["train-labels-idx1-ubyte"]),
     ],
 )
-def test_a_node_that_differs_keeps_both_from_training(volume, tmp_path, report, make, names):
+def test_a_node_that_differs_keeps_both_from_training(volume, tmp_path, timed, make, names):
     with Cluster(volume, LONG, **{"train-2": make(tmp_path)}) as project:
-        project.start_nodes()
-        ends = dict(zip(project.nodes, project.end_nodes(120), strict=True))
-    report(f"{make.__name__}: both ended after {max(end.seconds for end in ends.values()):.1f} s")
-    assert 0 not in statuses(ends).values()
-    for end in ends.values():
+        containers = project.start_nodes()
+        timed(f"{make.__name__}: both end", lambda: not any(map(is_running, containers)))
+        ends = [container.end() for container in containers]
+    assert 0 not in [end.returncode for end in ends]
+    for end in ends:
         (line,) = end.stderr.splitlines()
         assert all(name in line for name in names), line
     assert not (volume / "mnist_cnn.pt").exists()

@@ -1,4 +1,4 @@
-"""The crash contract: a stage that is killed or paused, cannot write, or finds broken files. `make chaos` tries more."""
+"""The crash contract: a stage is killed or paused, cannot write, or finds broken files. `make chaos` tries more."""
 
 import time
 from functools import partial
@@ -22,16 +22,8 @@ BROKEN = [  # some of the corpus
     "train_results.json: 100,000 lists in each other (train)",
     "eval_results.json: empty (infer)",
 ]
-PAUSED = (
-    "--epochs",
-    "2",
-    "--batch-size",
-    "1000",
-)  # for a training that is paused: a batch takes longer than a look at it
-HANG_SECONDS, PAUSE_SECONDS = (
-    4,
-    8,
-)  # of a worker, half a minute in the program, which is too long to wait for; of a pause
+PAUSED = ("--epochs", "2", "--batch-size", "1000")  # for a training: such a batch takes longer than a look at it
+HANG_SECONDS, PAUSE_SECONDS = 4, 8  # the first is half a minute in the program, which is too long to wait for
 
 
 def test_a_training_killed_at_any_moment_loses_five_seconds_at_most_and_finishes(tmp_path):
