@@ -89,8 +89,8 @@ def jax_step():
 
     def update(parameters, velocities, images, labels):
         loss, gradients = jax.value_and_grad(loss_of)(parameters, images, labels)
-        state = zip(parameters, velocities, gradients, strict=True)
-        velocities = [MOMENTUM * v + g + WEIGHT_DECAY * p for p, v, g in state]
+        triples = zip(parameters, velocities, gradients, strict=True)
+        velocities = [MOMENTUM * v + g + WEIGHT_DECAY * p for p, v, g in triples]
         return loss, [p - LEARNING_RATE * v for p, v in zip(parameters, velocities, strict=True)], velocities
 
     update = jax.jit(update, donate_argnums=(0, 1))
