@@ -169,20 +169,15 @@ def run_matrices(seed):
 
 def run_peer(peer, seed):
     """A peer, which no image contains: it runs in the virtual environment of the benchmark."""
-    program = Path(__file__).with_name("peers.py")
-    command = [sys.executable, program, peer, f"--data={TREE / 'data'}"]
+    command = [sys.executable, Path(__file__).with_name("peers.py"), peer, f"--data={TREE / 'data'}"]
     return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
 
 
 def run_stages(seed):
     """Evaluate and infer, each beside the mere import of torch in its container, and predicting alone."""
-    commands = {
-        "import in train": ("train", "-c", "import torch"),
-        "evaluate": ("evaluate", "/opt/app/evaluate.py", "--min-accuracy=0"),
-        "import in evaluate": ("evaluate", "-c", "import torch"),
-        "infer": ("infer", "/opt/app/infer.py"),
-        "import in infer": ("infer", "-c", "import torch"),
-    }
+    commands = {f"import in {stage}": (stage, "-c", "import torch") for stage in STAGES}
+    commands["evaluate"] = ("evaluate", "/opt/app/evaluate.py", "--min-accuracy=0")
+    commands["infer"] = ("infer", "/opt/app/infer.py")
     seconds = {name: [] for name in commands}
     with Pipeline() as project:
         containers.run(project, "train", "/opt/app/train.py", *RECIPES["one epoch"].split(), f"--seed={seed}")

@@ -36,7 +36,11 @@ OUTCOMES = ("no digit", "blank", "unsure", "sure")
 
 def main():
     """Print the outcomes for each kind of image."""
-    args = parse_args()
+    parser = argparse.ArgumentParser(description="Measures how many images of other things are predicted as no digit.")
+    parser.add_argument("--model", type=Path, default=TREE / "model", help="folder of the model (default: %(default)s)")
+    default = Path("/usr/share/datasets/fashion-mnist/t10k-images-idx3-ubyte.gz")
+    parser.add_argument("--fashion", type=Path, default=default, help="Fashion-MNIST's images (default: %(default)s)")
+    args = parser.parse_args()
     torch.set_num_threads(1)
     predictor = prediction.load_predictor(args.model, TREE / "data")
     rng = np.random.default_rng(1)
@@ -51,15 +55,6 @@ def main():
         found = [outcome(predictor, image) for image in images]
         shares = [f"{found.count(name) / max(1, len(found)):6.1%} {name}" for name in OUTCOMES]
         print(f"{kind:>13} {len(found):5,}: ", ", ".join(shares), flush=True)
-
-
-def parse_args():
-    """Parse the command line."""
-    parser = argparse.ArgumentParser(description="Measures how many images of other things are predicted as no digit.")
-    parser.add_argument("--model", type=Path, default=TREE / "model", help="folder of the model (default: %(default)s)")
-    default = Path("/usr/share/datasets/fashion-mnist/t10k-images-idx3-ubyte.gz")
-    parser.add_argument("--fashion", type=Path, default=default, help="Fashion-MNIST's images (default: %(default)s)")
-    return parser.parse_args()
 
 
 def outcome(predictor, image):

@@ -129,10 +129,9 @@ def bytes_sent(container):
 
 def measured(project, ends, volume):
     """What is kept of a training; the accuracy is that on the test images."""
-    if any(end.returncode for end in ends):
-        sys.exit(f"scaling: a training failed: {ends}")
-    if project.run("evaluate").returncode:
-        sys.exit("scaling: evaluate failed")
+    for end in (*ends, project.run("evaluate")):
+        if end.returncode:
+            sys.exit(f"scaling: a stage failed: {end}")
     record, evaluation = stages.results(volume), stages.read_json(volume / "eval_results.json")
     said = re.findall(r"(\d+) averagings took ([\d.]+) s", "".join(end.stdout for end in ends))
     return {

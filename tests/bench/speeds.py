@@ -1,7 +1,4 @@
-"""Runs in the stages' images: prints what the function that is named measures, medians after a warm-up, as JSON.
-
-See bench.py and serving.py.
-"""
+"""Runs in the stages' images: prints as JSON what the function that is named measures. See bench.py and serving.py."""
 
 import json
 import statistics

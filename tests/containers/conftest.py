@@ -9,7 +9,7 @@ import subprocess
 
 import pytest
 
-from pipeline import Pipeline, as_root, docker, output_of, remove_images
+from pipeline import PREFIX, Pipeline, as_root, docker, output_of, remove_images
 
 OWNERS = (0, 1000, 1234)  # of a checkout: root, the first user of a machine, another one
 
@@ -36,6 +36,7 @@ def first_run(data):
             yield project, project.up("--build")
     finally:
         remove_images()
+        docker("image", "rm", "--force", f"{PREFIX}-slurm")  # which is there only if a test has had it built
 
 
 @pytest.fixture(scope="session")
@@ -60,20 +61,11 @@ def owned(request, data, tmp_path_factory):
     as_root(folder, f"chown -R {os.getuid()}:{os.getgid()} .")  # or pytest could not remove it
 
 
-@pytest.fixture(scope="session")
-def slurm_image(first_run):
-    """The image of the nodes of a Slurm cluster."""
+@pytest.fixture
+def cluster(first_run, tmp_path):
+    """A Slurm cluster of two nodes."""
     import slurm  # once its assertions are rewritten
 
-    slurm.build()
-    yield
-    docker("image", "rm", "--force", slurm.IMAGE)
-
-
-@pytest.fixture
-def cluster(slurm_image, tmp_path):
-    """A Slurm cluster of two nodes."""
-    from slurm import Cluster
-
-    with Cluster(tmp_path) as cluster:
+    with slurm.Cluster(tmp_path) as cluster:
+        cluster.start()
         yield cluster

@@ -15,13 +15,6 @@ EPOCHS = 4  # enough for the training to be in the middle when there is the firs
 FLAGS = ("--epochs", str(EPOCHS), *ONE_CORE)
 
 
-def build():
-    """Builds the image of the nodes on top of that of train."""
-    dockerfile = (TREE / "tests/containers/Dockerfile.slurm").read_text()
-    options = ("--quiet", "--tag", IMAGE, "--build-arg", f"TRAIN_IMAGE={image('train')}")
-    output_of("build", *options, "-", input=dockerfile, timeout=300)
-
-
 class Cluster(Pipeline):
     """A cluster for a block. Its nodes share a new folder with a checkout of the tree, where its jobs write to `model`.
 
@@ -46,12 +39,14 @@ class Cluster(Pipeline):
         services = {name: common | {"hostname": name, "command": [daemon, "-D"]} for name, daemon in daemons.items()}
         self.override = {"services": services}
 
-    def __enter__(self):
-        """Starts the containers, and waits until Slurm has both nodes."""
+    def start(self):
+        """Builds the image on top of that of train, starts the containers, and waits until Slurm has both nodes."""
+        dockerfile = (TREE / "tests/containers/Dockerfile.slurm").read_text()
+        options = ("--quiet", "--tag", IMAGE, "--build-arg", f"TRAIN_IMAGE={image('train')}")
+        output_of("build", *options, "-", input=dockerfile, timeout=300)
         started = self.compose("up", "--detach")
         assert started.returncode == 0, started.stderr
         wait_until(lambda: self.states() == dict.fromkeys(NODES, "IDLE"), "two idle nodes")
-        return self
 
     def execute(self, *words):
         """Runs a command in the checkout, on the controller, as the user; what came of it."""

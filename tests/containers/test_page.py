@@ -26,6 +26,7 @@ if not (BROWSER and shutil.which("chromedriver")) and not os.environ.get("REQUIR
 
 FLAGS = ["--headless=new", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync",
          "--disable-background-networking", "--disable-component-update"]  # fmt: skip
+SEVEN = [[(0.6, 0.3), (0.75, 0.3), (0.66, 0.55)]]
 NOTHING = "\u2013"  # the dash that is shown without a prediction
 # The package is installed for this script; it is not imported.
 AXE = Path(importlib.util.find_spec("axe_playwright_python").origin).with_name("axe.min.js")
@@ -33,7 +34,6 @@ AXE = Path(importlib.util.find_spec("axe_playwright_python").origin).with_name("
 MOCK = """const [content, real] = [arguments[0], window.fetch];
 window.fetch = async (path, ...rest) =>
   path === "predictions" ? new Response(JSON.stringify(content)) : real(path, ...rest);"""
-
 LOADED = "return [...document.querySelectorAll('#results img')].filter((i) => i.complete && i.naturalWidth).length"
 
 
@@ -99,9 +99,7 @@ class Page:
 
     def draw(self, lines, touch=False):
         """Draw strokes, in fractions of the canvas, with the mouse or a finger; return the predicted digit."""
-        box = self.script(
-            "const b = document.getElementById('canvas').getBoundingClientRect(); return [b.left, b.top, b.width]"
-        )
+        box = self.script("const b = byId('canvas').getBoundingClientRect(); return [b.left, b.top, b.width]")
         for line in lines:
             first, *rest = [{"x": box[0] + x * box[2], "y": box[1] + y * box[2]} for x, y in line]
             if touch:
@@ -163,9 +161,6 @@ def page(served, tmp_path):
             return opened
 
         yield open_page
-
-
-SEVEN = [[(0.6, 0.3), (0.75, 0.3), (0.66, 0.55)]]
 
 
 def test_digits_of_all_sizes_and_positions_are_predicted(page):
