@@ -67,5 +67,5 @@ def cluster(first_run, tmp_path):
     import slurm  # once its assertions are rewritten
 
     with slurm.Cluster(tmp_path) as cluster:
-        cluster.start()
+        cluster.start_daemons()
         yield cluster

@@ -39,7 +39,7 @@ class Cluster(Pipeline):
         services = {name: common | {"hostname": name, "command": [daemon, "-D"]} for name, daemon in daemons.items()}
         self.override = {"services": services}
 
-    def start(self):
+    def start_daemons(self):
         """Builds the image on top of that of train, starts the containers, and waits until Slurm has both nodes."""
         dockerfile = (TREE / "tests/containers/Dockerfile.slurm").read_text()
         options = ("--quiet", "--tag", IMAGE, "--build-arg", f"TRAIN_IMAGE={image('train')}")
