@@ -39,6 +39,14 @@ RECIPES = {
 }
 CURVE_EPOCHS = (2, 4, 8)  # further points of the plot, with one seed
 STAGE_REPEATS = 3
+SPEEDS = "/opt/tests/bench/speeds.py"
+# In place of train.py: two torch threads in each worker, not in their parent, which forks them.
+TWO_THREADS = """
+import os, runpy, sys, torch
+sys.path.insert(0, "/opt/app")
+os.register_at_fork(after_in_child=lambda: torch.set_num_threads(2))
+runpy.run_path("/opt/app/train.py", run_name="__main__")
+"""
 
 
 def main():
@@ -115,7 +123,7 @@ def plan_runs(args):
         "reference": partial(run_reference, report.EPOCHS, ["OMP_NUM_THREADS=1"]),
         **{name: partial(run_training, flags) for name, flags in RECIPES.items()},
         "one worker": partial(run_training, one_worker),
-        "two threads": partial(run_training, one_worker, program="/opt/tests/bench/two_threads.py"),
+        "two threads": partial(run_training, one_worker, program=("-c", TWO_THREADS)),
         "matrices": run_matrices,
         **{peer: partial(run_peer, peer) for peer in report.PEERS},
         "stages": run_stages,
@@ -142,47 +150,41 @@ def run_reference(epochs, environment, seed):
     return run | results | {"accuracy": results["history"][-1]["accuracy"], "epochs": epochs}
 
 
-def run_training(flags, seed, program="/opt/app/train.py"):
+def run_training(flags, seed, program=("/opt/app/train.py",)):
     """A training of the pipeline: seconds, images/s, test accuracy, peaks of memory."""
     with Pipeline() as project:
-        run = containers.run(project, "train", program, *flags.split(), f"--seed={seed}", watched=True)
+        run = containers.run(project, "train", *program, *flags.split(), f"--seed={seed}", watched=True)
         containers.run(project, "evaluate", "/opt/app/evaluate.py", "--min-accuracy=0")
         record, evaluation = (json.loads(project.shell(f"cat {stage}_results.json")) for stage in ("train", "eval"))
     del run["output"]
-    names = ("settings", "seconds", "images_per_second", "precision", "versions")
-    run |= {name: record[name] for name in names}
+    run |= {name: record[name] for name in ("settings", "seconds", "images_per_second", "precision", "versions")}
     return run | {"epochs": record["settings"]["epochs"], "accuracy": evaluation["Accuracy"]}
 
 
 def run_matrices(seed):
     """The speed of matrix products on one core, which no training can exceed."""
     with Pipeline() as project:
-        return json.loads(containers.run(project, "train", "/opt/tests/bench/matrices.py")["output"])
+        return json.loads(containers.run(project, "train", SPEEDS, "matrices")["output"])
 
 
 def run_peer(peer, seed):
     """A peer, which no image contains: it runs in the virtual environment of the benchmark."""
-    program = Path(__file__).with_name("peers.py")
-    command = [sys.executable, program, peer, f"--data={TREE / 'data'}"]
+    command = [sys.executable, Path(__file__).with_name("peers.py"), peer, f"--data={TREE / 'data'}"]
     return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
 
 
 def run_stages(seed):
     """Evaluate and infer, each beside the mere import of torch in its container, and predicting alone."""
-    commands = {
-        "import in train": ("train", "-c", "import torch"),
-        "evaluate": ("evaluate", "/opt/app/evaluate.py", "--min-accuracy=0"),
-        "import in evaluate": ("evaluate", "-c", "import torch"),
-        "infer": ("infer", "/opt/app/infer.py"),
-        "import in infer": ("infer", "-c", "import torch"),
-    }
+    commands = {f"import in {stage}": (stage, "-c", "import torch") for stage in STAGES}
+    commands["evaluate"] = ("evaluate", "/opt/app/evaluate.py", "--min-accuracy=0")
+    commands["infer"] = ("infer", "/opt/app/infer.py")
     seconds = {name: [] for name in commands}
     with Pipeline() as project:
         containers.run(project, "train", "/opt/app/train.py", *RECIPES["one epoch"].split(), f"--seed={seed}")
         for _ in range(STAGE_REPEATS):
             for name, words in commands.items():
                 seconds[name].append(containers.run(project, *words)["container_seconds"])
-        predicting = containers.run(project, "evaluate", "/opt/tests/bench/predicting.py")
+        predicting = containers.run(project, "evaluate", SPEEDS, "predict_all")
     return {name: statistics.median(times) for name, times in seconds.items()} | json.loads(predicting["output"])
 
 

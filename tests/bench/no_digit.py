@@ -1,6 +1,6 @@
 """Measures how many letters, scribbles and clothes (Fashion-MNIST) the model predicts as "no digit".
 
-Reads   MODEL/mnist_cnn.pt, a model of train; DATA/MNIST/raw; the test images of Fashion-MNIST, gzipped (--fashion)
+Reads   MODEL/mnist_cnn.pt, a model of train; data/MNIST/raw; the test images of Fashion-MNIST, gzipped (--fashion)
 
     .venv/bin/python tests/bench/no_digit.py --model model
 
@@ -36,35 +36,25 @@ OUTCOMES = ("no digit", "blank", "unsure", "sure")
 
 def main():
     """Print the outcomes for each kind of image."""
-    args = parse_args()
+    parser = argparse.ArgumentParser(description="Measures how many images of other things are predicted as no digit.")
+    parser.add_argument("--model", type=Path, default=TREE / "model", help="folder of the model (default: %(default)s)")
+    default = Path("/usr/share/datasets/fashion-mnist/t10k-images-idx3-ubyte.gz")
+    parser.add_argument("--fashion", type=Path, default=default, help="Fashion-MNIST's images (default: %(default)s)")
+    args = parser.parse_args()
     torch.set_num_threads(1)
-    predictor = prediction.load_predictor(args.model, args.data)
-    rng = np.random.default_rng(args.seed)
-    digits = dataset.read_split(args.data, "t10k")[0].numpy()
+    predictor = prediction.load_predictor(args.model, TREE / "data")
+    rng = np.random.default_rng(1)
+    digits = dataset.read_split(TREE / "data", "t10k")[0].numpy()
     kinds = {
         "letters": draw_letters(rng),
         "scribbles": (draw_scribble(rng) for _ in range(COUNT)),
-        "Fashion-MNIST": enlarge(read_fashion(args.fashion)[:COUNT]),
-        "test images": enlarge(digits[:COUNT]),
+        "Fashion-MNIST": enlarge(read_fashion(args.fashion)),
+        "test images": enlarge(digits),
     }
     for kind, images in kinds.items():
-        if images is not None:
-            found = [outcome(predictor, image) for image in images]
-            shares = [f"{found.count(name) / len(found):6.1%} {name}" for name in OUTCOMES]
-            print(f"{kind:>13} {len(found):5,}: ", ", ".join(shares), flush=True)
-
-
-def parse_args():
-    """Parse the command line."""
-    parser = argparse.ArgumentParser(description="Measures how many images of other things are predicted as no digit.")
-    parser.add_argument("--model", type=Path, default=TREE / "model", help="folder of the model (default: %(default)s)")
-    parser.add_argument("--data", type=Path, default=TREE / "data", help="folder of the data (default: %(default)s)")
-    default = Path("/usr/share/datasets/fashion-mnist/t10k-images-idx3-ubyte.gz")
-    parser.add_argument(
-        "--fashion", type=Path, default=default, help="test images of Fashion-MNIST (default: %(default)s)"
-    )
-    parser.add_argument("--seed", type=int, default=1, help="seed of the drawings (default: %(default)s)")
-    return parser.parse_args()
+        found = [outcome(predictor, image) for image in images]
+        shares = [f"{found.count(name) / max(1, len(found)):6.1%} {name}" for name in OUTCOMES]
+        print(f"{kind:>13} {len(found):5,}: ", ", ".join(shares), flush=True)
 
 
 def outcome(predictor, image):
@@ -85,10 +75,8 @@ def draw_letters(rng):
                 ImageDraw.Draw(image).text((SIDE / 2, SIDE / 2), letter, 0, font, anchor="mm")
                 image = image.rotate(rng.uniform(-12, 12), Image.Resampling.BICUBIC, fillcolor=255)
                 slant = rng.uniform(-0.2, 0.2)
-                slanted = (1, slant, -slant * SIDE / 2, 0, 1, 0)
-                yield image.transform(
-                    image.size, Image.Transform.AFFINE, slanted, Image.Resampling.BICUBIC, fillcolor=255
-                )
+                slanted = (Image.Transform.AFFINE, (1, slant, -slant * SIDE / 2, 0, 1, 0), Image.Resampling.BICUBIC)
+                yield image.transform(image.size, *slanted, fillcolor=255)
 
 
 def draw_scribble(rng):
@@ -108,9 +96,9 @@ def read_fashion(path):
 
 
 def enlarge(images):
-    """Return images of 28 x 28 pixels, enlarged five times; None if there are none."""
-    pictures = (Image.fromarray(image).resize((140, 140), Image.Resampling.NEAREST) for image in images)
-    return pictures if len(images) else None
+    """Yield the first of some images of 28 x 28 pixels, enlarged five times."""
+    for image in images[:COUNT]:
+        yield Image.fromarray(image).resize((140, 140), Image.Resampling.NEAREST)
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ import argparse
 import json
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "model-train"))
@@ -25,7 +26,7 @@ THREADS, WARM_UP_STEPS = 2, 20
 
 def main():
     """Measures a peer and prints the results."""
-    peers = {"pytorch": pytorch_step, "compile": compiled_step, "jax": jax_step}
+    peers = {"pytorch": pytorch_step, "compile": partial(pytorch_step, torch.compile), "jax": jax_step}
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("peer", choices=peers)
     parser.add_argument("--data", type=Path, required=True, help="folder of the data")
@@ -53,7 +54,7 @@ def measure(step, images, labels, batches):
 
 
 def pytorch_step(compiler=lambda function: function):
-    """A step of PyTorch's layers, in channels_last, which is twice as fast."""
+    """A step of PyTorch's layers, in channels_last, which is twice as fast; compiled if a compiler is given."""
     model = net.Net(0).train().to(memory_format=torch.channels_last)
     optimizer = torch.optim.SGD(model.parameters(), LEARNING_RATE, MOMENTUM, weight_decay=WEIGHT_DECAY)
     loss_of = compiler(lambda images, labels: functional.nll_loss(model(images), labels))
@@ -66,11 +67,6 @@ def pytorch_step(compiler=lambda function: function):
         return loss
 
     return step
-
-
-def compiled_step():
-    """The same, compiled."""
-    return pytorch_step(torch.compile)
 
 
 def jax_step():
@@ -93,9 +89,8 @@ def jax_step():
 
     def update(parameters, velocities, images, labels):
         loss, gradients = jax.value_and_grad(loss_of)(parameters, images, labels)
-        velocities = [
-            MOMENTUM * v + g + WEIGHT_DECAY * p for p, v, g in zip(parameters, velocities, gradients, strict=True)
-        ]
+        triples = zip(parameters, velocities, gradients, strict=True)
+        velocities = [MOMENTUM * v + g + WEIGHT_DECAY * p for p, v, g in triples]
         return loss, [p - LEARNING_RATE * v for p, v in zip(parameters, velocities, strict=True)], velocities
 
     update = jax.jit(update, donate_argnums=(0, 1))

@@ -24,12 +24,8 @@ def make_rows(results):
     it takes.
     """
     runs, recipes = results["runs"], results["recipes"]
-    rows = [
-        *recipe_rows(runs, recipes),
-        *worker_rows(runs, results["compared"], recipes),
-        *resource_rows(runs),
-        *serve_rows(runs),
-    ]
+    rows = [*recipe_rows(runs, recipes), *worker_rows(runs, results["compared"], recipes)]
+    rows += [*resource_rows(runs), *serve_rows(runs)]
     sizes = [make_row(what, [size], [], "MB") | {"seeds": ""} for what, size in results["sizes"].items()]
     return [row for row in rows if row["ours"] is not None] + sizes
 
@@ -80,11 +76,9 @@ def resource_rows(runs):
 def serve_rows(runs):
     """The service's latency, throughput, start and memory."""
     for clients in (1, 32):
-        for name in ("p50", "p99"):
-            what = f"serve: a request, {clients} client{'s' * (clients > 1)}, {name}"
-            yield make_row(what, values(runs, "serve", f"{name}, {clients} clients"), [], "ms")
-        figures = values(runs, "serve", f"requests/s, {clients} clients")
-        yield make_row(f"serve: requests/s, {clients} client{'s' * (clients > 1)}", figures, [], "requests/s")
+        for name, unit in (("p50", "ms"), ("p99", "ms"), ("requests/s", "requests/s")):
+            figures = values(runs, "serve", f"{name}, {clients} clients")
+            yield make_row(f"serve: {name}, clients: {clients}", figures, [], unit)
     yield make_row("serve: the network alone, one image", values(runs, "serve", "network_seconds"), [], "ms")
     ours, other = values(runs, "serve", "ready_seconds"), values(runs, "serve", "import in serve")
     yield make_row("serve: container's start to ready, against `import torch`", ours, other, "s", cost=True)
@@ -136,13 +130,10 @@ def format_figure(value, unit):
     """A figure with its unit."""
     if value is None:
         return ""
-    if unit == "ms":
-        return f"{1000 * value:.2f} ms"
-    if unit == "ms":
-        return f"{1000 * value:.2f} ms"
     if unit == "s":
         return f"{value:.{2 if value < 10 else 1}f} s"
-    return f"{value / 1e6:,.0f} MB" if unit == "MB" else f"{value:,.0f} {unit}"
+    factor, digits = {"ms": (1000, 2), "MB": (1e-6, 0)}.get(unit, (1, 0))
+    return f"{factor * value:,.{digits}f} {unit}"
 
 
 def describe_machine(results):
@@ -154,14 +145,11 @@ def describe_machine(results):
 def describe_limit(runs):
     """How near one worker comes to the speed of its core's matrix products, in a line for each dtype."""
     speed = median(values(runs, "one worker", "images_per_second"))
-    lines = []
+    lines = [f"1 worker trains on {speed:,.0f} images/s, of {FLOP_PER_IMAGE / 1e6:.2f} MFLOP each"]
     for dtype in ("float32", "bfloat16"):
-        matrix_speed = median(values(runs, "matrices", dtype))
-        share = speed * FLOP_PER_IMAGE / (matrix_speed * 1e9)
-        lines.append(
-            f"1 worker trains on {speed:,.0f} images/s, {100 * share:.0f} % of what a core that multiplies {dtype} "
-            f"matrices at {matrix_speed:.0f} GFLOP/s allows ({FLOP_PER_IMAGE / 1e6:.2f} MFLOP an image)"
-        )
+        limit = median(values(runs, "matrices", dtype))
+        share = speed * FLOP_PER_IMAGE / (limit * 1e9)
+        lines.append(f"{share:.0%} of what a core that multiplies {dtype} matrices at {limit:.0f} GFLOP/s allows")
     return "\n".join(lines)
 
 

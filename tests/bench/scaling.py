@@ -9,6 +9,7 @@ Results are kept in tests/bench/out/scaling.json: what is there is not done agai
 """
 
 import argparse
+import itertools
 import json
 import multiprocessing
 import os
@@ -19,7 +20,6 @@ import tempfile
 import time
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
-from types import SimpleNamespace
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import nodes
@@ -28,6 +28,7 @@ import stages
 from nodes import Cluster
 from pipeline import Pipeline
 from stage import dataset, figures
+from stage.dataset import TRAINING_IMAGES
 
 RESULTS, PLOT = Path(__file__).parent / "out" / "scaling.json", stages.TREE / "docs" / "scaling.png"
 SEEDS = range(1, 6)
@@ -100,19 +101,12 @@ def measure_traffic():
 
 def measure_all_reduce():
     """The median of the seconds that an all_reduce of the parameters takes two idle processes, on a core each."""
-    port, context = nodes.free_port(), multiprocessing.get_context("spawn")
-    seconds = context.Queue()
-    processes = [context.Process(target=all_reduce, args=(rank, port, seconds)) for rank in range(2)]
-    for process in processes:
-        process.start()
-    found = [seconds.get(timeout=60) for _ in processes]
-    for process in processes:
-        process.join()
-    return max(found)
+    with ProcessPoolExecutor(2, multiprocessing.get_context("spawn")) as pool:
+        return max(pool.map(all_reduce, range(2), [nodes.free_port()] * 2))
 
 
-def all_reduce(rank, port, seconds):
-    """One of the two processes."""
+def all_reduce(rank, port):
+    """What one of the two processes does: the seconds."""
     import torch
     from torch import distributed
 
@@ -124,7 +118,7 @@ def all_reduce(rank, port, seconds):
         distributed.all_reduce(vector)
         times.append(time.monotonic() - began)
     distributed.destroy_process_group()
-    seconds.put(statistics.median(times))
+    return statistics.median(times)
 
 
 def bytes_sent(container):
@@ -135,10 +129,9 @@ def bytes_sent(container):
 
 def measured(project, ends, volume):
     """What is kept of a training; the accuracy is that on the test images."""
-    if any(end.returncode for end in ends):
-        sys.exit(f"scaling: a training failed: {ends}")
-    if project.run("evaluate").returncode:
-        sys.exit("scaling: evaluate failed")
+    for end in (*ends, project.run("evaluate")):
+        if end.returncode:
+            sys.exit(f"scaling: a stage failed: {end}")
     record, evaluation = stages.results(volume), stages.read_json(volume / "eval_results.json")
     said = re.findall(r"(\d+) averagings took ([\d.]+) s", "".join(end.stdout for end in ends))
     return {
@@ -157,14 +150,10 @@ def measured(project, ends, volume):
 
 def simulate(results):
     """Trains as N nodes would, one after the other in one process: the arithmetic needs no network."""
-    runs = [
-        (world, sync if world > 1 else 20, seed, 0.1)
-        for seed in SIMULATED_SEEDS
-        for world in NODES
-        for sync in SYNC_EVERY
-    ]
+    runs = [(1, 20, seed, 0.1) for seed in SIMULATED_SEEDS]
+    runs += [(world, sync, seed, 0.1) for seed in SIMULATED_SEEDS for world in NODES[1:] for sync in SYNC_EVERY]
     runs += [(world, 20, seed, LOW_PEAK / world) for seed in SIMULATED_SEEDS for world in NODES if world > 4]
-    wanted = [run for run in dict.fromkeys(runs) if name_of(*run) not in results["simulated"]]
+    wanted = [run for run in runs if name_of(*run) not in results["simulated"]]
     with ProcessPoolExecutor(2) as pool:
         for run, accuracy in zip(wanted, pool.map(train_as_nodes, wanted), strict=True):
             results["simulated"][name_of(*run)] = accuracy
@@ -182,19 +171,17 @@ def train_as_nodes(run):
     import torch
 
     import hogwild
-    import train
-    from cluster import nodes as cluster
+    import net
     from training.record import Record
-    from training.settings import TRAINING_IMAGES, Settings
+    from training.settings import Settings
 
     world, sync, seed, lr = run
-    raw = train.read_data(stages.DATA)
-    images, labels = dataset.to_tensors(raw["train-images-idx3-ubyte"], raw["train-labels-idx1-ubyte"])
+    images, labels = dataset.read_split(stages.DATA, "train")
     record = Record.new(Settings(epochs=SIMULATED_EPOCHS, num_processes=1, sync_every=sync, seed=seed, lr=lr))
     trainers = []
-    for rank in range(world):
+    for _ in range(world):
         shared = hogwild.SharedState(record, images[:TRAINING_IMAGES], labels[:TRAINING_IMAGES])
-        cluster.take_share(SimpleNamespace(rank=rank, world=world), record, shared)
+        shared.peak_lr = lr * world  # as cluster/nodes.py has it
         trainers.append(hogwild.Trainer(0, shared))
     end, per_epoch, batch = shared.schedule_end, shared.batches_per_epoch, 0
     try:
@@ -206,10 +193,11 @@ def train_as_nodes(run):
             for trainer in trainers:
                 trainer.shared.parameters.copy_(mean)
             batch = limit
-        validation = images[TRAINING_IMAGES:], labels[TRAINING_IMAGES:]
-        return train.validate(record, shared, validation)[1]
-    except (ArithmeticError, train.Failure):
+    except ArithmeticError:
         return None
+    outputs = net.predict(shared.model, images[TRAINING_IMAGES:])
+    accuracy = 100 * (outputs.argmax(1) == labels[TRAINING_IMAGES:]).float().mean().item()
+    return accuracy if outputs.isfinite().all() else None
 
 
 # Both ---------------------------------------------------------------------------------------------------------------
@@ -244,21 +232,19 @@ def draw(results):
     pairs = [*results["measured"].values()]
     ratios = sorted(pair["1"]["seconds"] / pair["2"]["seconds"] for pair in pairs)
     print("ratios", [round(ratio, 3) for ratio in ratios], "median", round(statistics.median(ratios), 3))
-    for world in ("1", "2"):
-        for name in ("seconds", "container_seconds", "images_per_second"):
-            print(world, name, round(statistics.median(pair[world][name] for pair in pairs), 2))
-        for name in ("validation", "test"):
-            print(world, name, round(statistics.mean(pair[world][name] for pair in pairs), 3))
+    for world, name in itertools.product("12", ("seconds", "container_seconds", "images_per_second")):
+        print(world, name, round(statistics.median(pair[world][name] for pair in pairs), 2))
+    for world, name in itertools.product("12", ("validation", "test")):
+        print(world, name, round(statistics.mean(pair[world][name] for pair in pairs), 3))
     two = [pair["2"] for pair in pairs]
     print("averagings", two[0]["averagings"], "s", [statistics.median(pair["averaging_seconds"]) for pair in two])
     print("bytes/s", results["bytes_per_second"], "seconds of an all_reduce", results["all_reduce_seconds"])
     print("costs: batch, pause", measured_costs(results))
     for world in NODES:
-        row = [
-            f"{model_seconds(results, world, sync):.1f} s {mean_accuracy(results, world, sync)}" for sync in SYNC_EVERY
-        ]
+        seconds = [f"{model_seconds(results, world, sync):.1f} s" for sync in SYNC_EVERY]
+        accuracies = [mean_accuracy(results, world, sync) for sync in SYNC_EVERY]
         low = mean_accuracy(results, world, 20, LOW_PEAK / world) if world > 4 else None
-        print(world, *row, low, sep=" | ")
+        print(world, *seconds, *accuracies, low, sep=" | ")
     plot(results)
 
 

@@ -6,83 +6,47 @@ import http.client
 import io
 import json
 import re
-import socket
 import statistics
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime
+from functools import partial
 
 from PIL import Image
 
 import containers
+from nodes import free_port
 from pipeline import docker
-from stages import DATA, RAW
+from stages import DATA, RAW, wait_until
 
 CLIENTS, REQUESTS, WARM_UP_REQUESTS = (1, 32), 1_000, 100
 STARTS = 3
 PICTURES = 50  # different ones, requested in turns
-READY_SECONDS = 60
 HEADERS = {"Content-Type": "application/json"}
-
-# Runs in the image: the median seconds in which the network predicts one prepared image.
-PREDICT_ONE = """
-import pathlib, statistics, time, net, torch
-from pictures import prediction
-from stage import dataset, files
-torch.set_num_threads(1)
-predictor = prediction.load_predictor(files.MODEL)
-images, _ = dataset.read_split(files.DATA, "t10k")
-seconds = []
-for image in images[:1000]:
-    began = time.perf_counter()
-    predictor.predict(image)
-    seconds.append(time.perf_counter() - began)
-print(statistics.median(seconds))
-"""
 
 
 def measure(project):
     """The figures of the service with the model in a project's volume: seconds, requests/s, bytes."""
     figures, starts, imports = {}, [], []
-    for _ in range(STARTS):
+    for number in range(STARTS):
         imports.append(containers.run(project, "infer", "-c", "import torch")["container_seconds"])
-        with serving(project) as (port, seconds):
-            starts.append(seconds)
-            if len(starts) == STARTS:
-                figures = measure_requests(port)
-    predicted = containers.run(project, "infer", "-c", f"import sys; sys.path.insert(0, '/opt/app'){PREDICT_ONE}")
-    figures |= {"ready_seconds": statistics.median(starts), "import in serve": statistics.median(imports)}
-    return figures | {"network_seconds": float(predicted["output"])}
-
-
-@contextlib.contextmanager
-def serving(project):
-    """Starts the service's container: its port, and the seconds from its start until it was ready."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    container = project.start("serve", options=(f"--publish=127.0.0.1:{port}:8000",))
-    try:
-        wait_until_ready(port)
-        ready = time.time()
-        started = datetime.fromisoformat(container.state()["StartedAt"]).timestamp()
-        yield port, ready - started
-    finally:
+        port = free_port()
+        container = project.start("serve", options=(f"--publish=127.0.0.1:{port}:8000",))
+        wait_until(partial(is_ready, port), "the service")
+        starts.append(time.time() - datetime.fromisoformat(container.state()["StartedAt"]).timestamp())
+        if number == STARTS - 1:
+            figures = measure_requests(port)
         docker("rm", "--force", container.id)
+    predicted = containers.run(project, "infer", "/opt/tests/bench/speeds.py", "predict_one")
+    figures |= {"ready_seconds": statistics.median(starts), "import in serve": statistics.median(imports)}
+    return figures | json.loads(predicted["output"])
 
 
-def wait_until_ready(port):
-    """Waits until the service has loaded the model; ends the benchmark if that takes too long."""
-    deadline = time.monotonic() + READY_SECONDS
-    while time.monotonic() < deadline:
-        with contextlib.suppress(OSError, http.client.HTTPException):
-            connection = http.client.HTTPConnection("127.0.0.1", port, timeout=5)
-            connection.request("GET", "/health-check")
-            if json.load(connection.getresponse())["status"] == "READY":
-                return
-        time.sleep(0.02)
-    sys.exit("bench: the service is not ready")
+def is_ready(port):
+    """Whether the service has loaded the model."""
+    with contextlib.suppress(OSError, http.client.HTTPException):
+        return json.loads(get(port, "/health-check"))["status"] == "READY"
 
 
 def measure_requests(port):
@@ -107,9 +71,8 @@ def make_bodies():
     raw = (DATA / RAW / "t10k-images-idx3-ubyte").read_bytes()
     bodies = []
     for index in range(PICTURES):
-        digit = Image.frombytes("L", (28, 28), raw[16 + 784 * index :][:784]).resize(
-            (112, 112), Image.Resampling.BICUBIC
-        )
+        digit = Image.frombytes("L", (28, 28), raw[16 + 784 * index :][:784])
+        digit = digit.resize((112, 112), Image.Resampling.BICUBIC)
         picture, file = Image.eval(digit, lambda level: 255 - level).convert("RGBA"), io.BytesIO()
         picture.save(file, "PNG")
         image = "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()

@@ -48,13 +48,6 @@ def test_trainings_that_are_killed_again_and_again_are_as_accurate_as_others(pyt
     assert abs(sum(differences)) <= MOST_ACCURACY_LOST * TRAININGS
 
 
-@pytest.mark.parametrize(
-    ("stage", "file"), [(stage, file) for stage, files in scenarios.PARTS.items() for file in files]
-)
-def test_a_stage_killed_while_it_publishes_leaves_whole_artifacts_to_the_next_run(volume, stage, file):
-    scenarios.kill_while_publishing(volume, stage, file)
-
-
 @pytest.mark.parametrize("number", [SIGTERM, SIGINT] * 3)
 def test_a_training_that_is_stopped_at_a_random_moment_ends_within_3_seconds(volume, wait, number):
     scenarios.stop_training(volume, number, wait)

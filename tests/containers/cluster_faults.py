@@ -8,7 +8,6 @@ import re
 import shutil
 import threading
 import time
-from pathlib import Path
 from signal import SIGKILL, SIGTERM
 
 import pytest
@@ -16,52 +15,37 @@ import pytest
 import nodes
 import stages
 from nodes import Cluster
-from pipeline import DATA_FOLDER, statuses
+from pipeline import DATA_FOLDER
 
 LONG = ("--epochs", "200", "--num-processes", "1")  # flags for a training that is still going on after the fault
 APP = "/opt/app"
 
 # Takes a container's network interface down for some seconds, as if the cable had been pulled.
-CUT = """
-import fcntl, socket, struct, time
-SIOCGIFFLAGS, SIOCSIFFLAGS, IFF_UP = 0x8913, 0x8914, 1
-def set_up(up):
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as any_socket:
-        request = struct.pack("16sH14x", b"eth0", 0)
-        _, flags = struct.unpack("16sH14x", fcntl.ioctl(any_socket, SIOCGIFFLAGS, request))
-        flags = flags | IFF_UP if up else flags & ~IFF_UP
-        fcntl.ioctl(any_socket, SIOCSIFFLAGS, struct.pack("16sH14x", b"eth0", flags))
-set_up(False)
-time.sleep(SECONDS)
-set_up(True)
-"""
-# Kills a Hogwild worker of a node: the one process that has a grandparent of its own command and no children.
-KILL_WORKER = """
-import os, pathlib
-parent, spawned = {}, set()
-for folder in pathlib.Path("/proc").glob("[0-9]*"):
-    pid = int(folder.name)
-    parent[pid] = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
-    if b"spawn_main" in (folder / "cmdline").read_bytes():
-        spawned.add(pid)
-os.kill(max(pid for pid in spawned if parent[pid] in spawned), 9)
-"""
+CUT = """mount -o remount,rw /sys && cd /sys/class/net/eth0 && read flags <flags
+echo $((flags & ~1)) >flags && sleep SECONDS && echo $flags >flags"""
+# Kills a Hogwild worker of a node: a process whose parent has the same command, that of torchrun's children.
+KILL_WORKER = r"""for pid in $(grep -l '[s]pawn_main' /proc/[0-9]*/cmdline | cut -d/ -f3); do
+  grep -q '[s]pawn_main' "/proc/$(sed -n 's/^PPid:\s*//p' /proc/$pid/status)/cmdline" && exec kill -9 $pid
+done; exit 1"""
 
 
 @pytest.fixture
-def report(capsys):
-    """A function that prints a figure at once."""
+def timed(capsys):
+    """A function that waits for a condition, prints at once how many seconds that took, and returns them."""
 
-    def say(text):
+    def wait(what, condition):
+        began = time.monotonic()
+        stages.wait_until(condition, what)
+        seconds = time.monotonic() - began
         with capsys.disabled():
-            print(f"\n  {text}", end="")
+            print(f"\n  {what}: {seconds:.1f} s", end="")
+        return seconds
 
-    return say
+    return wait
 
 
 @pytest.fixture
 def volume(tmp_path):
-    """A folder for the volume."""
     return tmp_path / "volume"
 
 
@@ -75,22 +59,21 @@ def two(volume):
         yield project, *containers
 
 
-def seconds_until(condition, what):
-    """Waits for a condition; returns the seconds that took."""
-    began = time.monotonic()
-    stages.wait_until(condition, what)
-    return time.monotonic() - began
-
-
-def seconds_until_progress(volume):
-    """Waits until a new checkpoint has more batches than the one there is; returns the seconds that took."""
+def progresses(volume):
+    """A condition: there is a checkpoint of more batches than now."""
     before = stages.batches_saved(volume)
-    return seconds_until(lambda: stages.batches_saved(volume) > before, "progress")
+    return lambda: stages.batches_saved(volume) > before
 
 
-def starts(container):
-    """How many times a node has been node 0: what it said it does."""
-    return re.findall(r"train: (starting|resuming).* on (\d) nodes?", container.logs())
+def starts(*containers):
+    """What nodes said each time that one of them was node 0: such as ("resuming", "2"), on so many nodes."""
+    logs = "".join(container.logs() for container in containers)
+    return re.findall(r"train: (starting|resuming).* on (\d) nodes?", logs)
+
+
+def resumes(count, *containers):
+    """A condition: node 0 is one of the containers, and has resumed on a number of nodes."""
+    return lambda: ("resuming", str(count)) in starts(*containers)
 
 
 def is_running(container):
@@ -98,54 +81,46 @@ def is_running(container):
 
 
 def run_inside(container, script):
-    done = container.inside(f"/opt/venv/bin/python - <<'EOF'\n{script}\nEOF")
+    done = container.inside(script)
     assert done.returncode == 0, done.stderr
 
 
-def test_a_killed_node_leaves_the_other_to_go_on_alone_and_joins_when_it_comes_back(two, volume, report):
+def test_a_killed_node_leaves_the_other_to_go_on_alone_and_joins_when_it_comes_back(two, volume, timed):
     project, train, other = two
     other.send(SIGKILL)
-    taken = seconds_until(lambda: ("resuming", "1") in starts(train), "a training of one node")
-    report(f"node killed: the other went on alone after {taken:.1f} s")
-    assert taken < 60
-    seconds_until_progress(volume)
+    assert timed("node killed: the other goes on alone", resumes(1, train)) < 60
+    stages.wait_until(progresses(volume))
     project.start_nodes("train-2")
-
-    def trains_with_two():
-        return any(("resuming", "2") in starts(container) for container in map(project.container, project.nodes))
-
-    report(f"node started again: both trained together after {seconds_until(trains_with_two, 'two nodes'):.1f} s")
-    seconds_until_progress(volume)
+    timed("node started again: both train together", resumes(2, train, other))
+    stages.wait_until(progresses(volume))
     assert is_running(train)
 
 
-def test_a_node_that_is_stopped_leaves_a_checkpoint_and_the_other_goes_on(two, volume, report):
+def test_a_node_that_is_stopped_leaves_a_checkpoint_and_the_other_goes_on(two, volume, timed):
     _, train, other = two
     before = stages.batches_saved(volume)
     other.send(SIGTERM)
     assert other.end(20).returncode == 128 + SIGTERM
     assert stages.batches_saved(volume) > before
-    taken = seconds_until(lambda: ("resuming", "1") in starts(train), "a training of one node")
-    report(f"node stopped: the other went on alone after {taken:.1f} s")
-    seconds_until_progress(volume)
+    timed("node stopped: the other goes on alone", resumes(1, train))
+    stages.wait_until(progresses(volume))
 
 
-def test_the_loss_of_the_rendezvous_ends_the_other_node_in_one_clear_line_and_both_resume(two, volume, report):
+def test_the_loss_of_the_rendezvous_ends_the_other_node_in_one_clear_line_and_both_resume(two, volume, timed):
     project, train, other = two
-    killed = time.time()
     train.send(SIGKILL)
-    ended = other.end(60)
-    report(f"node with the rendezvous killed: the other ended after {ended.ended - killed:.1f} s")
+    assert timed("node with the rendezvous killed: the other ends", lambda: not is_running(other)) < 60
+    ended = other.end()
     assert ended.returncode == 1
     assert [line for line in ended.stderr.splitlines() if "launch: cannot reach the rendezvous" in line]
     assert "Traceback" not in ended.stderr
     stages.assert_whole(volume)
     assert not (volume / "mnist_cnn.pt").exists()
     project.start_nodes()
-    seconds_until_progress(volume)
+    stages.wait_until(progresses(volume))
 
 
-def test_a_killed_worker_costs_nothing_but_its_time(volume, report):
+def test_a_killed_worker_costs_nothing_but_its_time(volume):
     with Cluster(volume, ("--epochs", "12", "--num-processes", "2")) as project:
         containers = project.start_nodes()
         nodes.wait_until_they_train(containers)
@@ -153,73 +128,48 @@ def test_a_killed_worker_costs_nothing_but_its_time(volume, report):
         run_inside(follower, KILL_WORKER)
         ends = project.end_nodes()
     assert [end.returncode for end in ends] == [0, 0], ends
-    results = stages.results(volume)
-    (lost,) = results["lost_workers"]
-    report(f"worker of node 1 killed: recorded as {lost}")
+    (lost,) = stages.results(volume)["lost_workers"]
     assert (lost["signal"], lost["rank"] >= 2) == (SIGKILL, True)
     assert stages.images_trained_on(volume) == 12 * 55_000
 
 
-def test_the_only_worker_of_a_node_is_killed_and_all_nodes_go_on_from_the_checkpoint(two, volume, report):
-    _, *containers = two
-    leader, follower = nodes.by_rank(containers)
+def test_the_only_worker_of_a_node_is_killed_and_all_nodes_go_on_from_the_checkpoint(two, volume, timed):
+    leader, follower = nodes.by_rank(two[1:])
     run_inside(follower, KILL_WORKER)
-
-    def resumes():
-        return any(("resuming", "2") in starts(container) for container in containers)
-
-    report(f"only worker of node 1 killed: both went on after {seconds_until(resumes, 'a restart'):.1f} s")
-    seconds_until_progress(volume)
+    timed("only worker of node 1 killed: both go on", resumes(2, leader, follower))
+    stages.wait_until(progresses(volume))
     assert is_running(leader)
 
 
-def test_a_network_that_is_cut_for_5_seconds_is_waited_for(two, volume, report):
+def test_a_network_that_is_cut_for_5_seconds_is_waited_for(two, volume, timed):
     _, train, other = two
-    before = starts(train) + starts(other)
+    before = starts(train, other)
     run_inside(other, CUT.replace("SECONDS", "5"))
-    report(f"network cut for 5 s: progress {seconds_until_progress(volume):.1f} s after its end")
-    assert starts(train) + starts(other) == before
+    timed("network cut for 5 s: progress after its end", progresses(volume))
+    assert starts(train, other) == before
 
 
-def test_a_network_that_is_cut_for_60_seconds_loses_a_node_for_a_while_at_most(two, volume, report):
+def test_a_network_that_is_cut_for_60_seconds_loses_a_node_for_a_while_at_most(two, volume, timed):
     _, train, other = two
-    began = time.monotonic()
     cutting = threading.Thread(target=run_inside, args=(other, CUT.replace("SECONDS", "60")))
     cutting.start()
-    seconds_until(lambda: ("resuming", "1") in starts(train), "a training of one node")
-    report(f"network cut for 60 s: the node with the rendezvous went on alone after {time.monotonic() - began:.1f} s")
+    timed("network cut for 60 s: the node with the rendezvous goes on alone", resumes(1, train))
     cutting.join()
-    after = time.monotonic()
-
-    def has_joined_or_ended():
-        joined = any(("resuming", "2") in starts(container) for container in (train, other))
-        return "joined" if joined else not is_running(other) and f"ended ({other.end().stderr.splitlines()[-1]})"
-
-    outcome = stages.wait_until(has_joined_or_ended, "the end of the other node")
-    report(f"the other one {outcome} {time.monotonic() - after:.1f} s after the cut")
-    seconds_until_progress(volume)
+    joins = resumes(2, train, other)
+    timed("the other one joins or ends, after the cut", lambda: joins() or not is_running(other))
+    assert joins() or "cannot reach the rendezvous" in other.end().stderr
+    stages.wait_until(progresses(volume))
     assert is_running(train)
 
 
-def test_a_late_node_joins(volume, report):
+def test_a_late_node_joins(volume, timed):
     with Cluster(volume, LONG) as project:
         (train,) = project.start_nodes("train")
-        began = time.monotonic()
-        stages.wait_until(lambda: ("starting", "1") in starts(train), "a training of one node")
-        report(f"one node alone: trained after {time.monotonic() - began:.1f} s")
-        seconds_until_progress(volume)
+        timed("one node alone: it trains", lambda: ("starting", "1") in starts(train))
+        stages.wait_until(progresses(volume))
         (other,) = project.start_nodes("train-2")
-
-        def trains_with_two():
-            return any(("resuming", "2") in starts(container) for container in (train, other))
-
-        report(f"late node: both trained together after {seconds_until(trains_with_two, 'two nodes'):.1f} s")
-        seconds_until_progress(volume)
-
-
-def other_recipe(folder):
-    """A node that is started with other flags."""
-    return {"command": [*LONG, "--lr", "0.2"]}
+        timed("late node: both train together", resumes(2, train, other))
+        stages.wait_until(progresses(volume))
 
 
 def other_code(folder):
@@ -244,26 +194,25 @@ def other_data(folder):
 def damaged_data(folder):
     """A node whose data is damaged, and cannot be downloaded."""
     shutil.copytree(stages.DATA / "MNIST", folder / "data" / "MNIST")
-    Path(folder / "data" / stages.RAW / "train-labels-idx1-ubyte").write_bytes(b"")
+    (folder / "data" / stages.RAW / "train-labels-idx1-ubyte").write_bytes(b"")
     return {"volumes": [f"{folder / 'data'}:{DATA_FOLDER}"]}
 
 
 @pytest.mark.parametrize(
     ("make", "names"),
     [
-        (other_recipe, ["flags", "--lr", "0.2"]),
         (other_code, ["programs", "net.py"]),
         (other_data, ["data", "t10k-labels"]),
         (damaged_data, ["train-labels-idx1-ubyte"]),
     ],
 )
-def test_a_node_that_differs_keeps_both_from_training(volume, tmp_path, report, make, names):
+def test_a_node_that_differs_keeps_both_from_training(volume, tmp_path, timed, make, names):
     with Cluster(volume, LONG, **{"train-2": make(tmp_path)}) as project:
-        project.start_nodes()
-        ends = dict(zip(project.nodes, project.end_nodes(120), strict=True))
-    report(f"{make.__name__}: both ended after {max(end.seconds for end in ends.values()):.1f} s")
-    assert 0 not in statuses(ends).values()
-    for end in ends.values():
+        containers = project.start_nodes()
+        timed(f"{make.__name__}: both end", lambda: not any(map(is_running, containers)))
+        ends = [container.end() for container in containers]
+    assert 0 not in [end.returncode for end in ends]
+    for end in ends:
         (line,) = end.stderr.splitlines()
         assert all(name in line for name in names), line
     assert not (volume / "mnist_cnn.pt").exists()

@@ -9,7 +9,7 @@ import subprocess
 
 import pytest
 
-from pipeline import Pipeline, as_root, output_of, remove_images
+from pipeline import PREFIX, Pipeline, as_root, docker, output_of, remove_images
 
 OWNERS = (0, 1000, 1234)  # of a checkout: root, the first user of a machine, another one
 
@@ -22,27 +22,21 @@ def pytest_addoption(parser):
     group.addoption("--seed", type=int, default=1, help="of the random moments (default: %(default)s)")
 
 
-def why_no_containers():
-    """The reason for which containers cannot be used here; empty if they can."""
+@pytest.fixture(scope="session", autouse=True)
+def first_run(data):
+    """The README's main command, run once to its end: its project, and how the container of each stage ended."""
     try:
         for words in (["info"], ["compose", "version"]):
             output_of(*words, timeout=30)
     except (OSError, RuntimeError, subprocess.TimeoutExpired) as error:
-        return " ".join(str(error).split())
-    return ""
-
-
-@pytest.fixture(scope="session", autouse=True)
-def first_run(data):
-    """The README's main command, run once to its end: its project, and how the container of each stage ended."""
-    if why := why_no_containers():
-        assert "REQUIRE_CONTAINERS" not in os.environ, why
-        pytest.skip(why)
+        give_up = pytest.fail if "REQUIRE_CONTAINERS" in os.environ else pytest.skip
+        give_up(" ".join(str(error).split()))
     try:
         with Pipeline() as project:
             yield project, project.up("--build")
     finally:
         remove_images()
+        docker("image", "rm", "--force", f"{PREFIX}-slurm")  # which is there only if a test has had it built
 
 
 @pytest.fixture(scope="session")
@@ -67,21 +61,11 @@ def owned(request, data, tmp_path_factory):
     as_root(folder, f"chown -R {os.getuid()}:{os.getgid()} .")  # or pytest could not remove it
 
 
-@pytest.fixture(scope="session")
-def slurm_image(first_run):
-    """The image of the nodes of a Slurm cluster."""
+@pytest.fixture
+def cluster(first_run, tmp_path):
+    """A Slurm cluster of two nodes."""
     import slurm  # once its assertions are rewritten
 
-    slurm.build()
-    yield
-    slurm.remove_image()
-
-
-@pytest.fixture
-def cluster(slurm_image, tmp_path):
-    """A Slurm cluster of two nodes."""
-    from slurm import Cluster
-
-    with Cluster(tmp_path) as cluster:
-        cluster.start()
+    with slurm.Cluster(tmp_path) as cluster:
+        cluster.start_daemons()
         yield cluster

@@ -1,12 +1,10 @@
 """A Slurm cluster in containers: a controller and two nodes, on a network of their own, that share a checkout."""
 
-import json
 import re
 import shutil
-import uuid
 
 import stages
-from pipeline import PREFIX, docker, image, output_of
+from pipeline import PREFIX, Pipeline, docker, image, output_of
 from stages import DATA, FOLDERS, TREE, batches_saved, images_trained_on, read_json, results, wait_until
 
 IMAGE = f"{PREFIX}-slurm"
@@ -17,26 +15,17 @@ EPOCHS = 4  # enough for the training to be in the middle when there is the firs
 FLAGS = ("--epochs", str(EPOCHS), *ONE_CORE)
 
 
-def build():
-    """Builds the image of the nodes on top of that of train."""
-    dockerfile = (TREE / "tests/containers/Dockerfile.slurm").read_text()
-    options = ("--quiet", "--tag", IMAGE, "--build-arg", f"TRAIN_IMAGE={image('train')}")
-    output_of("build", *options, "-", input=dockerfile, timeout=300)
-
-
-def remove_image():
-    """Removes it again."""
-    docker("image", "rm", "--force", IMAGE)
-
-
-class Cluster:
+class Cluster(Pipeline):
     """A cluster for a block. Its nodes share a new folder with a checkout of the tree, where its jobs write to `model`.
 
     Jobs are those of the user who owns the data.
     """
 
+    files = ()
+
     def __init__(self, folder):
-        self.name, self.model, self.user = f"{PREFIX}-{uuid.uuid4().hex[:6]}", folder / "model", DATA.stat().st_uid
+        super().__init__()
+        self.model, self.user = folder / "model", DATA.stat().st_uid
         for name in ("deploy", *FOLDERS.values()):
             shutil.copytree(TREE / name, folder / name)
         folder.chmod(0o777)
@@ -47,23 +36,14 @@ class Cluster:
             "volumes": [f"{folder}:{CHECKOUT}", f"{DATA}:{CHECKOUT}/data:ro"],
         }
         daemons = {"control": "slurmctld"} | dict.fromkeys(NODES, "slurmd")
-        self.services = {
-            name: common | {"hostname": name, "command": [daemon, "-D"]} for name, daemon in daemons.items()
-        }
+        services = {name: common | {"hostname": name, "command": [daemon, "-D"]} for name, daemon in daemons.items()}
+        self.override = {"services": services}
 
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        self.compose("down", "--timeout", "0")
-
-    def compose(self, *words):
-        """Runs a Compose command on the three containers."""
-        options = ("--progress", "quiet", "--project-name", self.name, "--file", "-")
-        return docker("compose", *options, *words, input=json.dumps({"services": self.services}))
-
-    def start(self):
-        """Starts the containers, and waits until Slurm has both nodes."""
+    def start_daemons(self):
+        """Builds the image on top of that of train, starts the containers, and waits until Slurm has both nodes."""
+        dockerfile = (TREE / "tests/containers/Dockerfile.slurm").read_text()
+        options = ("--quiet", "--tag", IMAGE, "--build-arg", f"TRAIN_IMAGE={image('train')}")
+        output_of("build", *options, "-", input=dockerfile, timeout=300)
         started = self.compose("up", "--detach")
         assert started.returncode == 0, started.stderr
         wait_until(lambda: self.states() == dict.fromkeys(NODES, "IDLE"), "two idle nodes")
@@ -73,7 +53,7 @@ class Cluster:
         options = ("--user", self.user, "--workdir", CHECKOUT, "--env", "PYTHON=python")
         return docker("exec", *options, f"{self.name}-control-1", *words)
 
-    def run(self, *words):
+    def command(self, *words):
         """Runs a command likewise, and returns what it prints; it must succeed."""
         done = self.execute(*words)
         assert done.returncode == 0, done.stderr
@@ -86,17 +66,17 @@ class Cluster:
 
     def submit(self, *options, flags=()):
         """Submits deploy/train.sbatch, with options of sbatch and flags of train."""
-        self.run("sbatch", *options, "deploy/train.sbatch", *flags)
+        self.command("sbatch", *options, "deploy/train.sbatch", *flags)
 
     def jobs(self):
         """What Slurm says of each job, by the job's name: of several with one name, of the last."""
-        lines = self.run("scontrol", "show", "jobs", "--oneliner").splitlines()
+        lines = self.command("scontrol", "show", "jobs", "--oneliner").splitlines()
         jobs = [dict(re.findall(r"(\w+)=(\S*)", line)) for line in lines]
         return {job["JobName"]: job for job in jobs}
 
     def end(self):
         """Waits until no job waits, runs or is being ended, and returns what Slurm says of them."""
-        self.run("sh", "-c", 'while [ "$(squeue --noheader)" ]; do sleep 0.2; done')
+        self.command("sh", "-c", 'while [ "$(squeue --noheader)" ]; do sleep 0.2; done')
         return self.jobs()
 
 

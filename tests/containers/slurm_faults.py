@@ -11,7 +11,7 @@ from stages import batches_saved, results, wait_until
 
 
 def put_down(cluster):
-    cluster.run("scontrol", "update", "nodename=n2", "state=down", "reason=test")
+    cluster.command("scontrol", "update", "nodename=n2", "state=down", "reason=test")
 
 
 def kill(cluster):

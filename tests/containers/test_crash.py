@@ -1,14 +1,30 @@
-"""The crash contract: a stage that is killed, has no space on its disk, or shares its volume with another one."""
+"""The crash contract: a stage is killed or paused, lacks space or memory, or finds broken files; more in chaos.py."""
 
+import json
+import time
 from functools import partial
-from signal import SIGKILL
+from signal import SIGCONT, SIGKILL, SIGSTOP
 
 import pytest
 import scenarios
-from scenarios import LONG, kill_once_there_is
+from scenarios import FLAGS, LONG, kill_once_there_is
 
-from pipeline import DATA_FOLDER, MODEL, OFTEN, READ_ONLY, Container, Pipeline
-from stages import MADE_BY, assert_fails, assert_succeeds, contents, results
+import corpus
+from pipeline import COMPOSE_FILE, DATA_FOLDER, MODEL, OFTEN, READ_ONLY, Container, Pipeline, docker, output_of
+from stages import MADE_BY, STAGES, TREE, assert_fails, assert_succeeds, assert_whole, contents, results
+
+BROKEN = [  # some of the corpus
+    "train-images-idx3-ubyte: a flipped bit (train)",
+    "t10k-images-idx3-ubyte: a FIFO (evaluate)",
+    "mnist_cnn.pt: a torch file that runs code (evaluate)",
+    "mnist_cnn.pt: many bytes (evaluate)",
+    "mnist_cnn.pt: forbidden to read (evaluate)",
+    "checkpoint.pt: a zip with a pickle that runs code (train)",
+    "train_results.json: 100,000 lists in each other (train)",
+    "eval_results.json: empty (infer)",
+]
+PAUSED = ("--epochs", "2", "--batch-size", "1000")  # for a training: such a batch takes longer than a look at it
+HANG_SECONDS, PAUSE_SECONDS = 4, 8  # the first is half a minute in the program, which is too long to wait for
 
 
 def test_a_training_killed_at_any_moment_loses_five_seconds_at_most_and_finishes(tmp_path):
@@ -28,8 +44,7 @@ def test_a_training_killed_at_any_moment_loses_five_seconds_at_most_and_finishes
 
 
 @pytest.mark.parametrize(
-    ("stage", "file"),
-    [("evaluate", ".eval_results.json.part"), ("infer", ".predictions.json.part"), ("infer", ".results.new")],
+    ("stage", "file"), [(stage, file) for stage in ("evaluate", "infer") for file in scenarios.PARTS[stage]]
 )
 def test_a_stage_killed_while_it_publishes_leaves_whole_artifacts_to_the_next_run(volume, stage, file):
     scenarios.kill_while_publishing(volume, stage, file)
@@ -38,6 +53,12 @@ def test_a_stage_killed_while_it_publishes_leaves_whole_artifacts_to_the_next_ru
 @pytest.mark.parametrize(("stage", "left"), [("train", 100), ("evaluate", 8), ("infer", 8)])
 def test_on_a_full_disk_a_stage_fails_and_succeeds_when_there_is_space_again(volume, stage, left):
     scenarios.fill_disk(volume, stage, left)
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_a_broken_file_is_named_in_one_line_with_what_fixes_it_and_harms_nothing(complete, tmp_path, name):
+    (case,) = [case for case in corpus.cases() if case.name == name]
+    corpus.check(case, complete, tmp_path, corpus.run_in_container)
 
 
 @pytest.mark.parametrize(("stage", "flags"), [("train", LONG), ("evaluate", ()), ("infer", ())])
@@ -59,3 +80,64 @@ def test_missing_data_in_a_read_only_folder_is_a_failure_that_names_the_folder(t
     with Pipeline(volume, train={"volumes": [f"{data}:{DATA_FOLDER}:ro"]}) as project:
         assert_fails(project.run("train"), 1, DATA_FOLDER, "make data")
     assert not contents(volume)
+
+
+def pause_by_the_engine(train):
+    docker("pause", train.id)
+    time.sleep(PAUSE_SECONDS)
+    docker("unpause", train.id)
+
+
+def stop_all_processes(train):
+    for number in (SIGSTOP, SIGCONT):
+        train.send(number)  # from outside: within its container, the first process cannot be stopped
+        train.inside(f"kill -{number} -1")
+        time.sleep(PAUSE_SECONDS if number == SIGSTOP else 0)
+
+
+@pytest.mark.parametrize("pause", [pause_by_the_engine, stop_all_processes])
+def test_a_training_that_stood_still_altogether_goes_on_with_all_workers(tmp_path, pause):
+    workers, volume = tmp_path / "workers.py", tmp_path / "volume"
+    text = (TREE / "model-train/training/workers.py").read_text()
+    assert text.count("\nHANG_SECONDS = 30") == 1
+    workers.write_text(text.replace("\nHANG_SECONDS = 30", f"\nHANG_SECONDS = {HANG_SECONDS}"))
+    with Pipeline(volume, train={"volumes": [f"{workers}:/opt/app/training/workers.py:ro"]}) as project:
+        train = project.start("train", *PAUSED, *OFTEN)
+        train.wait_until_it_trains()
+        pause(train)
+        assert_succeeds(train.end())
+    assert results(volume)["finished"]
+    assert results(volume)["lost_workers"] == []
+
+
+def test_all_stages_work_in_half_of_the_memory(volume):
+    config = json.loads(output_of("compose", "--file", COMPOSE_FILE, "config", "--format", "json"))
+    half = str(int(config["services"]["train"]["mem_limit"]) // 2)
+    with Pipeline(volume, environment={"MNIST_MEMORY": half}) as project:
+        for stage in STAGES:
+            assert_succeeds(project.run(stage, *FLAGS[stage]))
+    assert results(volume)["lost_workers"] == []
+    assert_whole(volume)
+
+
+def test_a_quota_of_one_cpu_is_seen_and_warned_of(tmp_path):
+    with Pipeline(tmp_path / "volume", environment={"MNIST_CPU_QUOTA": "100000"}) as project:
+        ended = project.run("train", "--dry-run")
+    assert ended.returncode == 0
+    assert "2 workers share 1 core" in ended.stdout
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_stage_without_enough_memory_is_refused_before_it_starts(volume, stage):
+    before = contents(volume)
+    with Pipeline(volume, environment={"MNIST_MEMORY": "100m"}) as project:
+        assert_fails(project.run(stage, *FLAGS[stage]), 2, "MNIST_MEMORY")
+    assert contents(volume) == before
+
+
+@pytest.mark.parametrize(("stage", "processes"), [("train", 3), ("train", 4), ("evaluate", 3), ("infer", 3)])
+def test_a_stage_that_gets_no_thread_or_process_names_the_limit_and_publishes_nothing(volume, stage, processes):
+    before = contents(volume)
+    with Pipeline(volume, environment={"MNIST_PIDS": str(processes)}) as project:
+        assert_fails(project.run(stage, *FLAGS[stage]), 1, "MNIST_PIDS")
+    assert contents(volume) == before

@@ -1,18 +1,11 @@
-"""The page in a headless browser, with the service in its container: drawing, pictures, keyboard, phone, results.
-
-If the environment variable SCREENSHOTS names a folder, screenshots are saved there.
-"""
+"""The page in a headless browser, with the service in its container: drawing, pictures, keyboard, phone, results."""
 
 import base64
 import contextlib
 import importlib.util
-import io
 import json
 import os
-import select
 import shutil
-import socket
-import time
 import urllib.request
 from pathlib import Path
 
@@ -22,6 +15,7 @@ from selenium import webdriver
 
 import stages
 import strokes
+from nodes import free_port
 from pipeline import Pipeline
 from stage import dataset
 
@@ -30,9 +24,9 @@ BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
 if not (BROWSER and shutil.which("chromedriver")) and not os.environ.get("REQUIRE_CONTAINERS"):
     pytest.skip("chromium and chromedriver are not installed", allow_module_level=True)
 
-WAIT = 30  # seconds at most, for something that takes a fraction of one
 FLAGS = ["--headless=new", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync",
          "--disable-background-networking", "--disable-component-update"]  # fmt: skip
+SEVEN = [[(0.6, 0.3), (0.75, 0.3), (0.66, 0.55)]]
 NOTHING = "\u2013"  # the dash that is shown without a prediction
 # The package is installed for this script; it is not imported.
 AXE = Path(importlib.util.find_spec("axe_playwright_python").origin).with_name("axe.min.js")
@@ -40,15 +34,13 @@ AXE = Path(importlib.util.find_spec("axe_playwright_python").origin).with_name("
 MOCK = """const [content, real] = [arguments[0], window.fetch];
 window.fetch = async (path, ...rest) =>
   path === "predictions" ? new Response(JSON.stringify(content)) : real(path, ...rest);"""
-
 LOADED = "return [...document.querySelectorAll('#results img')].filter((i) => i.complete && i.naturalWidth).length"
 
 
 @pytest.fixture(scope="module")
 def served(complete, tmp_path_factory):
     """The service on a volume after all three stages: its project, with `address`."""
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
+    port = free_port()
     volume = shutil.copytree(complete, tmp_path_factory.mktemp("served") / "volume")
     with Pipeline(volume, environment={"MNIST_PORT": str(port)}) as project:
         project.address = f"http://127.0.0.1:{port}"
@@ -59,7 +51,7 @@ def served(complete, tmp_path_factory):
 
 def get(served, path):
     """Return the JSON at a path of the service."""
-    with urllib.request.urlopen(served.address + path, timeout=WAIT) as response:
+    with urllib.request.urlopen(served.address + path, timeout=stages.SECONDS) as response:
         return json.load(response)
 
 
@@ -67,7 +59,7 @@ class Page:
     """The page in a browser window of a width and height in pixels."""
 
     def __init__(self, driver, address, width=1200, height=900, phone=False, dark=False):
-        self.driver, self.address, self.requested = driver, address, set()
+        self.driver, self.address = driver, address
         size = {"width": width, "height": height, "deviceScaleFactor": 1 + phone, "mobile": phone}
         self.command("Emulation.setDeviceMetricsOverride", **size)
         self.command("Emulation.setTouchEmulationEnabled", enabled=phone, maxTouchPoints=2 if phone else 1)
@@ -84,6 +76,10 @@ class Page:
         self.driver.get(self.address + path)
         self.until(lambda: self.text("model").startswith("Model"))
 
+    def open_results(self):
+        self.open("/#results")
+        self.until(lambda: "Confusion" in self.text("results-content"))
+
     def script(self, text, *arguments):
         return self.driver.execute_script(text, *arguments)
 
@@ -94,11 +90,7 @@ class Page:
         self.script("document.getElementById(arguments[0]).click()", name)
 
     def until(self, condition):
-        deadline = time.monotonic() + WAIT
-        while not (value := condition()):
-            assert time.monotonic() < deadline, (self.text("digit"), self.text("verdict"))
-            select.select([], [], [], 0.02)
-        return value
+        stages.wait_until(condition, "what the page is to show")
 
     def prediction(self):
         """Wait for the prediction of the current drawing, and return the digit that is shown."""
@@ -107,51 +99,40 @@ class Page:
 
     def draw(self, lines, touch=False):
         """Draw strokes, in fractions of the canvas, with the mouse or a finger; return the predicted digit."""
-        box = self.script(
-            "const b = document.getElementById('canvas').getBoundingClientRect(); return [b.left, b.top, b.width]"
-        )
+        box = self.script("const b = byId('canvas').getBoundingClientRect(); return [b.left, b.top, b.width]")
         for line in lines:
-            points = [{"x": box[0] + x * box[2], "y": box[1] + y * box[2]} for x, y in line]
+            first, *rest = [{"x": box[0] + x * box[2], "y": box[1] + y * box[2]} for x, y in line]
             if touch:
-                steps = [
-                    ("touchStart", points[:1]),
-                    *(("touchMove", [point]) for point in points[1:]),
-                    ("touchEnd", []),
-                ]
+                steps = [("touchStart", [first]), *(("touchMove", [point]) for point in rest), ("touchEnd", [])]
                 for kind, fingers in steps:
                     self.command("Input.dispatchTouchEvent", type=kind, touchPoints=fingers)
             else:
-                steps = [("mousePressed", points[0]), *(("mouseMoved", point) for point in points[1:])]
-                for kind, point in [*steps, ("mouseReleased", points[-1])]:
+                steps = [("mousePressed", first), *(("mouseMoved", point) for point in rest)]
+                for kind, point in [*steps, ("mouseReleased", rest[-1])]:
                     self.command("Input.dispatchMouseEvent", type=kind, button="left", buttons=1, clickCount=1, **point)
         return self.prediction()
 
     def press(self, *keys):
         """Press keys one after the other."""
-        actions = webdriver.ActionChains(self.driver)
-        for key in keys:
-            actions.send_keys(getattr(webdriver.Keys, key, key))
-        actions.perform()
+        webdriver.ActionChains(self.driver).send_keys(*(getattr(webdriver.Keys, key, key) for key in keys)).perform()
 
-    def give(self, event, content, name):
-        """Drop or paste a file."""
+    def give(self, event, content):
+        """Drop or paste a PNG."""
         self.script(
             """const bytes = Uint8Array.from(atob(arguments[1]), (c) => c.charCodeAt(0));
             const data = new DataTransfer();
-            data.items.add(new File([bytes], arguments[2], { type: "image/png" }));
+            data.items.add(new File([bytes], "seven.png", { type: "image/png" }));
             const init = { bubbles: true, cancelable: true, dataTransfer: data, clipboardData: data };
             const kind = arguments[0] === "drop" ? DragEvent : ClipboardEvent;
             document.body.dispatchEvent(new kind(arguments[0], init));""",
-            event, base64.b64encode(content).decode(), name,
+            event, base64.b64encode(content).decode(),
         )  # fmt: skip
 
-    def check_accessibility(self, name):
-        """Check with axe-core that what the page shows is accessible; save a screenshot if wanted."""
-        if "SCREENSHOTS" in os.environ:
-            self.driver.save_screenshot(f"{os.environ['SCREENSHOTS']}/{name}.png")
+    def check_accessibility(self):
+        """Check with axe-core that what the page shows is accessible."""
         self.script(AXE.read_text())
         found = self.driver.execute_async_script("axe.run().then(arguments[0])")
-        assert not [(rule["id"], rule["nodes"][0]["html"]) for rule in found["violations"]], name
+        assert not [(rule["id"], rule["nodes"][0]["html"]) for rule in found["violations"]]
 
     def assert_clean(self):
         """Check that the console has no errors, and that all requests went to the service."""
@@ -182,17 +163,6 @@ def page(served, tmp_path):
         yield open_page
 
 
-@pytest.fixture(scope="module")
-def picture(data):
-    """A PNG of a 7, dark on white."""
-    buffer = io.BytesIO()
-    Image.fromarray(255 - dataset.read_split(data, "t10k")[0][0].numpy()).resize((400, 400)).save(buffer, "PNG")
-    return buffer.getvalue()
-
-
-SEVEN = [[(0.6, 0.3), (0.75, 0.3), (0.66, 0.55)]]
-
-
 def test_digits_of_all_sizes_and_positions_are_predicted(page):
     opened, wrong = page(), []
     for digit, lines in strokes.variations(60):
@@ -205,7 +175,7 @@ def test_digits_of_all_sizes_and_positions_are_predicted(page):
 
 def test_the_prediction_appears_within_a_tenth_of_a_second_and_is_announced(page):
     opened = page()
-    opened.check_accessibility("empty")
+    opened.check_accessibility()
     assert opened.text("verdict") == "Nothing drawn yet"
     opened.script(
         """const canvas = document.getElementById("canvas");
@@ -222,7 +192,7 @@ def test_the_prediction_appears_within_a_tenth_of_a_second_and_is_announced(page
     assert min(times) < 100 * max(1, os.getloadavg()[0] / os.cpu_count())
     assert opened.script("return document.getElementById('seen').naturalWidth") == 28
     opened.until(lambda: opened.text("announcer").startswith("7. Sure"))
-    opened.check_accessibility("drawn")
+    opened.check_accessibility()
 
 
 def test_undo_and_clear_work_by_button_and_by_key(page):
@@ -245,20 +215,17 @@ def test_the_last_50_steps_can_be_undone_and_no_more_are_kept(page):
     assert opened.script("let n = 0; for (; !byId('undo').disabled; n++) undo(); return n") == 50
 
 
-@pytest.mark.parametrize("event", ["drop", "paste"])
-def test_a_picture_can_be_dropped_or_pasted(page, picture, event):
-    opened = page()
-    opened.give(event, picture, "seven.png")
+@pytest.mark.parametrize("how", ["drop", "paste", "choose"])
+def test_a_picture_can_be_dropped_pasted_or_chosen(page, data, tmp_path, how):
+    opened, file = page(), tmp_path / "seven.png"
+    Image.fromarray(255 - dataset.read_split(data, "t10k")[0][0].numpy()).resize((400, 400)).save(file)
+    if how == "choose":
+        opened.driver.find_element("id", "file").send_keys(str(file))
+    else:
+        opened.give(how, file.read_bytes())
     opened.until(lambda: opened.prediction() == "7")
     opened.click("clear")
     assert opened.prediction() == NOTHING
-
-
-def test_a_picture_can_be_chosen(page, picture, tmp_path):
-    (tmp_path / "seven.png").write_bytes(picture)
-    opened = page()
-    opened.driver.find_element("id", "file").send_keys(str(tmp_path / "seven.png"))
-    opened.until(lambda: opened.prediction() == "7")
 
 
 def test_the_page_works_with_the_keyboard_alone(page):
@@ -270,7 +237,7 @@ def test_the_page_works_with_the_keyboard_alone(page):
     opened.press(*["ARROW_LEFT"] * 5, *["ARROW_UP"] * 6, " ", *["ARROW_RIGHT"] * 8)
     opened.press(*["ARROW_DOWN", "ARROW_DOWN", "ARROW_LEFT"] * 5, " ")
     assert opened.prediction() == "7"
-    opened.check_accessibility("keyboard")
+    opened.check_accessibility()
     opened.press("ESCAPE")
     assert opened.prediction() == NOTHING
 
@@ -279,9 +246,8 @@ def test_on_a_phone_a_finger_draws_and_the_page_fits_the_screen(page):
     opened = page(width=390, height=844, phone=True)
     assert opened.draw(SEVEN, touch=True) == "7"
     assert opened.script("return [scrollY, document.documentElement.scrollWidth - innerWidth]") == [0, 0]
-    opened.check_accessibility("phone")
-    opened.open("/#results")
-    opened.until(lambda: "Confusion" in opened.text("results-content"))
+    opened.check_accessibility()
+    opened.open_results()
     assert opened.script("return document.documentElement.scrollWidth - innerWidth") == 0
 
 
@@ -289,7 +255,7 @@ def test_the_page_follows_the_dark_scheme(page):
     opened = page(dark=True)
     opened.draw(SEVEN)
     assert opened.script("return getComputedStyle(document.body).backgroundColor") == "rgb(20, 22, 26)"
-    opened.check_accessibility("dark")
+    opened.check_accessibility()
 
 
 @pytest.mark.parametrize(
@@ -303,33 +269,26 @@ def test_unsure_and_no_digit_are_shown(page, confidence, prediction, text):
     opened.script(MOCK, {"output": output})
     opened.draw(SEVEN)
     opened.until(lambda: opened.text("verdict") == text)
-    opened.check_accessibility(confidence.replace(" ", "-"))
+    opened.check_accessibility()
 
 
-def test_results_and_api_are_shown(page, served):
-    opened = page(height=2200)
-    opened.open("/#results")
-    opened.until(lambda: "Confusion" in opened.text("results-content"))
-    assert f"{get(served, '/results')['evaluation']['accuracy']:.2f} %" in opened.text("results-content")
-    opened.until(lambda: opened.script(LOADED) == 6)
-    opened.check_accessibility("results")
-    opened.open("/docs")
-    opened.until(lambda: "/predictions/{prediction_id}" in opened.text("docs-content"))
-    opened.check_accessibility("docs")
-
-
-def test_under_a_prefix_behind_a_proxy_the_page_works(page, served):
-    with stages.proxied(served.address, "/digits") as address:
-        opened = page(address)
+@pytest.mark.parametrize("prefix", ["", "/digits"])
+def test_results_and_api_are_shown_also_under_a_prefix_behind_a_proxy(page, served, prefix):
+    with stages.proxied(served.address, prefix) as address:
+        opened = page(address, height=2200)
         assert opened.draw(SEVEN) == "7"
-        opened.open("/#results")
-        opened.until(lambda: "Confusion" in opened.text("results-content"))
+        opened.open_results()
+        assert f"{get(served, '/results')['evaluation']['accuracy']:.2f} %" in opened.text("results-content")
         opened.until(lambda: opened.script(LOADED) == 6)
+        opened.check_accessibility()
         opened.script("document.querySelector('[data-view=docs]').click()")
         opened.until(lambda: "/predictions/{prediction_id}" in opened.text("docs-content"))
         assert f"{address}/predictions" in opened.text("docs-content")
+        opened.check_accessibility()
         opened.script("document.querySelector('[data-view=draw]').click()")
         opened.until(lambda: opened.script("return location.href") == f"{address}/#draw")
+        opened.open("/docs")
+        opened.until(lambda: "/predictions/{prediction_id}" in opened.text("docs-content"))
 
 
 def test_a_running_training_is_shown_and_its_model_replaces_the_old_one(page, served):
@@ -338,9 +297,7 @@ def test_a_running_training_is_shown_and_its_model_replaces_the_old_one(page, se
     before = get(served, "/health-check")["model"]["sha256"]
     served.start("train", "--epochs", "17")  # two more than it has
     opened.until(lambda: "Training: " in opened.text("results-content"))
-    opened.check_accessibility("training")
-    deadline = time.monotonic() + 120
-    while (after := get(served, "/health-check")["model"]["sha256"]) == before:
-        assert time.monotonic() < deadline
-        select.select([], [], [], 0.5)
+    opened.check_accessibility()
+    stages.wait_until(lambda: get(served, "/health-check")["model"]["sha256"] != before, "a new model")
+    after = get(served, "/health-check")["model"]["sha256"]
     opened.until(lambda: after[:12] in opened.text("model"))

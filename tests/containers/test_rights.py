@@ -49,26 +49,18 @@ def probed(request, owned, tmp_path_factory):
     return stage, owner, json.loads(ended.stdout)
 
 
-def test_a_stage_runs_as_the_owner_of_the_data_folder(probed):
+def test_a_stage_runs_as_the_owner_of_the_data_folder_without_a_capability_and_can_gain_none(probed):
     _, owner, found = probed
     assert {*found["users"]} == {str(owner)}
     assert {*found["groups"]} <= {str(owner)}
-
-
-def test_a_stage_has_no_capability_and_can_gain_none(probed):
-    _, owner, found = probed
     assert {*found["capabilities"].values()} == {"0" * 16}
     assert found["no_new_privileges"] == "1"
     assert found["becomes_root"] is (owner == 0)
 
 
-def test_a_stage_writes_to_the_volume_only_and_train_to_the_data_too(probed):
+def test_a_stage_writes_to_the_volume_only_and_train_to_the_data_too_and_evaluate_has_no_network(probed):
     stage, _, found = probed
     assert found["writes"] == [DATA_FOLDER] * (stage == "train") + [MODEL]
-
-
-def test_only_evaluate_has_no_network(probed):
-    stage, _, found = probed
     assert (found["networks"] == ["lo"]) is (stage == "evaluate")
 
 

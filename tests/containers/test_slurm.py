@@ -9,7 +9,7 @@ from stages import results
 
 def test_a_job_that_is_cancelled_saves_a_checkpoint_and_the_same_command_resumes_to_an_evaluated_model(cluster):
     run, asked = start_training(cluster), time.time()
-    cluster.run("scancel", "--name=mnist-train")
+    cluster.command("scancel", "--name=mnist-train")
     assert {job["JobState"] for job in cluster.end().values()} == {"CANCELLED"}
     assert (cluster.model / "checkpoint.pt").stat().st_mtime > asked
     assert not (cluster.model / "mnist_cnn.pt").exists()
