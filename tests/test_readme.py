@@ -12,28 +12,14 @@ import stages
 README = stages.TREE / "README.md"
 DOCUMENTS = [README, *sorted((stages.TREE / "docs").glob("*.md")), *(stages.TREE / "tests").rglob("README.md")]
 ALL = "\n".join(path.read_text() for path in DOCUMENTS)
-# Flags that are not the programs' but of the tools that the documents' commands call.
-OF_TOOLS = {
-    *("--attach-dependencies", "--images", "--profile", "--abort-on-container-exit", "--abort-on-container-failure"),
-    *("--exit-code-from", "--all", "--time", "--type", "--now"),
-    *("--build", "--rm", "--volumes", "--build-arg", "--no-deps", "--remove-orphans", "--detach", "--help"),
-    *("--signal", "--entrypoint", "--project-name", "--mount", "--volume", "--name", "--cpus", "--memory", "--user"),
-    *(
-        "--json",
-        "--wait",
-        "--cap-add",
-        "--init",
-        "--network",
-        "--quiet",
-        "--force",
-        "--tag",
-        "--file",
-        "--platform",
-        "--recursive",
-        "--nodes",
-        "--no-start",
-    ),
-}
+OF_TOOLS = """--abort-on-container-exit --abort-on-container-failure --all --attach-dependencies --build --build-arg
+--cap-add --cpus --detach --entrypoint --exit-code-from --file --force --help --images --init --json --memory --mount
+--name --network --no-deps --no-start --nodes --now --platform --profile --project-name --quiet --recursive
+--remove-orphans --rm --signal --tag --time --type --user --volume --volumes --wait"""
+
+
+def flags_of(program):
+    return {*re.findall(r'add_argument\(\s*"(--[a-z-]+)"', program.read_text())}
 
 
 def flags_in(text):
@@ -41,24 +27,22 @@ def flags_in(text):
     return {*re.findall(r"(?<![\w-])--[a-z][a-z-]*[a-z]", text)}
 
 
-def of_programs(tmp_path):
+@pytest.fixture(scope="module")
+def of_programs(tmp_path_factory):
     """The flags of the three programs and of launch.py, from their own help, and those of serve."""
-    serve = re.findall(r'add_argument\("(--[a-z-]+)"', (stages.TREE / "model-infer/serve.py").read_text())
-    launch = [sys.executable, stages.TREE / "model-train" / "cluster" / "launch.py", "--help"]
-    launch = flags_in(subprocess.run(launch, capture_output=True, text=True, check=True).stdout)
-    return {*serve, *launch}.union(
-        *(flags_in(stages.call(stage, "--help", model=tmp_path).stdout) for stage in stages.STAGES)
-    )
+    launch = [sys.executable, stages.TREE / "model-train/cluster/launch.py", "--help"]
+    texts = [subprocess.run(launch, capture_output=True, text=True, check=True).stdout]
+    texts += [stages.call(stage, "--help", model=tmp_path_factory.mktemp("model")).stdout for stage in stages.STAGES]
+    return flags_in(" ".join(texts)) | flags_of(stages.TREE / "model-infer/serve.py")
 
 
-def test_every_flag_of_a_program_is_documented(tmp_path):
-    assert of_programs(tmp_path) - {"--help"} <= flags_in(ALL)
+def test_every_flag_of_a_program_is_documented(of_programs):
+    assert of_programs - {"--help"} <= flags_in(ALL)
 
 
-def test_every_flag_in_a_document_is_one_of_a_programs_or_a_tools(tmp_path):
-    scripts = "".join(path.read_text() for path in (stages.TREE / "tests").rglob("*.py"))
-    ours = of_programs(tmp_path) | {*re.findall(r'add_argument\(\s*"(--[a-z-]+)"', scripts)}
-    assert flags_in(ALL) <= ours | OF_TOOLS
+def test_every_flag_in_a_document_is_one_of_a_programs_or_a_tools(of_programs):
+    ours = of_programs.union(*map(flags_of, (stages.TREE / "tests").rglob("*.py")))
+    assert flags_in(ALL) <= ours | flags_in(OF_TOOLS)
 
 
 def test_every_variable_of_the_compose_files_is_documented_and_no_other():
