@@ -35,12 +35,10 @@ def output_of(*words, **options):
 
 
 def inspect(name):
-    """What the engine says of a container or an image."""
     return json.loads(output_of("inspect", name))[0]
 
 
 def image(stage):
-    """The name of a stage's image."""
     return f"{PREFIX}-{stage}"
 
 
@@ -56,7 +54,6 @@ def build():
 
 
 def remove_images():
-    """Removes them again."""
     docker("image", "rm", "--force", *map(image, STAGES))
 
 
@@ -93,15 +90,12 @@ class Container:
     id: str
 
     def state(self):
-        """Its state, as the engine has it."""
         return inspect(self.id)["State"]
 
     def logs(self):
-        """What it has printed so far."""
         return docker("logs", self.id).stdout
 
     def send(self, number):
-        """Sends a signal to its first process."""
         docker("kill", "--signal", int(number), self.id)
 
     def end(self, seconds=240):
@@ -115,19 +109,15 @@ class Container:
         """Runs a shell script in the container, with all rights, and returns what came of it."""
         return docker("exec", "--privileged", "--user", "0", self.id, "sh", "-c", script)
 
-    def wait_until(self, condition, what):
-        """Waits for a condition, which must come before the container's end."""
-
-        def is_met():
-            has_ended, value = self.state()["Status"] == "exited", condition()
-            assert value or not has_ended, f"ended before {what}: {self.end()}"
-            return value
-
-        wait_until(is_met, what)
-
     def wait_until_it_trains(self):
         """Waits for the first line of progress, which comes soon with the flags OFTEN."""
-        self.wait_until(lambda: "images/s" in self.logs(), "a line of progress")
+
+        def trains():
+            has_ended, value = self.state()["Status"] == "exited", "images/s" in self.logs()
+            assert value or not has_ended, f"ended before a line of progress: {self.end()}"
+            return value
+
+        wait_until(trains, "a line of progress")
 
 
 class Pipeline:

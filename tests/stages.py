@@ -11,11 +11,11 @@ import subprocess
 import sys
 import threading
 import time
-import urllib.error
-import urllib.request
+from http.client import HTTPConnection
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from unittest import mock
+from urllib.parse import urlsplit
 
 import torch
 from PIL import Image
@@ -32,10 +32,7 @@ MADE_BY = {
     "evaluate": {"eval_results.json", "confusion_matrix.png", "mistakes.png"},
     "infer": {"predictions.json", "predictions.png"},  # and the pictures in results
 }
-LOCKS = {
-    ".train.lock",
-    ".download.lock",
-}  # empty files that train leaves in the volume, and in the data if it downloads
+LOCKS = {".train.lock", ".download.lock"}  # empty files of train in the volume, and in the data if it downloads
 QUICK = ("--epochs", "1", "--batch-size", "500")  # a training that takes little time
 SECONDS = 120  # for one process; a machine may be busy
 
@@ -70,15 +67,9 @@ def running(words, **env):
 
     The block has it with its output to read from, and all of the group is gone afterwards.
     """
-    with subprocess.Popen(
-        words,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=os.environ | {name: str(value) for name, value in env.items()},
-        start_new_session=True,
-    ) as process:
+    pipes = dict.fromkeys(("stdout", "stderr"), subprocess.PIPE) | {"stdin": subprocess.DEVNULL, "text": True}
+    env = os.environ | {name: str(value) for name, value in env.items()}
+    with subprocess.Popen(words, env=env, start_new_session=True, **pipes) as process:
         try:
             yield process
         finally:
@@ -96,14 +87,9 @@ def proxied(address, prefix):
                 self.send_error(404)
                 return
             body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
-            request = urllib.request.Request(
-                address + self.path.removeprefix(prefix), body or None, dict(self.headers), method=self.command
-            )
-            try:
-                response = urllib.request.urlopen(request, timeout=SECONDS)
-            except urllib.error.HTTPError as refused:
-                response = refused
-            with response:
+            with contextlib.closing(HTTPConnection(urlsplit(address).netloc, timeout=SECONDS)) as service:
+                service.request(self.command, self.path.removeprefix(prefix), body, dict(self.headers))
+                response = service.getresponse()
                 self.send_response(response.status)
                 for name in ("Content-Type", "Content-Length", "Content-Security-Policy"):
                     if name in response.headers:
@@ -177,7 +163,6 @@ def assert_fails(result, status, *names):
 
 
 def sha256(path):
-    """The sha256 of a file."""
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
@@ -197,12 +182,10 @@ def read_json(path):
 
 
 def results(folder):
-    """What train_results.json says."""
     return read_json(folder / "train_results.json")
 
 
 def load_checkpoint(folder):
-    """What is in checkpoint.pt."""
     return torch.load(folder / "checkpoint.pt", weights_only=True)
 
 
@@ -242,9 +225,9 @@ def edited(text, edit):
 
 def edit_record(folder, **changes):
     """Changes what train_results.json says; `settings` are added to those that are there."""
-    path, content = folder / "train_results.json", results(folder)
+    content = results(folder)
     changes["settings"] = content["settings"] | changes.get("settings", {})
-    path.write_text(json.dumps(content | changes))
+    (folder / "train_results.json").write_text(json.dumps(content | changes))
 
 
 def edit_checkpoint(folder, **edits):

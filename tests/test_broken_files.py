@@ -18,9 +18,7 @@ CASES = [case for case in corpus.cases() if case.fault != "forbidden to read" or
 def call_and_measure(words, folders):
     """What comes of stages.call(), and the bytes that it took at most."""
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    with mock.patch(
-        "stage.process.count_cores", return_value=1
-    ):  # after a fork, torch's own threads would wait for ever
+    with mock.patch("stage.process.count_cores", return_value=1):  # torch's own threads would hang after a fork
         result = stages.call(*words, **folders)
     return result, 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
 
@@ -35,8 +33,7 @@ def call_forked(*words, **folders):
 
 @pytest.fixture(autouse=True)
 def _no_mirrors(monkeypatch):
-    """Has torchvision ask a mirror where nobody listens."""
-    monkeypatch.setattr("torchvision.datasets.MNIST.mirrors", ["http://127.0.0.1:9/"])
+    monkeypatch.setattr("torchvision.datasets.MNIST.mirrors", ["http://127.0.0.1:9/"])  # where nobody listens
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
