@@ -60,7 +60,6 @@ def flip(content, place):
 
 
 def replace(path, make):
-    """Puts what is no file in its place."""
     path.unlink()
     make(path)
 
@@ -237,7 +236,6 @@ def assign(value, *keys):
 
 
 def edit_json(path, edit):
-    """Changes what a JSON file says by a function."""
     path.write_text(stages.edited(path.read_text(), edit))
 
 

@@ -49,7 +49,6 @@ def image_size(stage):
 
 
 def build():
-    """Builds the images of the tree as it is."""
     output_of("compose", "--project-name", PREFIX, "--file", COMPOSE_FILE, "build", "--quiet", timeout=800)
 
 
@@ -179,7 +178,6 @@ class Pipeline:
         return Container(started.stdout.split()[-1])
 
     def run(self, stage, *flags, options=(), seconds=240):
-        """Runs a stage alone to its end."""
         return self.start(stage, *flags, options=options).end(seconds)
 
     def up(self, *flags):

@@ -13,16 +13,11 @@ import stages
 LABELS = torch.tensor([digit for digit in range(9) for _ in range(20 + digit)])  # there is no 9
 
 
-@pytest.fixture
-def log_probabilities():
-    """Those of a model that predicts no 7, and most others right."""
+def test_all_figures_are_those_of_a_computation_by_hand():
     scores = torch.randn(len(LABELS), 10, generator=torch.Generator().manual_seed(0))
     scores[torch.arange(len(LABELS)), LABELS] += 2
-    scores[:, 7] = -100
-    return scores.log_softmax(1)
-
-
-def test_all_figures_are_those_of_a_computation_by_hand(log_probabilities):
+    scores[:, 7] = -100  # a model that predicts no 7, and most others right
+    log_probabilities = scores.log_softmax(1)
     rows, labels = log_probabilities.tolist(), LABELS.tolist()
     predictions = [row.index(max(row)) for row in rows]
     pairs = [*zip(labels, predictions, strict=True)]

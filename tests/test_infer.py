@@ -118,11 +118,3 @@ def test_the_accuracy_of_the_evaluated_model_is_in_the_predictions_and_printed(f
     results = {"Accuracy": 87.65, "model_sha256": stages.sha256(volume / "mnist_cnn.pt")}
     (volume / "eval_results.json").write_text(json.dumps(results))
     assert "87.65" in stages.call("infer", model=volume).stdout
-
-
-def test_the_command_that_copies_the_volume_is_given_for_a_new_folder(start, monkeypatch):
-    folder = start("infer")
-    monkeypatch.setattr("stage.files.MODEL", folder)
-    (line,) = [line for line in stages.call("infer", model=folder).stdout.splitlines() if "docker compose cp" in line]
-    assert "new folder, out, " in line
-    assert line.endswith(" out")

@@ -27,7 +27,6 @@ def folder(data, tmp_path_factory):
 
 @pytest.fixture
 def infer(volume, folder):
-    """A function that has infer predict pictures."""
     return lambda *names: stages.run("infer", *names, model=volume, data=folder)
 
 

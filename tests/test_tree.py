@@ -31,7 +31,6 @@ def run(*command, folder=stages.TREE):
 
 @pytest.fixture(scope="module")
 def compose():
-    """docker-compose.yml, read."""
     content = yaml.safe_load((stages.TREE / "docker-compose.yml").read_text())
     content["serve"] = content["services"].pop("serve")  # which is no stage
     return content
@@ -155,11 +154,8 @@ def test_all_programs_of_a_stage_are_copied_so_that_any_user_may_run_what_only_i
 def test_the_project_its_services_and_their_dockerfiles_have_the_names_that_are_expected(compose):
     assert "name" not in compose  # so that a project is named after its checkout's folder, and has a volume of its own
     builds = {stage: service["build"] for stage, service in compose["services"].items()}
-    assert builds == {
-        "train": {"context": "model-train", "dockerfile": "Dockerfile.train"},
-        "evaluate": {"context": "model-eval", "dockerfile": "Dockerfile.eval"},
-        "infer": {"context": "model-infer", "dockerfile": "Dockerfile.infer"},
-    }
+    names = zip(stages.STAGES, ("train", "eval", "infer"), strict=True)
+    assert builds == {stage: {"context": f"model-{name}", "dockerfile": f"Dockerfile.{name}"} for stage, name in names}
     assert "version" not in compose
     assert not any("container_name" in service for service in compose["services"].values())
 
