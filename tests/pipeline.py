@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from functools import cached_property
 from pathlib import Path
+from types import SimpleNamespace
 
 from stages import STAGES, TREE, wait_until
 
@@ -67,21 +68,6 @@ def as_root(folder, script):
     in_image("train", f"cd /folder && {script}", "--volume", f"{folder}:/folder")
 
 
-@dataclass
-class Ended:
-    """How a container ended: as subprocess.CompletedProcess, and when it began and ended, in seconds since 1970."""
-
-    returncode: int
-    stdout: str
-    stderr: str
-    began: float
-    ended: float
-
-    @property
-    def seconds(self):
-        return self.ended - self.began
-
-
 @dataclass(frozen=True)
 class Container:
     """A container of a stage, running or ended."""
@@ -98,11 +84,15 @@ class Container:
         docker("kill", "--signal", int(number), self.id)
 
     def end(self, seconds=240):
-        """Waits for its end; subprocess.TimeoutExpired if that does not come."""
+        """Waits for its end, and returns how it ended: as subprocess.CompletedProcess, and when, in seconds since 1970.
+
+        Raises subprocess.TimeoutExpired if the end does not come.
+        """
         docker("wait", self.id, timeout=seconds)
         state, logs = self.state(), docker("logs", self.id)
-        times = [datetime.fromisoformat(state[name]).timestamp() for name in ("StartedAt", "FinishedAt")]
-        return Ended(state["ExitCode"], logs.stdout, logs.stderr, *times)
+        began, ended = (datetime.fromisoformat(state[name]).timestamp() for name in ("StartedAt", "FinishedAt"))
+        result = {"returncode": state["ExitCode"], "stdout": logs.stdout, "stderr": logs.stderr}
+        return SimpleNamespace(**result, began=began, ended=ended, seconds=ended - began)
 
     def inside(self, script):
         """Runs a shell script in the container, with all rights, and returns what came of it."""

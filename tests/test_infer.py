@@ -1,4 +1,4 @@
-"""infer: how many pictures it leaves, of what, and what it says of them."""
+"""infer: how many pictures it leaves, of what, and what it says of them; predictions of single images."""
 
 import collections
 import io
@@ -14,6 +14,8 @@ import example
 import infer
 import stages
 from pictures import folders, prediction
+from stage import dataset
+from stage.process import Failure
 
 
 def run(folder, *flags):
@@ -118,3 +120,80 @@ def test_the_accuracy_of_the_evaluated_model_is_in_the_predictions_and_printed(f
     results = {"Accuracy": 87.65, "model_sha256": stages.sha256(volume / "mnist_cnn.pt")}
     (volume / "eval_results.json").write_text(json.dumps(results))
     assert "87.65" in stages.call("infer", model=volume).stdout
+
+
+# Predictions of single images -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def predictor(trained, data):
+    return prediction.load_predictor(trained, data)
+
+
+def test_probabilities_do_not_depend_on_earlier_predictions(predictor, data):
+    images = example.read_test_images(data)[0][:20]
+    first = [predictor.predict(image) for image in images]
+    assert [predictor.predict(image) for image in images.flip(0)] == first[::-1]
+
+
+def test_probabilities_agree_with_the_examples_network(predictor, trained, data):
+    images = example.read_test_images(data)[0][:100]
+    expected = example.predict(example.load(trained / "mnist_cnn.pt"), images).exp()
+    actual = torch.tensor([predictor.predict(image)["probabilities"] for image in images])
+    torch.testing.assert_close(actual, expected, atol=1e-5, rtol=1e-4)
+
+
+def test_the_energy_is_that_of_the_logits(predictor, data):
+    images = example.read_test_images(data)[0][:50]
+    log_probabilities, energies = predictor.forward(images)
+    # log_softmax() subtracts the logsumexp from the logits, which is the energy.
+    torch.testing.assert_close(predictor.logits - energies[:, None], log_probabilities)
+
+
+def test_at_most_one_percent_of_the_validation_images_are_flagged(predictor, data):
+    images = dataset.read_split(data, "train")[0][-5000:]
+    flagged = sum(predictor.predict(image)["confidence"] == "no digit" for image in images)
+    print(f"{flagged} of 5,000 validation images are flagged")
+    assert 25 <= flagged <= 50
+
+
+def test_confidence_depends_on_probability_and_energy(predictor, data):
+    seen = set()
+    for image in example.read_test_images(data)[0][:2000]:
+        result = predictor.predict(image)
+        best = max(result["probabilities"])
+        energy = predictor.forward(image[None])[1].item()
+        if energy < predictor.threshold:
+            assert (result["confidence"], result["prediction"]) == ("no digit", None)
+        else:
+            assert result["confidence"] == ("sure" if best >= 0.9 else "unsure")
+            assert result["prediction"] == result["probabilities"].index(best)
+        seen.add(result["confidence"])
+    assert seen == {"sure", "unsure", "no digit"}
+
+
+def test_half_of_pure_noise_is_flagged(predictor):
+    noise = torch.randint(0, 256, (100, 28, 28), generator=torch.Generator().manual_seed(1), dtype=torch.uint8)
+    confidences = [predictor.predict(image)["confidence"] for image in noise]
+    assert confidences.count("no digit") >= 50
+
+
+@pytest.mark.parametrize(
+    ("content", "accuracy"),
+    [
+        ('{"Accuracy": 87.65, "model_sha256": "SHA256"}', 87.65),
+        ('{"Accuracy": 87.65, "model_sha256": "another"}', None),
+        ('{"Accuracy": "good", "model_sha256": "SHA256"}', None),
+        ("{garbage", None),
+        pytest.param("[" * 100_000, None, id="deep lists"),
+    ],
+)
+def test_the_accuracy_is_read_only_if_it_is_of_this_model(volume, content, accuracy):
+    (volume / "eval_results.json").write_text(content.replace("SHA256", stages.sha256(volume / "mnist_cnn.pt")))
+    assert prediction.load_predictor(volume).accuracy == accuracy
+
+
+def test_missing_training_images_are_an_error_unless_no_threshold_is_wanted(trained, tmp_path):
+    assert prediction.load_predictor(trained).threshold is None
+    with pytest.raises(Failure, match="train-images"):
+        prediction.load_predictor(trained, tmp_path)

@@ -17,7 +17,6 @@ from stage import files
 VALIDATOR = jsonschema.Draft202012Validator(json.loads((stages.TREE / "tests/trainjob.schema.json").read_text()))
 RESERVED = {f"PET_{name}" for name in ("NNODES", "NPROC_PER_NODE", "NODE_RANK", "MASTER_ADDR", "MASTER_PORT")}
 DOMAIN_AND_PATH = r"[a-z0-9]([-a-z0-9.]*[a-z0-9])?/[\w.-]+"
-COMPOSE = yaml.safe_load((stages.TREE / "docker-compose.yml").read_text())
 
 
 def test_the_train_job_fits_the_schema_and_passes_what_kubeflow_trainers_controller_checks():
@@ -73,7 +72,7 @@ def test_a_pod_has_no_rights_of_root(job):
 
 
 def test_the_limits_are_those_of_compose():
-    stage = COMPOSE["services"]["train"]
+    stage = yaml.safe_load((stages.TREE / "docker-compose.yml").read_text())["services"]["train"]
     cores = int(re.search(r":-(\d+)", stage["cpu_quota"])[1]) // stage["cpu_period"]
     limits = {"cpu": cores, "memory": re.search(r":-(\d+)g", stage["mem_limit"])[1] + "Gi"}
     resources = [TRAIN["spec"]["trainer"]["resourcesPerNode"], *(container_of(job)["resources"] for job in JOBS)]
