@@ -240,7 +240,6 @@ def edit_json(path, edit):
 
 
 def edit_saved_record(path, edit):
-    """Changes the record that a training's checkpoint has as text."""
     edit_checkpoint(path, lambda saved: saved | {"results": stages.edited(saved["results"], edit)})
 
 

@@ -22,7 +22,6 @@ READ_ONLY = {stage: {"volumes": [f"mnist:{MODEL}:ro"]} for stage in STAGES}  # P
 
 
 def docker(*words, **options):
-    """Runs a docker command, and returns what came of it."""
     options = {"capture_output": True, "text": True, "timeout": 120, "check": False} | options
     return subprocess.run(["docker", *map(str, words)], **options)
 

@@ -195,7 +195,6 @@ def batches_saved(folder):
 
 
 def images_trained_on(folder):
-    """How many images the workers together have trained on."""
     return sum(worker["images"] for worker in results(folder)["workers"])
 
 

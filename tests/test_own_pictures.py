@@ -36,7 +36,7 @@ def own(volume):
     return {path.name for path in (volume / "own").glob("*.png")}, predictions
 
 
-def test_own_pictures_have_their_own_folder_and_other_results_stay(volume, infer):
+def test_own_pictures_have_their_own_folder_and_other_results_stay_also_where_all_are_refused(volume, infer):
     stages.assert_succeeds(stages.run("infer", model=volume))
     before = stages.contents(volume)
     stages.assert_succeeds(infer("photo.png", "scans/*.png"))
@@ -45,6 +45,8 @@ def test_own_pictures_have_their_own_folder_and_other_results_stay(volume, infer
     assert all(Image.open(volume / "own" / name).size == (1200, 456) for name in names)
     after = stages.contents(volume)
     assert {name: after[name] for name in after if not name.startswith("own/")} == before
+    stages.assert_fails(infer("blank.png"), 1, "blank.png", "blank")
+    assert stages.contents(volume) == after
 
 
 def test_results_of_files_with_the_same_stem_are_numbered(volume, folder, infer):
@@ -105,13 +107,6 @@ def test_pictures_in_the_folder_that_the_results_replace_are_refused_and_kept(vo
     (volume / "MNIST").symlink_to(folder / "MNIST")
     stages.assert_fails(stages.run("infer", "own/*.png", model=volume, data=volume), 2, volume / "own")
     assert (volume / "own/photo.png").exists()
-
-
-def test_earlier_results_stay_if_all_pictures_are_refused(volume, infer):
-    stages.assert_succeeds(infer("photo.png"))
-    before = stages.contents(volume)
-    stages.assert_fails(infer("blank.png"), 1, "blank.png", "blank")
-    assert stages.contents(volume) == before
 
 
 @pytest.mark.parametrize("flag", ["--samples", "--seed"])

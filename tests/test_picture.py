@@ -87,9 +87,6 @@ def difference(one, other):
     return (one.float() - other.float()).abs().mean().item()
 
 
-# MNIST's own images ---------------------------------------------------------------------------------------------------
-
-
 def test_enlarged_test_images_are_restored_within_three_grey_levels(digits):
     differences = []
     for digit in digits[0][:1000]:
@@ -113,9 +110,6 @@ def test_rendered_pictures_are_predicted_almost_as_well_as_the_raw_images(digits
     print(f"raw {100 * correct['raw'] / RENDERED:.1f} %, rendered {100 * correct['rendered'] / RENDERED:.1f} %")
     # A finished model loses less than half a point (docs/drawing.md); this one is of a single epoch, and loses more.
     assert correct["rendered"] >= correct["raw"] - 0.02 * RENDERED
-
-
-# Each step ------------------------------------------------------------------------------------------------------------
 
 
 def test_the_digit_is_20_pixels_long_with_full_ink_and_centred_by_mass(three):
@@ -210,9 +204,6 @@ def test_any_size_is_prepared_or_refused(size, mode):
     noise = np.random.default_rng(1).integers(0, 256, (size[1], size[0], len(mode)), dtype=np.uint8)
     image = Image.fromarray(noise.squeeze(2) if mode == "L" else noise)
     assert outcome(encode(image)) in ((28, 28), "blank: there is nothing to read on it")
-
-
-# Files ----------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", FORMATS)

@@ -23,7 +23,6 @@ def flags_of(program):
 
 
 def flags_in(text):
-    """The long flags that a text names."""
     return {*re.findall(r"(?<![\w-])--[a-z][a-z-]*[a-z]", text)}
 
 

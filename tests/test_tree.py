@@ -23,7 +23,6 @@ COPIES = [
 
 
 def run(*command, folder=stages.TREE):
-    """Runs a tool in a folder, and returns what it prints; it must succeed."""
     result = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stdout + result.stderr
     return result.stdout
@@ -244,7 +243,7 @@ def test_every_target_of_the_makefile_is_listed_by_make_alone():
 
 # A python3 whose environments have a Python that only notes what it is asked for, and fails at some of it.
 PYTHON = """
-[ "$1" = -c ] && exit
+[ "$1" = -c ] && exec {real} -c 'import sys; sys.version_info = {version}; exec(sys.argv[1])' "$2"
 mkdir -p .venv/bin
 cat >.venv/bin/python <<'END'
 #!/bin/sh
@@ -253,10 +252,7 @@ case "$*" in {fails}) exit 1 ;; esac
 END
 chmod +x .venv/bin/python
 """
-OLD_PYTHON = f"""
-[ "$1" = -c ] && exec {sys.executable} -c 'import sys; sys.version_info = (3, 10, 12); exec(sys.argv[1])' "$2"
-mkdir .venv
-"""
+NEW, OLD = (3, 11), (3, 10, 12)
 
 
 def write_program(path, script):
@@ -278,8 +274,8 @@ def make(tmp_path, monkeypatch):
     for name in ("TORCH_INDEX", "PYTHON3", "MAKEFLAGS"):  # the last has those given to a make that runs the tests
         monkeypatch.delenv(name, raising=False)
 
-    def make_environment(fails, *words, goal=".venv/for-stages", python=PYTHON):
-        write_program(tmp_path / "python3", python.replace("{fails}", fails))
+    def make_environment(fails, *words, goal=".venv/for-stages", version=NEW):
+        write_program(tmp_path / "python3", PYTHON.format(fails=fails, real=sys.executable, version=version))
         (tmp_path / "calls").write_text("")
         command = ["make", "--silent", goal, *words]
         result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
@@ -314,11 +310,11 @@ def test_an_installation_that_failed_is_not_taken_for_done(make, fails):
 
 @pytest.mark.parametrize("goal", ["local", "test", "data"])
 def test_an_old_python_is_refused_before_anything_is_made_and_another_can_be_chosen(make, tmp_path, goal):
-    result, _ = make("never", goal=goal, python=OLD_PYTHON)
+    result, _ = make("never", goal=goal, version=OLD)
     assert result.returncode != 0
     assert f"3.11 or newer is needed: make PYTHON3=python3.12 {goal}" in result.stderr.splitlines()[0]
     assert not (tmp_path / ".venv").exists()
-    result, _ = make("never", f"PYTHON3={sys.executable}", "--dry-run", goal=goal, python=OLD_PYTHON)
+    result, _ = make("never", f"PYTHON3={sys.executable}", "--dry-run", goal=goal, version=OLD)
     assert sys.executable in result.stdout
 
 
