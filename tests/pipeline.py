@@ -69,8 +69,6 @@ def as_root(folder, script):
 
 @dataclass(frozen=True)
 class Container:
-    """A container of a stage, running or ended."""
-
     id: str
 
     def state(self):

@@ -33,10 +33,8 @@ def variations(count, seed=1):
         size = 0.1 * 9.5 ** (number // 10 / max(1, (count - 1) // 10))  # from 0.1 to 0.95 of the canvas
         slant, narrow = chance.uniform(-0.15, 0.35), chance.uniform(0.6, 0.95)
         samples = chance.choice([3, 6, 12])  # between two points of a curve: a fast pen leaves few
-        strokes = [
-            [point for part in stroke for point in curve(add_noise(part, chance), samples)]
-            for stroke in strokes_of(chance.choice(WAYS[digit]))
-        ]
+        way = strokes_of(chance.choice(WAYS[digit]))
+        strokes = [[point for part in stroke for point in curve(part, samples, chance)] for stroke in way]
         strokes = [[(narrow * x + slant * (1 - y), y) for x, y in stroke] for stroke in strokes]
         yield digit, place(strokes, size, chance)
 
@@ -49,17 +47,15 @@ def place(strokes, size, chance):
     return [[(across + scale * (x - left), down + scale * (y - top)) for x, y in stroke] for stroke in strokes]
 
 
-def add_noise(points, chance):
-    """Add noise to the points of a curve, except its ends, which join it to the next curve."""
+def curve(points, steps, chance):
+    """Sample a smooth curve (Catmull and Rom 1974) in so many steps from one point to the next.
+
+    It goes through points with noise, except for its ends, which join it to other curves.
+    """
     inner = [tuple(value + chance.gauss(0, 0.03) for value in point) for point in points[1:-1]]
-    return [points[0], *inner, points[-1]]
-
-
-def curve(points, steps):
-    """Sample a smooth curve through points (Catmull and Rom 1974) in so many steps from one to the next."""
-    ends = [points[0], *points, points[-1]]
+    through = [points[0], points[0], *inner, points[-1], points[-1]]
     sampled = [points[0]]
-    for a, b, c, d in zip(ends, ends[1:], ends[2:], ends[3:], strict=False):
+    for a, b, c, d in zip(through, through[1:], through[2:], through[3:], strict=False):
         for t in (step / steps for step in range(1, steps + 1)):
             weights = (-t + 2 * t**2 - t**3, 2 - 5 * t**2 + 3 * t**3, t + 4 * t**2 - 3 * t**3, -(t**2) + t**3)
             x, y = (math.fsum(w * p[axis] for w, p in zip(weights, (a, b, c, d), strict=True)) / 2 for axis in (0, 1))

@@ -149,7 +149,6 @@ def test_the_energy_is_that_of_the_logits(predictor, data):
 def test_at_most_one_percent_of_the_validation_images_are_flagged(predictor, data):
     images = dataset.read_split(data, "train")[0][-5000:]
     flagged = sum(predictor.predict(image)["confidence"] == "no digit" for image in images)
-    print(f"{flagged} of 5,000 validation images are flagged")
     assert 25 <= flagged <= 50
 
 

@@ -92,7 +92,6 @@ def test_enlarged_test_images_are_restored_within_three_grey_levels(digits):
     for digit in digits[0][:1000]:
         enlarged = Image.fromarray(digit.numpy()).resize((140, 140), Image.Resampling.NEAREST)
         differences.append(difference(picture.prepare(enlarged), digit))
-    print(f"mean difference {np.mean(differences):.3f} grey levels, largest {max(differences):.3f}")
     assert np.mean(differences) <= 3
     assert np.quantile(differences, 0.99) <= 3
 
@@ -107,7 +106,6 @@ def test_rendered_pictures_are_predicted_almost_as_well_as_the_raw_images(digits
         prepared = picture.prepare(picture.open_picture(file))
         for name, image in (("raw", images[index]), ("rendered", prepared)):
             correct[name] += predictor.predict(image)["prediction"] == labels[index]
-    print(f"raw {100 * correct['raw'] / RENDERED:.1f} %, rendered {100 * correct['rendered'] / RENDERED:.1f} %")
     # A finished model loses less than half a point (docs/drawing.md); this one is of a single epoch, and loses more.
     assert correct["rendered"] >= correct["raw"] - 0.02 * RENDERED
 
@@ -207,10 +205,13 @@ def test_any_size_is_prepared_or_refused(size, mode):
 
 
 @pytest.mark.parametrize("name", FORMATS)
-def test_formats(three, name):
-    prepared = picture.prepare(picture.open_picture(encode(three.convert("RGB"), name)))
+def test_a_file_of_any_format_is_read_and_a_truncated_one_refused_in_one_line_or_partly_read(three, name):
+    file = encode(three.convert("RGB"), name)
+    prepared = picture.prepare(picture.open_picture(file))
     assert prepared.dtype == torch.uint8
     assert difference(prepared, picture.prepare(three)) < 3
+    for length in range(1, len(file), 1 + len(file) // 20):
+        assert "\n" not in str(outcome(file[:length]))
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -229,13 +230,6 @@ def test_modes(three, mode):
 def test_a_file_that_is_not_a_picture_is_refused(content):
     with pytest.raises(Failure, match="not a picture"):
         picture.open_picture(content)
-
-
-@pytest.mark.parametrize("name", FORMATS)
-def test_a_truncated_file_is_refused_in_one_line_or_partly_read(three, name):
-    file = encode(three.convert("RGB"), name)
-    for length in range(1, len(file), 1 + len(file) // 20):
-        assert "\n" not in str(outcome(file[:length]))
 
 
 def test_the_largest_pictures_that_are_accepted_take_no_more_memory_than_planned(tmp_path):

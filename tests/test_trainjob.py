@@ -1,7 +1,4 @@
-"""deploy/trainjob.yaml against the published schema of its TrainJob, and against what else it must agree with.
-
-trainjob.schema.json says where it comes from.
-"""
+"""deploy/trainjob.yaml against the schema of its TrainJob in trainjob.schema.json, and what else it must agree with."""
 
 import json
 import re
