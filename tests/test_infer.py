@@ -118,9 +118,6 @@ def test_the_accuracy_of_the_evaluated_model_is_in_the_predictions_and_printed(f
     assert "87.65" in stages.call("infer", model=volume).stdout
 
 
-# Predictions of single images -----------------------------------------------------------------------------------------
-
-
 @pytest.fixture(scope="module")
 def predictor(trained, data):
     return prediction.load_predictor(trained, data)

@@ -239,9 +239,7 @@ def test_the_largest_pictures_that_are_accepted_take_no_more_memory_than_planned
         each += 2 * len(mode) if name == "JPEG" else 0  # as in needed_memory()
         width = 50_000 if name == "JPEG" else 5_000  # so long that draft() does not reduce it
         image = Image.new(mode, (width, min(picture.MEMORY // each, picture.MAX_PIXELS) // width))
-        content = encode(image, name, **options)
-        (tmp_path / f"{number:02}").write_bytes(content)
-        sizes.append(len(content))
+        sizes.append((tmp_path / f"{number:02}").write_bytes(encode(image, name, **options)))
     malloc = {"MALLOC_MMAP_THRESHOLD_": "33554432", "MALLOC_TRIM_THRESHOLD_": "1000000000"}  # as in the images
     env = os.environ | malloc | {"PYTHONPATH": str(stages.TREE / "model-infer")}
     command = [sys.executable, "-c", MEASURE, *sorted(tmp_path.iterdir())]

@@ -51,14 +51,10 @@ def test_the_images_have_the_names_that_compose_gives_them_with_the_name_that_th
 
 
 @pytest.mark.parametrize("job", [TRAIN, *JOBS], ids=stages.STAGES)
-def test_a_pod_has_the_claim_where_the_program_looks_for_data_and_model(job):
+def test_a_pod_has_no_rights_of_root_and_the_claim_where_the_program_looks_for_data_and_model(job):
     (mount,), (volume,) = container_of(job)["volumeMounts"], pod_of(job)["volumes"]
     assert volume == {"name": mount["name"], "persistentVolumeClaim": {"claimName": CLAIM["metadata"]["name"]}}
     assert mount["mountPath"] == str(files.DATA.parent) == str(files.MODEL.parent)
-
-
-@pytest.mark.parametrize("job", [TRAIN, *JOBS], ids=stages.STAGES)
-def test_a_pod_has_no_rights_of_root(job):
     assert pod_of(job)["securityContext"] == pod_of(TRAIN)["securityContext"]  # which the schema has checked
     assert pod_of(job)["securityContext"]["runAsNonRoot"]
     assert container_of(job)["securityContext"] == {
