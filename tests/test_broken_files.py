@@ -31,11 +31,7 @@ def call_forked(*words, **folders):
     return result
 
 
-@pytest.fixture(autouse=True)
-def _no_mirrors(monkeypatch):
-    monkeypatch.setattr("torchvision.datasets.MNIST.mirrors", ["http://127.0.0.1:9/"])  # where nobody listens
-
-
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-def test_a_broken_file_is_named_in_one_line_with_what_fixes_it_and_harms_nothing(finished, tmp_path, case):
+def test_a_broken_file_is_named_in_one_line_with_what_fixes_it_and_harms_nothing(finished, tmp_path, monkeypatch, case):
+    monkeypatch.setattr("torchvision.datasets.MNIST.mirrors", ["http://127.0.0.1:9/"])  # where nobody listens
     corpus.check(case, finished, tmp_path, call_forked)

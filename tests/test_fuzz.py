@@ -125,14 +125,10 @@ def decide(folder, content):
         assert len(f"{decided.message} {decided.settings.as_flags()}".splitlines()) == 1
 
 
-READERS = {
-    "model": (read_model, saved(MODEL)),
-    "checkpoint": (resume, saved(PARTS)),
-    "record": (decide, json.dumps(RECORD).encode()),
-}
+CONTENTS = [(read_model, saved(MODEL)), (resume, saved(PARTS)), (decide, json.dumps(RECORD).encode())]
 
 
-@pytest.mark.parametrize(("reader", "content"), READERS.values(), ids=READERS.keys())
+@pytest.mark.parametrize(("reader", "content"), CONTENTS, ids=["model", "checkpoint", "record"])
 @FUZZ
 @given(anything=st.binary(max_size=300), edits=edits)
 def test_any_bytes_and_changed_files_are_accepted_or_refused_in_one_line(reader, tmp_path, content, anything, edits):
