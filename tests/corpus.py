@@ -55,7 +55,6 @@ def edit_bytes(path, edit):
 
 
 def flip(content, place):
-    """The bytes with one bit turned over."""
     return content[:place] + bytes([content[place] ^ 8]) + content[place + 1 :]
 
 

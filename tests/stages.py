@@ -111,7 +111,6 @@ def proxied(address, prefix):
 
 
 def finish(process):
-    """Waits for the end of a process, and returns what came of it."""
     stdout, stderr = process.communicate(timeout=SECONDS)
     return subprocess.CompletedProcess(process.args, process.returncode, stdout, stderr)
 

@@ -16,7 +16,6 @@ CASES = [case for case in corpus.cases() if case.fault != "forbidden to read" or
 
 
 def call_and_measure(words, folders):
-    """What comes of stages.call(), and the bytes that it took at most."""
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     with mock.patch("stage.process.count_cores", return_value=1):  # torch's own threads would hang after a fork
         result = stages.call(*words, **folders)

@@ -33,13 +33,13 @@ def test_every_node_runs_one_train_under_torchrun_in_a_runtime_that_has_no_comma
 
 
 def test_the_objects_are_a_claim_for_many_nodes_and_a_job_for_each_stage():
-    assert [(found["apiVersion"], found["kind"], found["metadata"]["labels"]["stage"]) for found in (CLAIM, *JOBS)] == [
+    objects = (CLAIM, TRAIN, *JOBS)
+    assert [(found["apiVersion"], found["kind"], found["metadata"]["labels"]["stage"]) for found in objects] == [
         ("v1", "PersistentVolumeClaim", "train"),
+        ("trainer.kubeflow.org/v1alpha1", "TrainJob", "train"),
         ("batch/v1", "Job", "evaluate"),
         ("batch/v1", "Job", "infer"),
     ]
-    assert (TRAIN["apiVersion"], TRAIN["kind"]) == ("trainer.kubeflow.org/v1alpha1", "TrainJob")
-    assert TRAIN["metadata"]["labels"]["stage"] == "train"
     assert CLAIM["spec"]["accessModes"] == ["ReadWriteMany"]
 
 
