@@ -21,12 +21,10 @@ if DIRECT != "*":
     os.environ["no_proxy"] = os.environ["NO_PROXY"] = f"{DIRECT},127.0.0.1,localhost"
 
 
-def is_in_containers(item):
-    """Whether a test is one of those that need a Docker engine."""
-    return item.path.parent.name == "containers"
-
-
 def pytest_collection_modifyitems(items):
+    def is_in_containers(item):
+        return item.path.parent.name == "containers"
+
     items.sort(key=is_in_containers)
     for item in items:  # the seconds include those of the fixtures that a test is the first to use
         item.add_marker(pytest.mark.timeout(900 if is_in_containers(item) else 240))

@@ -55,12 +55,10 @@ def edit_bytes(path, edit):
 
 
 def flip(content, place):
-    """The bytes with one bit turned over."""
     return content[:place] + bytes([content[place] ^ 8]) + content[place + 1 :]
 
 
 def replace(path, make):
-    """Puts what is no file in its place."""
     path.unlink()
     make(path)
 
@@ -123,16 +121,12 @@ def bomb(path, edit):
 CHECKPOINT_FAULTS = {
     "a pickle that runs code": lambda path: path.write_bytes(pickle.dumps(RunsCode(path))),
     "a torch file that runs code": lambda path: torch.save(RunsCode(path), path),
-    "an old torch file that runs code": lambda path: torch.save(
-        RunsCode(path), path, _use_new_zipfile_serialization=False
-    ),
+    "an old file that runs code": lambda path: torch.save(RunsCode(path), path, _use_new_zipfile_serialization=False),
     "a zip with a pickle that runs code": lambda path: rezip(path, pickled=pickle.dumps({"model": RunsCode(path)}, 2)),
     "a zip with another thing in it": partial(rezip, pickled=pickle.dumps("hello", 2)),
     "a zip without its tensors": partial(rezip, without="/data/0"),
     "a compressed zip": partial(rezip, compression=zipfile.ZIP_DEFLATED),
-    "a flipped bit where its zip ends": partial(
-        edit_bytes, edit=lambda content: flip(content, content.rfind(b"PK\5\6"))
-    ),
+    "a flipped bit where its zip ends": partial(edit_bytes, edit=lambda zipped: flip(zipped, zipped.rfind(b"PK\5\6"))),
     "a list": partial(torch.save, [1, 2]),
     "a tensor": partial(torch.save, torch.zeros(3)),
     "nothing": partial(torch.save, None),
@@ -146,8 +140,6 @@ def with_bias(value):
 
 
 def with_attribute(name):
-    """The function that adds an attribute to a dict."""
-
     def edit(model):
         forged = OrderedDict(model)
         setattr(forged, name, 5)
@@ -156,30 +148,29 @@ def with_attribute(name):
     return edit
 
 
-MODEL_FAULTS = {"a zip bomb": partial(bomb, edit=with_bias(torch.zeros(2 * 10**7)))} | each(
-    edit_checkpoint,
-    {
-        "another key": lambda model: model | {"fc3.bias": torch.zeros(10)},
-        "a key too few": lambda model: {key: model[key] for key in model if key != "fc2.bias"},
-        "keys that are numbers": lambda model: dict(enumerate(model.values())),
-        "keys under a prefix": lambda model: {f"module.{key}": model[key] for key in model},
-        "a whole module": lambda _: example.untrained(),
-        "another shape": with_bias(torch.zeros(11)),
-        "a shape that broadcasts": with_bias(torch.zeros(1)),
-        "a tensor of 4 TB without contents": with_bias(torch.zeros(1).expand(2**40)),
-        "float64": with_bias(torch.zeros(10, dtype=torch.float64)),
-        "integers": with_bias(torch.zeros(10, dtype=torch.int32)),
-        "a sparse tensor": with_bias(torch.zeros(10).to_sparse()),
-        "a tensor without memory": with_bias(torch.zeros(10, device="meta")),
-        "a number for a tensor": with_bias(5),
-        "not a number": with_bias(torch.full((10,), torch.nan)),
-        "infinity": with_bias(torch.full((10,), torch.inf)),
-        "a tensor with a false method": lambda model: setattr(model["fc2.bias"], "isfinite", 5) or model,
-    },
-)
-HARMLESS_MODELS = each(
-    edit_checkpoint, {"false keys()": with_attribute("keys"), "false metadata": with_attribute("_metadata")}
-)
+NOT_NUMBERS = with_bias(torch.full((10,), torch.nan))
+MODEL_EDITS = {
+    "another key": lambda model: model | {"fc3.bias": torch.zeros(10)},
+    "a key too few": lambda model: {key: model[key] for key in model if key != "fc2.bias"},
+    "keys that are numbers": lambda model: dict(enumerate(model.values())),
+    "keys under a prefix": lambda model: {f"module.{key}": model[key] for key in model},
+    "a whole module": lambda _: example.untrained(),
+    "another shape": with_bias(torch.zeros(11)),
+    "a shape that broadcasts": with_bias(torch.zeros(1)),
+    "a tensor of 4 TB without contents": with_bias(torch.zeros(1).expand(2**40)),
+    "float64": with_bias(torch.zeros(10, dtype=torch.float64)),
+    "integers": with_bias(torch.zeros(10, dtype=torch.int32)),
+    "a sparse tensor": with_bias(torch.zeros(10).to_sparse()),
+    "a tensor without memory": with_bias(torch.zeros(10, device="meta")),
+    "a number for a tensor": with_bias(5),
+    "not a number": NOT_NUMBERS,
+    "infinity": with_bias(torch.full((10,), torch.inf)),
+    "a tensor with a false method": lambda model: setattr(model["fc2.bias"], "isfinite", 5) or model,
+}
+MODEL_FAULTS = each(edit_checkpoint, MODEL_EDITS)
+MODEL_FAULTS["a zip bomb"] = partial(bomb, edit=with_bias(torch.zeros(2 * 10**7)))
+FALSE = {"false keys()": with_attribute("keys"), "false metadata": with_attribute("_metadata")}
+HARMLESS_MODELS = each(edit_checkpoint, FALSE)
 
 # Pickles that take much memory or time, or that crash the unpickler ---------------------------------------------------
 
@@ -233,7 +224,7 @@ FORGED = {name: partial(rezip, pickled=b"\x80\x02" + codes + b".") for name, cod
 
 
 def assign(value, *keys):
-    """A function that puts another value at a place of a record."""
+    """The function that puts another value at a place of a record."""
 
     def edit(record):
         for key in keys[:-1]:
@@ -244,51 +235,37 @@ def assign(value, *keys):
 
 
 def edit_json(path, edit):
-    """Changes what a JSON file says by a function."""
     path.write_text(stages.edited(path.read_text(), edit))
 
 
 def edit_saved_record(path, edit):
-    """Changes the record that a training's checkpoint has as text."""
     edit_checkpoint(path, lambda saved: saved | {"results": stages.edited(saved["results"], edit)})
 
 
-TRAINING_FAULTS = {
-    "a zip bomb": partial(bomb, edit=lambda saved: saved | {"velocities": torch.zeros(2 * 10**7)}),
-    **each(
-        edit_checkpoint,
-        {
-            "a model that is none": lambda saved: saved | {"model": 5},
-            "no model": lambda saved: {"velocities": saved["velocities"], "results": saved["results"]},
-            "a model that is not numbers": lambda saved: (
-                saved | {"model": with_bias(torch.full((10,), torch.nan))(saved["model"])}
-            ),
-            "no velocities": lambda saved: saved | {"velocities": None},
-            "velocities left out": lambda saved: {"model": saved["model"], "results": saved["results"]},
-            "velocities of 64 workers": lambda saved: saved | {"velocities": torch.zeros(64, 21_840)},
-            "velocities that are not numbers": lambda saved: saved | {"velocities": torch.full((2, 21_840), torch.nan)},
-            "no sum": lambda saved: saved | {"sum": None},
-            "a sum of another network": lambda saved: saved | {"sum": torch.zeros(21_840)},
-            "a sum that is not numbers": lambda saved: saved | {"sum": torch.full((21_841,), torch.nan)},
-            "results that are no text": lambda saved: saved | {"results": 5},
-            "results that are no JSON": lambda saved: saved | {"results": "{"},
-        },
-    ),
-    **each(
-        edit_saved_record,
-        {
-            "another training": assign("another", "run"),
-            "another learning rate": assign(0.2, "settings", "lr"),
-            "more batches than its history": assign(10**9, "batches"),
-            "an epoch that is not in its history": lambda record: record.update(history=[], batches=600),
-            "a worker too few": lambda record: (record["workers"].pop(), record["settings"].update(num_processes=1)),
-            "a start after its progress": lambda record: (
-                record.update(start=10**12),
-                record["settings"].update(epochs=9999),
-            ),
-        },
-    ),
+SAVED_EDITS = {
+    "a model that is none": lambda saved: saved | {"model": 5},
+    "no model": lambda saved: {"velocities": saved["velocities"], "results": saved["results"]},
+    "a model that is not numbers": lambda saved: saved | {"model": NOT_NUMBERS(saved["model"])},
+    "no velocities": lambda saved: saved | {"velocities": None},
+    "velocities left out": lambda saved: {"model": saved["model"], "results": saved["results"]},
+    "velocities of 64 workers": lambda saved: saved | {"velocities": torch.zeros(64, 21_840)},
+    "velocities that are not numbers": lambda saved: saved | {"velocities": torch.full((2, 21_840), torch.nan)},
+    "no sum": lambda saved: saved | {"sum": None},
+    "a sum of another network": lambda saved: saved | {"sum": torch.zeros(21_840)},
+    "a sum that is not numbers": lambda saved: saved | {"sum": torch.full((21_841,), torch.nan)},
+    "results that are no text": lambda saved: saved | {"results": 5},
+    "results that are no JSON": lambda saved: saved | {"results": "{"},
 }
+SAVED_RECORD_EDITS = {
+    "another training": assign("another", "run"),
+    "another learning rate": assign(0.2, "settings", "lr"),
+    "more batches than its history": assign(10**9, "batches"),
+    "an epoch that is not in its history": lambda record: record.update(history=[], batches=600),
+    "a worker too few": lambda record: (record["workers"].pop(), record["settings"].update(num_processes=1)),
+    "a start after its progress": lambda record: (record.update(start=10**12), record["settings"].update(epochs=9999)),
+}
+TRAINING_FAULTS = each(edit_checkpoint, SAVED_EDITS) | each(edit_saved_record, SAVED_RECORD_EDITS)
+TRAINING_FAULTS["a zip bomb"] = partial(bomb, edit=lambda saved: saved | {"velocities": torch.zeros(2 * 10**7)})
 
 JSON_FAULTS = {
     "no JSON": b"{'finished': True}",
@@ -340,50 +317,38 @@ HARMLESS_RECORDS = {
 
 TRAIN_ON = ("--epochs", "9999")  # has train go on where it would say that it is finished: it reads data and checkpoint
 TRAINING_IMAGES, TRAINING_LABELS, TEST_IMAGES, TEST_LABELS = (f"{stages.RAW}/{name}" for name in stages.RAW_FILES)
-FIXES = (
-    "--fresh",
-    "make data",
-    "rm ",
-    "chmod ",
-    "run --rm train",
-    "train.py --data",
-)  # a failure is to name one of these commands
+# A failure is to name one of these commands.
+FIXES = ("--fresh", "make data", "rm ", "chmod ", "run --rm train", "train.py --data")
 
 
 def cases():
     """All broken files. The volume is to hold what the three stages have left."""
     some = ("missing", "empty", "cut in half", "a FIFO")
-    code = of(CHECKPOINT_FAULTS, "a torch file that runs code")
+    code, general = "a torch file that runs code", FAULTS | CHECKPOINT_FAULTS
     texts = {name: partial(Path.write_bytes, data=content) for name, content in JSON_FAULTS.items()}
-    records, harmless_records = each(edit_json, RECORD_FAULTS), each(edit_json, HARMLESS_RECORDS)
     return [
-        *cases_of(TRAINING_IMAGES, DATA_FAULTS, "train", TRAIN_ON),
-        *cases_of(TRAINING_LABELS, of(DATA_FAULTS, "a flipped bit", *some), "train", TRAIN_ON),
-        *cases_of(TEST_IMAGES, of(DATA_FAULTS, "a flipped bit", "a byte too many", "100 GB", *some), "evaluate"),
-        *cases_of(TEST_LABELS, of(DATA_FAULTS, "a flipped bit", "a byte too many", *some), "infer"),
-        *cases_of("mnist_cnn.pt", FAULTS | CHECKPOINT_FAULTS | MODEL_FAULTS | FORGED, "evaluate"),
+        *cases_of(TRAINING_IMAGES, DATA_FAULTS, "train", flags=TRAIN_ON),
+        *cases_of(TRAINING_LABELS, DATA_FAULTS, "train", "a flipped bit", *some, flags=TRAIN_ON),
+        *cases_of(TEST_IMAGES, DATA_FAULTS, "evaluate", "a flipped bit", "a byte too many", "100 GB", *some),
+        *cases_of(TEST_LABELS, DATA_FAULTS, "infer", "a flipped bit", "a byte too many", *some),
+        *cases_of("mnist_cnn.pt", general | MODEL_FAULTS | FORGED, "evaluate"),
         *cases_of("mnist_cnn.pt", HARMLESS_MODELS, "evaluate", status=0),
-        *cases_of("mnist_cnn.pt", of(FAULTS, "100 GB", "a folder", "a FIFO"), "train"),
-        *cases_of("mnist_cnn.pt", of(FAULTS, "empty", "cut in half") | code, "train", status=0),
-        *cases_of("mnist_cnn.pt", of(FAULTS, *some) | code, "infer"),
-        *cases_of("checkpoint.pt", FAULTS | CHECKPOINT_FAULTS | TRAINING_FAULTS, "train", TRAIN_ON),
-        *cases_of("train_results.json", FAULTS | texts | records, "train"),
-        *cases_of("train_results.json", harmless_records, "train", status=0),
-        *cases_of("train_results.json", of(FAULTS, "a FIFO"), "evaluate", status=0),
-        *cases_of("eval_results.json", of(FAULTS, "a folder", *some), "infer", status=0),
-        *cases_of("eval_results.json", of(FAULTS, "100 GB", "a FIFO"), "evaluate", status=0),
-        *cases_of("eval_results.json", of(FAULTS, "a folder"), "evaluate"),
+        *cases_of("mnist_cnn.pt", FAULTS, "train", "100 GB", "a folder", "a FIFO"),
+        *cases_of("mnist_cnn.pt", general, "train", "empty", "cut in half", code, status=0),
+        *cases_of("mnist_cnn.pt", general, "infer", *some, code),
+        *cases_of("checkpoint.pt", general | TRAINING_FAULTS, "train", flags=TRAIN_ON),
+        *cases_of("train_results.json", FAULTS | texts | each(edit_json, RECORD_FAULTS), "train"),
+        *cases_of("train_results.json", each(edit_json, HARMLESS_RECORDS), "train", status=0),
+        *cases_of("train_results.json", FAULTS, "evaluate", "a FIFO", status=0),
+        *cases_of("eval_results.json", FAULTS, "infer", "a folder", *some, status=0),
+        *cases_of("eval_results.json", FAULTS, "evaluate", "100 GB", "a FIFO", status=0),
+        *cases_of("eval_results.json", FAULTS, "evaluate", "a folder"),
     ]
 
 
-def cases_of(file, faults, stage, flags=(), status=1):
-    """A case of a file for each of the faults."""
-    return [Case(file, fault, breaks, stage, flags, status) for fault, breaks in faults.items()]
-
-
-def of(faults, *names):
-    """Those of the faults that have the names."""
-    return {name: faults[name] for name in names}
+def cases_of(file, faults, stage, *names, flags=(), status=1):
+    """A case of a file for each of the faults, or for those that have the names."""
+    return [Case(file, name, faults[name], stage, flags, status) for name in names or faults]
 
 
 def check(case, good, folder, run):

@@ -28,7 +28,6 @@ class ExampleNet(nn.Module):
 
 
 def untrained(seed=0):
-    """A network that has learned nothing."""
     torch.manual_seed(seed)
     return ExampleNet().eval()
 

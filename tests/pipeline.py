@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from functools import cached_property
 from pathlib import Path
+from types import SimpleNamespace
 
 from stages import STAGES, TREE, wait_until
 
@@ -21,7 +22,6 @@ READ_ONLY = {stage: {"volumes": [f"mnist:{MODEL}:ro"]} for stage in STAGES}  # P
 
 
 def docker(*words, **options):
-    """Runs a docker command, and returns what came of it."""
     options = {"capture_output": True, "text": True, "timeout": 120, "check": False} | options
     return subprocess.run(["docker", *map(str, words)], **options)
 
@@ -35,12 +35,10 @@ def output_of(*words, **options):
 
 
 def inspect(name):
-    """What the engine says of a container or an image."""
     return json.loads(output_of("inspect", name))[0]
 
 
 def image(stage):
-    """The name of a stage's image."""
     return f"{PREFIX}-{stage}"
 
 
@@ -51,12 +49,10 @@ def image_size(stage):
 
 
 def build():
-    """Builds the images of the tree as it is."""
     output_of("compose", "--project-name", PREFIX, "--file", COMPOSE_FILE, "build", "--quiet", timeout=800)
 
 
 def remove_images():
-    """Removes them again."""
     docker("image", "rm", "--force", *map(image, STAGES))
 
 
@@ -71,63 +67,43 @@ def as_root(folder, script):
     in_image("train", f"cd /folder && {script}", "--volume", f"{folder}:/folder")
 
 
-@dataclass
-class Ended:
-    """How a container ended: as subprocess.CompletedProcess, and when it began and ended, in seconds since 1970."""
-
-    returncode: int
-    stdout: str
-    stderr: str
-    began: float
-    ended: float
-
-    @property
-    def seconds(self):
-        return self.ended - self.began
-
-
 @dataclass(frozen=True)
 class Container:
-    """A container of a stage, running or ended."""
-
     id: str
 
     def state(self):
-        """Its state, as the engine has it."""
         return inspect(self.id)["State"]
 
     def logs(self):
-        """What it has printed so far."""
         return docker("logs", self.id).stdout
 
     def send(self, number):
-        """Sends a signal to its first process."""
         docker("kill", "--signal", int(number), self.id)
 
     def end(self, seconds=240):
-        """Waits for its end; subprocess.TimeoutExpired if that does not come."""
+        """Waits for its end, and returns how it ended: as subprocess.CompletedProcess, and when, in seconds since 1970.
+
+        Raises subprocess.TimeoutExpired if the end does not come.
+        """
         docker("wait", self.id, timeout=seconds)
         state, logs = self.state(), docker("logs", self.id)
-        times = [datetime.fromisoformat(state[name]).timestamp() for name in ("StartedAt", "FinishedAt")]
-        return Ended(state["ExitCode"], logs.stdout, logs.stderr, *times)
+        began, ended = (datetime.fromisoformat(state[name]).timestamp() for name in ("StartedAt", "FinishedAt"))
+        result = {"returncode": state["ExitCode"], "stdout": logs.stdout, "stderr": logs.stderr}
+        return SimpleNamespace(**result, began=began, ended=ended, seconds=ended - began)
 
     def inside(self, script):
         """Runs a shell script in the container, with all rights, and returns what came of it."""
         return docker("exec", "--privileged", "--user", "0", self.id, "sh", "-c", script)
 
-    def wait_until(self, condition, what):
-        """Waits for a condition, which must come before the container's end."""
-
-        def is_met():
-            has_ended, value = self.state()["Status"] == "exited", condition()
-            assert value or not has_ended, f"ended before {what}: {self.end()}"
-            return value
-
-        wait_until(is_met, what)
-
     def wait_until_it_trains(self):
         """Waits for the first line of progress, which comes soon with the flags OFTEN."""
-        self.wait_until(lambda: "images/s" in self.logs(), "a line of progress")
+
+        def trains():
+            has_ended, value = self.state()["Status"] == "exited", "images/s" in self.logs()
+            assert value or not has_ended, f"ended before a line of progress: {self.end()}"
+            return value
+
+        wait_until(trains, "a line of progress")
 
 
 class Pipeline:
@@ -189,7 +165,6 @@ class Pipeline:
         return Container(started.stdout.split()[-1])
 
     def run(self, stage, *flags, options=(), seconds=240):
-        """Runs a stage alone to its end."""
         return self.start(stage, *flags, options=options).end(seconds)
 
     def up(self, *flags):

@@ -19,22 +19,22 @@ def render(digit, rng):
     large = Image.fromarray(digit).resize((side, side), Image.Resampling.BICUBIC)
     coverage[top : top + side, left : left + side] = np.asarray(large, dtype=np.float32) / 255
     if rng.random() < 0.3:
-        coverage = add_frame(coverage, rng)
+        thickness = max(2, int(min(width, height) * rng.uniform(0.005, 0.04)))
+        gap = int(min(width, height) * rng.uniform(0, 0.04))  # between the picture's edge and the frame
+        framed = np.pad(np.pad(coverage, 2 * thickness), thickness, constant_values=1)
+        coverage = np.pad(framed, gap)
         height, width = coverage.shape
     paper, ink = rng.uniform(190, 255), rng.uniform(0, 90)
     picture = (paper + (ink - paper) * coverage) * shadow(width, height, rng)
     picture += rng.uniform(0, 5) * rng.standard_normal(picture.shape, dtype=np.float32)
-    return as_jpeg(Image.fromarray(picture.clip(0, 255).astype(np.uint8)), rng)
-
-
-def add_frame(coverage, rng):
-    """Add a dark line around a picture, near its edge and clear of the digit."""
-    height, width = coverage.shape
-    thickness = max(2, int(min(width, height) * rng.uniform(0.005, 0.04)))
-    gap = int(min(width, height) * rng.uniform(0, 0.04))
-    framed = np.pad(coverage, 2 * thickness)
-    framed = np.pad(framed, thickness, constant_values=1)
-    return np.pad(framed, gap)
+    image = Image.fromarray(picture.clip(0, 255).astype(np.uint8))
+    exif = Image.Exif()
+    if rng.random() < 0.3:
+        exif[ORIENTATION] = orientation = int(rng.choice([*TURNS]))
+        image = image.transpose(TURNS[orientation])
+    buffer = io.BytesIO()
+    image.save(buffer, "JPEG", quality=int(rng.integers(40, 96)), exif=exif)
+    return buffer.getvalue()
 
 
 def shadow(width, height, rng):
@@ -47,14 +47,3 @@ def shadow(width, height, rng):
         return np.float32(1)
     softness = rng.uniform(0.03, 0.3) if kind == 1 else 1.5
     return 1 - strength / (1 + np.exp((-along / softness * 2).clip(-50, 50)))
-
-
-def as_jpeg(image, rng):
-    """Encode a picture as a JPEG; turn some, with the EXIF orientation that turns them back."""
-    exif = Image.Exif()
-    if rng.random() < 0.3:
-        exif[ORIENTATION] = orientation = int(rng.choice([*TURNS]))
-        image = image.transpose(TURNS[orientation])
-    buffer = io.BytesIO()
-    image.save(buffer, "JPEG", quality=int(rng.integers(40, 96)), exif=exif)
-    return buffer.getvalue()

@@ -11,11 +11,11 @@ import subprocess
 import sys
 import threading
 import time
-import urllib.error
-import urllib.request
+from http.client import HTTPConnection
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from unittest import mock
+from urllib.parse import urlsplit
 
 import torch
 from PIL import Image
@@ -67,15 +67,9 @@ def running(words, **env):
 
     The block has it with its output to read from, and all of the group is gone afterwards.
     """
-    with subprocess.Popen(
-        words,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=os.environ | {name: str(value) for name, value in env.items()},
-        start_new_session=True,
-    ) as process:
+    pipes = dict.fromkeys(("stdout", "stderr"), subprocess.PIPE) | {"stdin": subprocess.DEVNULL, "text": True}
+    env = os.environ | {name: str(value) for name, value in env.items()}
+    with subprocess.Popen(words, env=env, start_new_session=True, **pipes) as process:
         try:
             yield process
         finally:
@@ -93,14 +87,9 @@ def proxied(address, prefix):
                 self.send_error(404)
                 return
             body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
-            request = urllib.request.Request(
-                address + self.path.removeprefix(prefix), body or None, dict(self.headers), method=self.command
-            )
-            try:
-                response = urllib.request.urlopen(request, timeout=SECONDS)
-            except urllib.error.HTTPError as refused:
-                response = refused
-            with response:
+            with contextlib.closing(HTTPConnection(urlsplit(address).netloc, timeout=SECONDS)) as service:
+                service.request(self.command, self.path.removeprefix(prefix), body, dict(self.headers))
+                response = service.getresponse()
                 self.send_response(response.status)
                 for name in ("Content-Type", "Content-Length", "Content-Security-Policy"):
                     if name in response.headers:
@@ -122,7 +111,6 @@ def proxied(address, prefix):
 
 
 def finish(process):
-    """Waits for the end of a process, and returns what came of it."""
     stdout, stderr = process.communicate(timeout=SECONDS)
     return subprocess.CompletedProcess(process.args, process.returncode, stdout, stderr)
 
@@ -174,7 +162,6 @@ def assert_fails(result, status, *names):
 
 
 def sha256(path):
-    """The sha256 of a file."""
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
@@ -194,12 +181,10 @@ def read_json(path):
 
 
 def results(folder):
-    """What train_results.json says."""
     return read_json(folder / "train_results.json")
 
 
 def load_checkpoint(folder):
-    """What is in checkpoint.pt."""
     return torch.load(folder / "checkpoint.pt", weights_only=True)
 
 
@@ -209,7 +194,6 @@ def batches_saved(folder):
 
 
 def images_trained_on(folder):
-    """How many images the workers together have trained on."""
     return sum(worker["images"] for worker in results(folder)["workers"])
 
 
@@ -239,9 +223,9 @@ def edited(text, edit):
 
 def edit_record(folder, **changes):
     """Changes what train_results.json says; `settings` are added to those that are there."""
-    path, content = folder / "train_results.json", results(folder)
+    content = results(folder)
     changes["settings"] = content["settings"] | changes.get("settings", {})
-    path.write_text(json.dumps(content | changes))
+    (folder / "train_results.json").write_text(json.dumps(content | changes))
 
 
 def edit_checkpoint(folder, **edits):

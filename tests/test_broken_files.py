@@ -16,11 +16,8 @@ CASES = [case for case in corpus.cases() if case.fault != "forbidden to read" or
 
 
 def call_and_measure(words, folders):
-    """What comes of stages.call(), and the bytes that it took at most."""
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    with mock.patch(
-        "stage.process.count_cores", return_value=1
-    ):  # after a fork, torch's own threads would wait for ever
+    with mock.patch("stage.process.count_cores", return_value=1):  # torch's own threads would hang after a fork
         result = stages.call(*words, **folders)
     return result, 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
 
@@ -33,12 +30,7 @@ def call_forked(*words, **folders):
     return result
 
 
-@pytest.fixture(autouse=True)
-def _no_mirrors(monkeypatch):
-    """Has torchvision ask a mirror where nobody listens."""
-    monkeypatch.setattr("torchvision.datasets.MNIST.mirrors", ["http://127.0.0.1:9/"])
-
-
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-def test_a_broken_file_is_named_in_one_line_with_what_fixes_it_and_harms_nothing(finished, tmp_path, case):
+def test_a_broken_file_is_named_in_one_line_with_what_fixes_it_and_harms_nothing(finished, tmp_path, monkeypatch, case):
+    monkeypatch.setattr("torchvision.datasets.MNIST.mirrors", ["http://127.0.0.1:9/"])  # where nobody listens
     corpus.check(case, finished, tmp_path, call_forked)

@@ -13,16 +13,11 @@ import stages
 LABELS = torch.tensor([digit for digit in range(9) for _ in range(20 + digit)])  # there is no 9
 
 
-@pytest.fixture
-def log_probabilities():
-    """Those of a model that predicts no 7, and most others right."""
+def test_all_figures_are_those_of_a_computation_by_hand():
     scores = torch.randn(len(LABELS), 10, generator=torch.Generator().manual_seed(0))
     scores[torch.arange(len(LABELS)), LABELS] += 2
-    scores[:, 7] = -100
-    return scores.log_softmax(1)
-
-
-def test_all_figures_are_those_of_a_computation_by_hand(log_probabilities):
+    scores[:, 7] = -100  # a model that predicts no 7, and most others right
+    log_probabilities = scores.log_softmax(1)
     rows, labels = log_probabilities.tolist(), LABELS.tolist()
     predictions = [row.index(max(row)) for row in rows]
     pairs = [*zip(labels, predictions, strict=True)]
@@ -85,17 +80,12 @@ def test_the_pictures_are_large_and_coloured(finished, name):
     assert len(picture.getcolors(10**6)) > 10
 
 
-def test_a_model_under_the_smallest_accuracy_fails_and_leaves_the_old_results(volume):
+def test_an_accuracy_just_under_the_smallest_fails_is_not_rounded_to_it_and_leaves_the_old_results(finished, volume):
     (volume / "eval_results.json").write_text("old")
-    before = stages.contents(volume)
-    stages.assert_fails(stages.run("evaluate", "--min-accuracy", "99.999", model=volume), 1, "--min-accuracy")
-    assert stages.contents(volume) == before
-
-
-def test_an_accuracy_just_under_the_smallest_is_not_rounded_to_it(finished, volume):
-    accuracy = stages.read_json(finished / "eval_results.json")["Accuracy"]
+    before, accuracy = stages.contents(volume), stages.read_json(finished / "eval_results.json")["Accuracy"]
     result = stages.call("evaluate", "--min-accuracy", str(accuracy + 1e-7), model=volume)
-    stages.assert_fails(result, 1, f"{accuracy} %", accuracy + 1e-7)
+    stages.assert_fails(result, 1, f"{accuracy} %", f"--min-accuracy {accuracy + 1e-7}")
+    assert stages.contents(volume) == before
 
 
 def test_a_model_whose_output_is_not_finite_fails(volume):

@@ -1,4 +1,4 @@
-"""infer: how many pictures it leaves, of what, and what it says of them."""
+"""infer: how many pictures it leaves, of what, and what it says of them; predictions of single images."""
 
 import collections
 import io
@@ -13,40 +13,37 @@ from PIL import Image
 import example
 import infer
 import stages
-from pictures import folders
+from pictures import folders, prediction
+from stage import dataset
+from stage.process import Failure
 
 
 def run(folder, *flags):
-    """Runs infer, and returns what predictions.json says afterwards."""
     stages.assert_succeeds(stages.call("infer", *flags, model=folder))
     return stages.read_json(folder / "predictions.json")
 
 
 def indices(predictions):
-    """Which test images they are of."""
     return [sample["index"] for sample in predictions["predictions"]]
 
 
 def name(sample):
-    """The name that the picture of a sample must have."""
     return f"{sample['prediction']}_{sample['index']}.png"
 
 
 @pytest.fixture
 def predictions(finished):
-    """What predictions.json says after a run of all stages."""
     return stages.read_json(finished / "predictions.json")
 
 
-def test_the_predictions_are_those_of_the_examples_network_and_name_the_model(finished, predictions, data):
+def test_the_predictions_are_those_of_the_model_to_the_last_bit_and_name_it(finished, predictions, data):
     images, labels = example.read_test_images(data)
-    model = example.load(finished / "mnist_cnn.pt")
+    predictor = prediction.load_predictor(finished)
     assert predictions["model_sha256"] == stages.sha256(finished / "mnist_cnn.pt")
     for sample in predictions["predictions"]:
         index = sample["index"]
-        expected = example.predict(model, images[index : index + 1]).exp()[0]
-        torch.testing.assert_close(torch.tensor(sample["probabilities"]), expected, atol=1e-4, rtol=1e-3)
-        assert sample["prediction"] == sample["probabilities"].index(max(sample["probabilities"]))
+        expected = predictor.predict(images[index])
+        assert (sample["probabilities"], sample["prediction"]) == (expected["probabilities"], expected["prediction"])
         assert sample["truth"] == labels[index]
 
 
@@ -103,12 +100,9 @@ def test_a_seed_chooses_the_same_images_again_and_another_seed_others(start):
     assert indices(first) != infer.choose(10_000, 5, 4).tolist()
 
 
-def test_without_a_seed_every_run_chooses_other_images():
-    assert len({tuple(infer.choose(10_000, 5, None).tolist()) for _ in range(20)}) == 20
-
-
-def test_choices_reach_all_test_images_and_name_none_twice():
+def test_choices_name_no_image_twice_reach_all_and_differ_without_a_seed():
     assert sorted(infer.choose(10_000, 10_000, 1).tolist()) == [*range(10_000)]
+    assert len({tuple(infer.choose(10_000, 5, None).tolist()) for _ in range(20)}) == 20
 
 
 @pytest.mark.parametrize("count", [1, 2, 5, 6, 10, 11, 100])
@@ -124,26 +118,74 @@ def test_the_accuracy_of_the_evaluated_model_is_in_the_predictions_and_printed(f
     assert "87.65" in stages.call("infer", model=volume).stdout
 
 
+@pytest.fixture(scope="module")
+def predictor(trained, data):
+    return prediction.load_predictor(trained, data)
+
+
+def test_probabilities_do_not_depend_on_earlier_predictions(predictor, data):
+    images = example.read_test_images(data)[0][:20]
+    first = [predictor.predict(image) for image in images]
+    assert [predictor.predict(image) for image in images.flip(0)] == first[::-1]
+
+
+def test_probabilities_agree_with_the_examples_network(predictor, trained, data):
+    images = example.read_test_images(data)[0][:100]
+    expected = example.predict(example.load(trained / "mnist_cnn.pt"), images).exp()
+    actual = torch.tensor([predictor.predict(image)["probabilities"] for image in images])
+    torch.testing.assert_close(actual, expected, atol=1e-5, rtol=1e-4)
+
+
+def test_the_energy_is_that_of_the_logits(predictor, data):
+    images = example.read_test_images(data)[0][:50]
+    log_probabilities, energies = predictor.forward(images)
+    # log_softmax() subtracts the logsumexp from the logits, which is the energy.
+    torch.testing.assert_close(predictor.logits - energies[:, None], log_probabilities)
+
+
+def test_at_most_one_percent_of_the_validation_images_are_flagged(predictor, data):
+    images = dataset.read_split(data, "train")[0][-5000:]
+    flagged = sum(predictor.predict(image)["confidence"] == "no digit" for image in images)
+    assert 25 <= flagged <= 50
+
+
+def test_confidence_depends_on_probability_and_energy(predictor, data):
+    seen = set()
+    for image in example.read_test_images(data)[0][:2000]:
+        result = predictor.predict(image)
+        best = max(result["probabilities"])
+        energy = predictor.forward(image[None])[1].item()
+        if energy < predictor.threshold:
+            assert (result["confidence"], result["prediction"]) == ("no digit", None)
+        else:
+            assert result["confidence"] == ("sure" if best >= 0.9 else "unsure")
+            assert result["prediction"] == result["probabilities"].index(best)
+        seen.add(result["confidence"])
+    assert seen == {"sure", "unsure", "no digit"}
+
+
+def test_half_of_pure_noise_is_flagged(predictor):
+    noise = torch.randint(0, 256, (100, 28, 28), generator=torch.Generator().manual_seed(1), dtype=torch.uint8)
+    confidences = [predictor.predict(image)["confidence"] for image in noise]
+    assert confidences.count("no digit") >= 50
+
+
 @pytest.mark.parametrize(
-    "content",
+    ("content", "accuracy"),
     [
-        "{garbage",
-        "[" * 100_000,
-        '{"Accuracy": 87.65, "model_sha256": "another"}',
-        '{"Accuracy": "good", "model_sha256": "%s"}',
+        ('{"Accuracy": 87.65, "model_sha256": "SHA256"}', 87.65),
+        ('{"Accuracy": 87.65, "model_sha256": "another"}', None),
+        ('{"Accuracy": "good", "model_sha256": "SHA256"}', None),
+        ("{garbage", None),
+        pytest.param("[" * 100_000, None, id="deep lists"),
     ],
-    ids=["garbage", "deep lists", "another model's", "an accuracy that is a text"],
 )
-def test_evaluation_results_that_do_not_fit_are_no_accuracy_and_no_failure(volume, content):
-    (volume / "eval_results.json").write_text(content.replace("%s", stages.sha256(volume / "mnist_cnn.pt")))
-    assert run(volume)["evaluated_accuracy"] is None
+def test_the_accuracy_is_read_only_if_it_is_of_this_model(volume, content, accuracy):
+    (volume / "eval_results.json").write_text(content.replace("SHA256", stages.sha256(volume / "mnist_cnn.pt")))
+    assert prediction.load_predictor(volume).accuracy == accuracy
 
 
-def test_the_command_that_copies_the_volume_is_given_for_a_new_folder_for_an_old_one_keeps_old_pictures(
-    start, monkeypatch
-):
-    folder = start("infer")
-    monkeypatch.setattr("stage.files.MODEL", folder)
-    (line,) = [line for line in stages.call("infer", model=folder).stdout.splitlines() if "docker compose cp" in line]
-    assert "new folder, out, " in line
-    assert line.endswith(" out")
+def test_missing_training_images_are_an_error_unless_no_threshold_is_wanted(trained, tmp_path):
+    assert prediction.load_predictor(trained).threshold is None
+    with pytest.raises(Failure, match="train-images"):
+        prediction.load_predictor(trained, tmp_path)

@@ -1,8 +1,11 @@
-"""The documents, README.md and docs/*.md, compared with the code: flags, variables, files, targets, links."""
+"""The documents, README.md and docs/*.md, compared with the code: flags, variables, files, links, a recipe."""
 
+import gzip
 import re
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import yaml
@@ -12,53 +15,37 @@ import stages
 README = stages.TREE / "README.md"
 DOCUMENTS = [README, *sorted((stages.TREE / "docs").glob("*.md")), *(stages.TREE / "tests").rglob("README.md")]
 ALL = "\n".join(path.read_text() for path in DOCUMENTS)
-# Flags that are not the programs' but of the tools that the documents' commands call.
-OF_TOOLS = {
-    *("--attach-dependencies", "--images", "--profile", "--abort-on-container-exit", "--abort-on-container-failure"),
-    *("--exit-code-from", "--all", "--time", "--type", "--now"),
-    *("--build", "--rm", "--volumes", "--build-arg", "--no-deps", "--remove-orphans", "--detach", "--help"),
-    *("--signal", "--entrypoint", "--project-name", "--mount", "--volume", "--name", "--cpus", "--memory", "--user"),
-    *(
-        "--json",
-        "--wait",
-        "--cap-add",
-        "--init",
-        "--network",
-        "--quiet",
-        "--force",
-        "--tag",
-        "--file",
-        "--platform",
-        "--recursive",
-        "--nodes",
-        "--no-start",
-    ),
-}
+OF_TOOLS = """--abort-on-container-exit --abort-on-container-failure --all --attach-dependencies --build --build-arg
+--cap-add --cpus --detach --entrypoint --exit-code-from --file --force --help --images --init --json --memory --mount
+--name --network --no-deps --no-start --nodes --now --platform --profile --project-name --quiet --recursive
+--remove-orphans --rm --signal --tag --time --type --user --volume --volumes --wait"""
+FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")  # of Debian's package dataset-fashion-mnist
+
+
+def flags_of(program):
+    return {*re.findall(r'add_argument\(\s*"(--[a-z-]+)"', program.read_text())}
 
 
 def flags_in(text):
-    """The long flags that a text names."""
     return {*re.findall(r"(?<![\w-])--[a-z][a-z-]*[a-z]", text)}
 
 
-def of_programs(tmp_path):
+@pytest.fixture(scope="module")
+def of_programs(tmp_path_factory):
     """The flags of the three programs and of launch.py, from their own help, and those of serve."""
-    serve = re.findall(r'add_argument\("(--[a-z-]+)"', (stages.TREE / "model-infer/serve.py").read_text())
-    launch = [sys.executable, stages.TREE / "model-train" / "cluster" / "launch.py", "--help"]
-    launch = flags_in(subprocess.run(launch, capture_output=True, text=True, check=True).stdout)
-    return {*serve, *launch}.union(
-        *(flags_in(stages.call(stage, "--help", model=tmp_path).stdout) for stage in stages.STAGES)
-    )
+    launch = [sys.executable, stages.TREE / "model-train/cluster/launch.py", "--help"]
+    texts = [subprocess.run(launch, capture_output=True, text=True, check=True).stdout]
+    texts += [stages.call(stage, "--help", model=tmp_path_factory.mktemp("model")).stdout for stage in stages.STAGES]
+    return flags_in(" ".join(texts)) | flags_of(stages.TREE / "model-infer/serve.py")
 
 
-def test_every_flag_of_a_program_is_documented(tmp_path):
-    assert of_programs(tmp_path) - {"--help"} <= flags_in(ALL)
+def test_every_flag_of_a_program_is_documented(of_programs):
+    assert of_programs - {"--help"} <= flags_in(ALL)
 
 
-def test_every_flag_in_a_document_is_one_of_a_programs_or_a_tools(tmp_path):
-    scripts = "".join(path.read_text() for path in (stages.TREE / "tests").rglob("*.py"))
-    ours = of_programs(tmp_path) | {*re.findall(r'add_argument\(\s*"(--[a-z-]+)"', scripts)}
-    assert flags_in(ALL) <= ours | OF_TOOLS
+def test_every_flag_in_a_document_is_one_of_a_programs_or_a_tools(of_programs):
+    ours = of_programs.union(*map(flags_of, (stages.TREE / "tests").rglob("*.py")))
+    assert flags_in(ALL) <= ours | flags_in(OF_TOOLS)
 
 
 def test_every_variable_of_the_compose_files_is_documented_and_no_other():
@@ -101,3 +88,25 @@ def test_the_readme_is_short_and_begins_with_the_main_commands():
     assert len(lines) <= 130
     for command in ("docker compose up --build", "make test"):
         assert any(command in line for line in lines[:40]), command
+
+
+def test_the_recipe_for_ones_own_data_trains_evaluates_and_predicts(tmp_path):
+    for folder in stages.FOLDERS.values():
+        shutil.copytree(stages.TREE / folder, tmp_path / folder)
+    shutil.copy(stages.TREE / "Makefile", tmp_path)
+    (recipe,) = re.findall(r"```python\n(.*?)```", (stages.TREE / "docs/your-own.md").read_text(), re.DOTALL)
+    original = tmp_path / "model-train/stage/dataset.py"
+    data_set = re.compile(r"^DATA_SET = DataSet\(.*?^\)\n", re.DOTALL | re.MULTILINE)
+    text, replaced = data_set.subn(lambda match: recipe, original.read_text())
+    assert replaced == 1
+    original.write_text(text)
+    subprocess.run(["make", "copies"], cwd=tmp_path, check=True)
+    raw = tmp_path / "data/FashionMNIST/raw"
+    raw.mkdir(parents=True)
+    for path in FASHION_MNIST.glob("*.gz"):  # where the package is not installed, train downloads the files
+        (raw / path.stem).write_bytes(gzip.decompress(path.read_bytes()))
+    folders = {"data": tmp_path / "data", "model": tmp_path / "model", "tree": tmp_path}
+    stages.assert_succeeds(stages.run("train", "--epochs", "1", "--batch-size", "250", "--lr", "0.2", **folders))
+    stages.assert_succeeds(stages.run("evaluate", "--min-accuracy", "60", **folders))
+    stages.assert_succeeds(stages.run("infer", **folders))
+    assert 60 < stages.read_json(tmp_path / "model" / "eval_results.json")["Accuracy"] < 95
