@@ -18,14 +18,19 @@ from nodes import Cluster
 from pipeline import DATA_FOLDER
 
 LONG = ("--epochs", "200", "--num-processes", "1")  # flags for a training that is still going on after the fault
-APP = "/opt/app"
 
 # Takes a container's network interface down for some seconds, as if the cable had been pulled.
-CUT = """mount -o remount,rw /sys && cd /sys/class/net/eth0 && read flags <flags
-echo $((flags & ~1)) >flags && sleep SECONDS && echo $flags >flags"""
+CUT = """python -c '
+import fcntl, socket, struct, time
+with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as any_socket:
+    found = fcntl.ioctl(any_socket, 0x8913, struct.pack("16sH14x", b"eth0", 0))  # SIOCGIFFLAGS
+    _, flags = struct.unpack("16sH14x", found)
+    for number, seconds in ((flags & ~1, SECONDS), (flags, 0)):  # without IFF_UP, and with it
+        fcntl.ioctl(any_socket, 0x8914, struct.pack("16sH14x", b"eth0", number))  # SIOCSIFFLAGS
+        time.sleep(seconds)'"""
 # Kills a Hogwild worker of a node: a process whose parent has the same command, that of torchrun's children.
 KILL_WORKER = r"""for pid in $(grep -l '[s]pawn_main' /proc/[0-9]*/cmdline | cut -d/ -f3); do
-  grep -q '[s]pawn_main' "/proc/$(sed -n 's/^PPid:\s*//p' /proc/$pid/status)/cmdline" && exec kill -9 $pid
+  grep -q '[s]pawn_main' "/proc/$(sed -n 's/^PPid:\s*//p' /proc/$pid/status)/cmdline" && kill -9 $pid && exit
 done; exit 1"""
 
 
@@ -45,17 +50,12 @@ def timed(capsys):
 
 
 @pytest.fixture
-def volume(tmp_path):
-    return tmp_path / "volume"
-
-
-@pytest.fixture
-def two(volume):
+def two(tmp_path):
     """Two nodes that train for long: the project, the containers of train, which has the rendezvous, and train-2."""
-    with Cluster(volume, LONG) as project:
+    with Cluster(tmp_path, LONG) as project:
         containers = project.start_nodes()
         nodes.wait_until_they_train(containers)
-        stages.wait_until(lambda: stages.batches_saved(volume), "a checkpoint")  # without one, they would start again
+        stages.wait_until(lambda: stages.batches_saved(tmp_path), "a checkpoint")  # without one, they would start again
         yield project, *containers
 
 
@@ -85,28 +85,28 @@ def run_inside(container, script):
     assert done.returncode == 0, done.stderr
 
 
-def test_a_killed_node_leaves_the_other_to_go_on_alone_and_joins_when_it_comes_back(two, volume, timed):
+def test_a_killed_node_leaves_the_other_to_go_on_alone_and_joins_when_it_comes_back(two, tmp_path, timed):
     project, train, other = two
     other.send(SIGKILL)
     assert timed("node killed: the other goes on alone", resumes(1, train)) < 60
-    stages.wait_until(progresses(volume))
+    stages.wait_until(progresses(tmp_path))
     project.start_nodes("train-2")
     timed("node started again: both train together", resumes(2, train, other))
-    stages.wait_until(progresses(volume))
+    stages.wait_until(progresses(tmp_path))
     assert is_running(train)
 
 
-def test_a_node_that_is_stopped_leaves_a_checkpoint_and_the_other_goes_on(two, volume, timed):
+def test_a_node_that_is_stopped_leaves_a_checkpoint_and_the_other_goes_on(two, tmp_path, timed):
     _, train, other = two
-    before = stages.batches_saved(volume)
+    before = stages.batches_saved(tmp_path)
     other.send(SIGTERM)
     assert other.end(20).returncode == 128 + SIGTERM
-    assert stages.batches_saved(volume) > before
+    assert stages.batches_saved(tmp_path) > before
     timed("node stopped: the other goes on alone", resumes(1, train))
-    stages.wait_until(progresses(volume))
+    stages.wait_until(progresses(tmp_path))
 
 
-def test_the_loss_of_the_rendezvous_ends_the_other_node_in_one_clear_line_and_both_resume(two, volume, timed):
+def test_the_loss_of_the_rendezvous_ends_the_other_node_in_one_clear_line_and_both_resume(two, tmp_path, timed):
     project, train, other = two
     train.send(SIGKILL)
     assert timed("node with the rendezvous killed: the other ends", lambda: not is_running(other)) < 60
@@ -114,42 +114,42 @@ def test_the_loss_of_the_rendezvous_ends_the_other_node_in_one_clear_line_and_bo
     assert ended.returncode == 1
     assert [line for line in ended.stderr.splitlines() if "launch: cannot reach the rendezvous" in line]
     assert "Traceback" not in ended.stderr
-    stages.assert_whole(volume)
-    assert not (volume / "mnist_cnn.pt").exists()
+    stages.assert_whole(tmp_path)
+    assert not (tmp_path / "mnist_cnn.pt").exists()
     project.start_nodes()
-    stages.wait_until(progresses(volume))
+    stages.wait_until(progresses(tmp_path))
 
 
-def test_a_killed_worker_costs_nothing_but_its_time(volume):
-    with Cluster(volume, ("--epochs", "12", "--num-processes", "2")) as project:
+def test_a_killed_worker_costs_nothing_but_its_time(tmp_path):
+    with Cluster(tmp_path, ("--epochs", "12", "--num-processes", "2")) as project:
         containers = project.start_nodes()
         nodes.wait_until_they_train(containers)
         _, follower = nodes.by_rank(containers)
         run_inside(follower, KILL_WORKER)
         ends = project.end_nodes()
     assert [end.returncode for end in ends] == [0, 0], ends
-    (lost,) = stages.results(volume)["lost_workers"]
+    (lost,) = stages.results(tmp_path)["lost_workers"]
     assert (lost["signal"], lost["rank"] >= 2) == (SIGKILL, True)
-    assert stages.images_trained_on(volume) == 12 * 55_000
+    assert stages.images_trained_on(tmp_path) == 12 * 55_000
 
 
-def test_the_only_worker_of_a_node_is_killed_and_all_nodes_go_on_from_the_checkpoint(two, volume, timed):
+def test_the_only_worker_of_a_node_is_killed_and_all_nodes_go_on_from_the_checkpoint(two, tmp_path, timed):
     leader, follower = nodes.by_rank(two[1:])
     run_inside(follower, KILL_WORKER)
     timed("only worker of node 1 killed: both go on", resumes(2, leader, follower))
-    stages.wait_until(progresses(volume))
+    stages.wait_until(progresses(tmp_path))
     assert is_running(leader)
 
 
-def test_a_network_that_is_cut_for_5_seconds_is_waited_for(two, volume, timed):
+def test_a_network_that_is_cut_for_5_seconds_is_waited_for(two, tmp_path, timed):
     _, train, other = two
     before = starts(train, other)
     run_inside(other, CUT.replace("SECONDS", "5"))
-    timed("network cut for 5 s: progress after its end", progresses(volume))
+    timed("network cut for 5 s: progress after its end", progresses(tmp_path))
     assert starts(train, other) == before
 
 
-def test_a_network_that_is_cut_for_60_seconds_loses_a_node_for_a_while_at_most(two, volume, timed):
+def test_a_network_that_is_cut_for_60_seconds_loses_a_node_for_a_while_at_most(two, tmp_path, timed):
     _, train, other = two
     cutting = threading.Thread(target=run_inside, args=(other, CUT.replace("SECONDS", "60")))
     cutting.start()
@@ -158,25 +158,25 @@ def test_a_network_that_is_cut_for_60_seconds_loses_a_node_for_a_while_at_most(t
     joins = resumes(2, train, other)
     timed("the other one joins or ends, after the cut", lambda: joins() or not is_running(other))
     assert joins() or "cannot reach the rendezvous" in other.end().stderr
-    stages.wait_until(progresses(volume))
+    stages.wait_until(progresses(tmp_path))
     assert is_running(train)
 
 
-def test_a_late_node_joins(volume, timed):
-    with Cluster(volume, LONG) as project:
+def test_a_late_node_joins(tmp_path, timed):
+    with Cluster(tmp_path, LONG) as project:
         (train,) = project.start_nodes("train")
         timed("one node alone: it trains", lambda: ("starting", "1") in starts(train))
-        stages.wait_until(progresses(volume))
+        stages.wait_until(progresses(tmp_path))
         (other,) = project.start_nodes("train-2")
         timed("late node: both train together", resumes(2, train, other))
-        stages.wait_until(progresses(volume))
+        stages.wait_until(progresses(tmp_path))
 
 
 def other_code(folder):
     """A node whose image has another program."""
     program = folder / "net.py"
     program.write_text((stages.TREE / "model-train" / "net.py").read_text() + "\n# another one\n")
-    return {"volumes": [f"{program}:{APP}/net.py:ro"]}
+    return {"volumes": [f"{program}:/opt/app/net.py:ro"]}
 
 
 def other_data(folder):
@@ -188,7 +188,7 @@ def other_data(folder):
     program = folder / "dataset.py"
     text = (stages.TREE / "model-train/stage/dataset.py").read_text()
     program.write_text(text.replace(sha256, stages.sha256(labels)))
-    return {"volumes": [f"{program}:{APP}/stage/dataset.py:ro", f"{folder / 'data'}:{DATA_FOLDER}"]}
+    return {"volumes": [f"{program}:/opt/app/stage/dataset.py:ro", f"{folder / 'data'}:{DATA_FOLDER}"]}
 
 
 def damaged_data(folder):
@@ -206,8 +206,8 @@ def damaged_data(folder):
         (damaged_data, ["train-labels-idx1-ubyte"]),
     ],
 )
-def test_a_node_that_differs_keeps_both_from_training(volume, tmp_path, timed, make, names):
-    with Cluster(volume, LONG, **{"train-2": make(tmp_path)}) as project:
+def test_a_node_that_differs_keeps_both_from_training(tmp_path, timed, make, names):
+    with Cluster(tmp_path / "volume", LONG, **{"train-2": make(tmp_path)}) as project:
         containers = project.start_nodes()
         timed(f"{make.__name__}: both end", lambda: not any(map(is_running, containers)))
         ends = [container.end() for container in containers]
@@ -215,4 +215,4 @@ def test_a_node_that_differs_keeps_both_from_training(volume, tmp_path, timed, m
     for end in ends:
         (line,) = end.stderr.splitlines()
         assert all(name in line for name in names), line
-    assert not (volume / "mnist_cnn.pt").exists()
+    assert not (tmp_path / "volume" / "mnist_cnn.pt").exists()

@@ -1,7 +1,4 @@
-"""Two nodes in containers, as deploy/compose.cluster.yml and deploy/trainjob.yaml have them.
-
-The long tests are in cluster_faults.py.
-"""
+"""Two nodes in containers, by deploy/compose.cluster.yml and by deploy/trainjob.yaml; more in cluster_faults.py."""
 
 import os
 from collections import defaultdict
