@@ -59,10 +59,8 @@ class SharedState:
         self.peak_lr = self.settings.lr  # higher with several nodes (cluster/nodes.py)
         torch.manual_seed(self.settings.seed)
         self.model = net.Net(self.settings.dropout)
-        count = layers.TESTS * layers.TEST_IMAGES
-        self.uses_layers = not self.settings.dropout and layers.is_network_of(
-            self.model, net.to_input(images[:count]), labels[:count]
-        )
+        sample = net.to_input(images[:24]), labels[:24]
+        self.uses_layers = not self.settings.dropout and layers.is_network_of(self.model, *sample)
         # The parameters are views of one vector in shared memory: one call updates them all.
         self.parameters = shared_zeros(sum(parameter.numel() for parameter in self.model.parameters()))
         for parameter, view in zip(self.model.parameters(), parameter_views(self.parameters, self.model), strict=True):

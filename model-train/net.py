@@ -44,10 +44,8 @@ class Net(nn.Module):
         return F.log_softmax(self.logits(x), dim=1)
 
 
-# The mean and the standard deviation of each channel: float64 [C, 1, 1].
-MEAN, STD = (
-    torch.tensor(values, dtype=torch.float64).view(-1, 1, 1) for values in (DATA_SET.pixel_mean, DATA_SET.pixel_std)
-)
+PIXELS = (DATA_SET.pixel_mean, DATA_SET.pixel_std)  # of each channel
+MEAN, STD = (torch.tensor(values, dtype=torch.float64).view(-1, 1, 1) for values in PIXELS)
 SCALE, SHIFT = (255 * STD).float(), (MEAN / STD).float()
 
 

@@ -15,8 +15,8 @@ from stage.process import say
 # The memory that train needs, in bytes: for torch and the images, per worker for torch's buffers, and per image of a
 # batch for what a step keeps of it (float32; measured with 1 to 64 workers and batches of 96 to 10,000).
 PARENT_MEMORY, WORKER_MEMORY, IMAGE_MEMORY = 225_000_000, 32_000_000, 150_000
-# Copies of the parameters that are in memory at once while a checkpoint is written: in all, and per worker.
-PARENT_COPIES, WORKER_COPIES = 6, 6
+# Copies of the parameters in memory while a checkpoint is written or read: in all, and for each worker.
+PARENT_COPIES, WORKER_COPIES = 7, 5
 MAX_WORKERS = 64
 
 PASSES = f"passes over the {TRAINING_IMAGES:,} training images in total, earlier runs included"

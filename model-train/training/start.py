@@ -15,8 +15,7 @@ from training.record import Record
 from training.settings import check_memory
 
 AUTOGRAD_NOTE = (
-    "net.py has another network than layers.py, so autograd computes the gradients, which takes longer: "
-    "for MNIST's network, 10.2 ms a batch instead of 3.3 ms"
+    "net.py differs from layers.py, so autograd computes the gradients: for MNIST's network in 10.2 ms a batch, not 3.3"
 )
 
 
@@ -35,10 +34,10 @@ def start_or_resume(
             raise Failure(f"{path} and {TRAIN_RESULTS} belong to different trainings. {FRESH_HINT}")
     record = updated(old, plan)
     shared = SharedState(record, images[: plan.images], labels[: plan.images])
+    checks.check_training(record, shared)
     if path and tensors:
         restore(shared, old, tensors, path)
         say_what_changes(old, record)
-    checks.check_training(record, shared)
     record.precision = str(PRECISION if shared.uses_layers else torch.float32).removeprefix("torch.")
     if not (shared.uses_layers or plan.settings.dropout):
         say(f"train: {AUTOGRAD_NOTE}")
