@@ -53,11 +53,11 @@ def test_reading_a_file_takes_the_memory_of_its_size_not_of_its_limit(tmp_path):
         files.read_limited(tmp_path / "file", 6, "")
 
 
-def test_the_sha256_of_a_file_that_is_larger_than_memory_can_be_taken(tmp_path):
+def test_the_sha256_of_a_model_is_that_of_its_file(tmp_path):
     (tmp_path / "file").write_bytes(b"content")
-    assert files.sha256_of(tmp_path / "file", "") == stages.sha256(tmp_path / "file")
+    assert files.sha256_of_model(tmp_path / "file", "") == stages.sha256(tmp_path / "file")
     with pytest.raises(Failure, match=r"/none does not exist\. Look"):
-        files.sha256_of(tmp_path / "none", "Look elsewhere")
+        files.sha256_of_model(tmp_path / "none", "Look elsewhere")
 
 
 def fail(*args, number=errno.ENOSPC):

@@ -23,6 +23,7 @@ WEIGHTS, CHECKPOINT, TRAIN_RESULTS, CURVES = "mnist_cnn.pt", "checkpoint.pt", "t
 EVAL_RESULTS, CONFUSION_MATRIX, MISTAKES = "eval_results.json", "confusion_matrix.png", "mistakes.png"
 RESULTS, PREDICTIONS, PREDICTIONS_SHEET = "results", "predictions.json", "predictions.png"
 PUBLISH_LOCK = ".publish.lock"
+MAX_MODEL_BYTES = 4_000_000_000  # of any network; weights.py has the limit for this one
 OWN_RESULTS = "own"  # the pictures of infer and its predictions.json, for pictures of the user's own
 FRESH_HINT = f"To start over: {command('train', '--fresh')} (the old model stays until the new one is finished)"
 READ_HINT = f"Make it readable for uid {os.getuid()}: chmod -R a+rX data; or run this stage as its owner with --user."
@@ -48,30 +49,29 @@ WRITE_HINTS = {
 
 def read_limited(path: Path, limit: int, hint: str) -> bytearray:
     """Read a file of at most `limit` bytes. Raise Failure, with the hint, if that is not possible."""
-    with open_regular(path, hint) as file:
-        size = os.fstat(file.fileno()).st_size
-        if size > limit:
-            raise Failure(f"{path} is larger than the limit of {limit:,} bytes. {hint}")
-        content = bytearray(size)
+    with open_limited(path, limit, hint) as file:
+        content = bytearray(os.fstat(file.fileno()).st_size)
         del content[file.readinto(content) :]
     return content
 
 
-def sha256_of(path: Path, hint: str) -> str:
-    """Return the sha256 of a file of any size. Raise Failure, with the hint, if it cannot be read."""
-    with open_regular(path, hint) as file:
+def sha256_of_model(path: Path, hint: str) -> str:
+    """Return the sha256 of a model's file, without its contents in memory. Raise Failure as read_limited() does."""
+    with open_limited(path, MAX_MODEL_BYTES, hint) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 @contextlib.contextmanager
-def open_regular(path: Path, hint: str) -> Iterator[io.BufferedReader]:
-    """Open a file to read it in the block. Raise Failure, with the hint, if that is not possible."""
+def open_limited(path: Path, limit: int, hint: str) -> Iterator[io.BufferedReader]:
+    """Open a file of at most `limit` bytes, to read it in the block. Raise Failure if that is not possible."""
     try:
         if path.is_dir():
             raise Failure(f"{path} is a folder, not a file. {removal_hint(path)}")
         if path.exists() and not path.is_file():
             raise Failure(f"{path} is not a regular file. {hint}")  # reading a pipe would never end
         with open(path, "rb") as file:
+            if os.fstat(file.fileno()).st_size > limit:
+                raise Failure(f"{path} is larger than the limit of {limit:,} bytes. {hint}")
             yield file
     except FileNotFoundError:
         check_links(path, hint)

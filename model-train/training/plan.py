@@ -37,7 +37,7 @@ from stage.files import (
     TRAIN_RESULTS,
     WEIGHTS,
     check_destinations,
-    sha256_of,
+    sha256_of_model,
 )
 from stage.process import Failure
 from training.lock import Busy
@@ -96,7 +96,7 @@ def decide_on(record: Record, requested: dict[str, Any], model: Path) -> Plan:
         if not record.batches:
             return Plan("start", "starting again: the last run ended before its first checkpoint", wanted)
         return Plan("resume", f"resuming after {done} of {wanted.epochs} epochs", wanted, run=record.run)
-    if sha256_of(model, FRESH_HINT) != record.model_sha256:
+    if sha256_of_model(model, FRESH_HINT) != record.model_sha256:
         message = f"{model} does not match the sha256 in {TRAIN_RESULTS}"
         if trains:
             raise Failure(f"{message}, so it cannot be trained on. {FRESH_HINT}", status=2)
