@@ -15,7 +15,7 @@ from training.record import Record
 from training.settings import check_memory
 
 AUTOGRAD_NOTE = (
-    "net.py differs from layers.py, so autograd computes the gradients: for MNIST's network in 10.2 ms a batch, not 3.3"
+    "net.py differs from layers.py, so autograd computes the gradients: for MNIST's network in 10 ms a batch, not 4"
 )
 
 
