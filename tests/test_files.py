@@ -41,6 +41,21 @@ def test_a_file_that_may_not_be_read_is_told_with_the_rights_that_are_missing_no
     assert dataset.DATA_HINT not in str(failure.value)
 
 
+def test_reading_a_file_takes_the_memory_of_its_size_not_of_its_limit(tmp_path):
+    (tmp_path / "file").write_bytes(b"content")
+    assert files.read_limited(tmp_path / "file", 10**15, "") == b"content"
+    assert files.read_limited(tmp_path / "file", 7, "") == b"content"
+    with pytest.raises(Failure, match="larger than the limit of 6 bytes"):
+        files.read_limited(tmp_path / "file", 6, "")
+
+
+def test_the_sha256_of_a_model_is_that_of_its_file(tmp_path):
+    (tmp_path / "file").write_bytes(b"content")
+    assert files.sha256_of_model(tmp_path / "file", "") == stages.sha256(tmp_path / "file")
+    with pytest.raises(Failure, match=r"/none does not exist\. Look"):
+        files.sha256_of_model(tmp_path / "none", "Look elsewhere")
+
+
 def fail(*args, number=errno.ENOSPC):
     raise OSError(number, os.strerror(number))
 

@@ -174,6 +174,20 @@ def test_a_scaling_by_two_makes_an_image_narrower_or_flatter(only, numbers, size
     assert (len(rows.unique()), len(columns.unique())) == pytest.approx(size, abs=2)
 
 
+def test_images_of_other_sizes_and_in_colour_are_augmented_as_affine_grid_would():
+    x = torch.randn(3, 3, 32, 20)
+    torch.manual_seed(1)
+    ours = hogwild.augment(x, 1.0)
+    torch.manual_seed(1)
+    angle, scale_x, scale_y, shift_x, shift_y = torch.rand(5, 3).mul_(2).sub_(1)
+    angle, scale_x, scale_y = hogwild.MAX_ROTATION * angle, 1 + 0.1 * scale_x, 1 + 0.1 * scale_y
+    top = torch.stack([scale_x * angle.cos(), -angle.sin(), 0.1 * shift_x], 1)
+    bottom = torch.stack([angle.sin(), scale_y * angle.cos(), 0.1 * shift_y], 1)
+    grid = functional.affine_grid(torch.stack([top, bottom], 1), [3, 3, 32, 20], align_corners=False)
+    expected = functional.grid_sample(x, grid, padding_mode="border", align_corners=False)
+    torch.testing.assert_close(ours, expected, rtol=1e-3, atol=1e-4)
+
+
 def test_every_image_is_augmented_by_itself_a_seed_repeats_it_and_strength_0_changes_nothing(x):
     same = x[:1].expand(2, 1, 28, 28).contiguous()
     torch.manual_seed(1)

@@ -1,11 +1,15 @@
 """layers.py, the arithmetic of a training step, held against torch's own convolution, pooling and gradients."""
 
+import dataclasses
+
 import pytest
 import torch
 from torch.nn import functional
 
 import example
 import layers
+import net
+from stage import dataset
 
 
 def of_torch(model, images, labels):
@@ -32,6 +36,18 @@ def test_loss_and_gradients_are_those_of_the_examples_network(batch):
     for name, one, other in zip(model.state_dict(), ours, expected, strict=True):
         torch.testing.assert_close(one, other, atol=1e-6, rtol=1e-4, msg=lambda text, name=name: f"{name}: {text}")
     assert batch[0].equal(before)
+
+
+def test_images_in_colour_of_another_size_and_other_classes_are_trained_too(monkeypatch):
+    changed = dataclasses.replace(dataset.DATA_SET, shape=(3, 32, 24), classes=tuple("abcdefghijklmnopqrstuvwxyz"))
+    monkeypatch.setattr(net, "DATA_SET", changed)
+    model, images, labels = net.Net(0.0), torch.randn(7, 3, 32, 24), torch.randint(26, (7,))
+    loss, gradients = layers.loss_and_gradients(model, images, labels, torch.float32)
+    expected_loss, expected = of_torch(model, images, labels)
+    torch.testing.assert_close(loss, expected_loss)
+    for one, other in zip(gradients, expected, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-6, rtol=1e-3)
+    assert layers.is_network_of(model, images, labels)
 
 
 def test_in_bfloat16_the_gradients_point_the_same_way(batch):
