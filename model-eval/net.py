@@ -28,6 +28,13 @@ class Net(nn.Module):
         """Return log-probabilities, float32 [N, 10], for x, float32 [N, 1, 28, 28], as made by to_input()."""
         return self.classify(self.convolve(x))
 
+    def logits(self, x: torch.Tensor) -> torch.Tensor:
+        """Return the logits, float32 [N, 10], whose log_softmax forward() returns."""
+        x = F.relu(self.fc1(self.convolve(x).flatten(1)))
+        x = F.dropout(x, self.dropout, self.training)
+        logits: torch.Tensor = self.fc2(x)
+        return logits
+
     def convolve(self, x: torch.Tensor) -> torch.Tensor:
         """Return what the convolutions make of x: float32 [N, 20, 4, 4]."""
         x = F.relu(F.max_pool2d(self.conv1(x), 2))
