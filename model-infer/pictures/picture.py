@@ -110,8 +110,6 @@ def resize(image: Image.Image) -> torch.Tensor:
     channels, height, width = DATA_SET.shape
     if image.mode.startswith(("I", "F")):
         image = stretch(image)
-    if image.mode in ("PA", "La", "RGBa"):  # which Pillow converts to RGBA only
-        image = image.convert("RGBA")
     mode = "L" if channels == 1 else "RGB"
     image = image if image.mode == mode else image.convert(mode)  # which would copy it
     return torch.from_numpy(np.array(image.resize((width, height), Image.Resampling.BILINEAR)))
