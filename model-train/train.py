@@ -86,7 +86,7 @@ def train_alone(todo: plan.Plan, args: argparse.Namespace) -> int:
     with ThreadPoolExecutor(1) as executor:  # verifying the data takes 0.1 s, and importing torch leaves a core idle
         reading = executor.submit(read_data, args.data)
         from training.alone import Alone
-        from training.checkpoint import start_or_resume
+        from training.start import start_or_resume
     training, validation = dataset.split(reading.result())
     record, shared = start_or_resume(todo, *training, args.folder)
     say(f"train: {todo.message} ({todo.settings.as_flags()})")

@@ -20,7 +20,7 @@ import corpus
 import net
 from stage import weights
 from stage.process import Failure
-from training import checkpoint, plan, record
+from training import plan, record, start
 from training.settings import Settings
 
 FUZZ = settings(
@@ -114,7 +114,7 @@ def read_model(folder, content):
 def resume(folder, content):
     (folder / "checkpoint.pt").write_bytes(content)
     (folder / "train_results.json").write_text(json.dumps(RECORD))
-    resumed, shared = checkpoint.start_or_resume(plan.Plan("resume", "", WANTED), IMAGES, LABELS, folder)
+    resumed, shared = start.start_or_resume(plan.Plan("resume", "", WANTED), IMAGES, LABELS, folder)
     assert shared.parameters.isfinite().all()
     assert all(isinstance(line, record.EpochRecord) for line in resumed.history)
 
