@@ -403,11 +403,12 @@ function announce(text, delay = 0) {
 
 const bars = TASK.classes.map((name) => {
   const [bar, cell] = [element("i"), element("td")];
-  const row = element("tr", {}, element("th", { scope: "row" }, name));
+  const row = element("tr", {}, element("th", { scope: "row", title: name }, name));
   row.append(element("td", { "aria-hidden": "true" }, element("div", { class: "bar" }, bar)), cell);
   byId("bars").append(row);
   return { row, bar, cell };
 });
+showAnswer(null);
 
 // Results -------------------------------------------------------------------------------------------------------------
 
