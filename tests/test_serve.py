@@ -587,7 +587,7 @@ def letters(data, tmp_path_factory):
     changes = f"name='Letters', classes=tuple('{LETTERS}'), preparation='resize'"
     folder = stages.infer_for(tmp_path_factory.mktemp("letters"), changes)
     record = {"settings": {"epochs": 2, "batch_size": 10, "num_processes": 2}, "batches": 5, "images_per_second": 9.0}
-    record |= {"finished": True, "seconds": 1.0, "history": []}
+    record |= {"finished": True, "seconds": 1.0, "history": [], "training_images": 55_000}
     (folder / "data").mkdir()
     (folder / "data/Letters").symlink_to(data / "MNIST")
     (folder / "volume/train_results.json").write_text(json.dumps(record))

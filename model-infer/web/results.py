@@ -46,8 +46,8 @@ def read_part(path: Path, convert: Callable[..., dict[str, Any]], *arguments: An
 def as_training(path: Path, content: Any) -> dict[str, Any]:
     """Return the state, progress and history of a training: mean negative log-likelihoods, accuracies in percent."""
     epochs, batch_size = number(content["settings"]["epochs"]), number(content["settings"]["batch_size"])
-    speed, finished = number(content["images_per_second"]), content["finished"] is True
     progress = min(1.0, number(content["batches"]) / (epochs * batches_per_epoch(int(batch_size))))
+    speed, finished = number(content["images_per_second"]), content["finished"] is True
     names = ("epoch", "train_loss", "validation_loss", "validation_accuracy", "seconds")
     return {
         "state": "finished" if finished else "running" if age(path) < RUNNING_SECONDS else "stopped",
