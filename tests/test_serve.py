@@ -641,9 +641,8 @@ def test_the_page_is_told_of_the_data_set(letters, service):
 
 
 def test_the_image_in_an_answer_is_coloured_where_the_data_set_is(monkeypatch):
-    monkeypatch.setattr(
-        "pictures.picture.DATA_SET", dataclasses.replace(dataset.DATA_SET, shape=(3, 32, 48), preparation="resize")
-    )
+    data_set = dataclasses.replace(dataset.DATA_SET, shape=(3, 32, 48), preparation="resize")
+    monkeypatch.setattr("pictures.picture.DATA_SET", data_set, raising=False)
     predictor = SimpleNamespace(predict=lambda pixels: {"prediction": 1})
     flat = as_file(Image.new("RGB", (480, 320), (10, 200, 30)))
     output = web_service.predict(predictor, data_url(flat))["output"]
