@@ -12,6 +12,7 @@ from PIL import Image
 
 import example
 import infer
+import net
 import stages
 from pictures import folders, prediction
 from stage import dataset
@@ -139,8 +140,10 @@ def test_probabilities_agree_with_the_examples_network(predictor, trained, data)
 def test_the_energy_is_that_of_the_logits(predictor, data):
     images = example.read_test_images(data)[0][:50]
     log_probabilities, energies = predictor.forward(images)
+    with torch.inference_mode():
+        logits = predictor.model.logits(net.to_input(images))
     # log_softmax() subtracts the logsumexp from the logits, which is the energy.
-    torch.testing.assert_close(predictor.logits - energies[:, None], log_probabilities)
+    torch.testing.assert_close(logits - energies[:, None], log_probabilities)
 
 
 def test_at_most_one_percent_of_the_validation_images_are_flagged(predictor, data):

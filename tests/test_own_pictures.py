@@ -1,14 +1,20 @@
-"""infer with the user's own pictures, as a process."""
+"""infer with the user's own pictures, as a process; and with those of other data sets."""
 
+import dataclasses
+import io
 import os
 import shutil
+from itertools import pairwise
 
 import pytest
+import torch
 from PIL import Image
 
 import example
 import stages
-from pictures import picture, prediction
+from pictures import own, picture, prediction
+from stage import figures
+from stage.dataset import DATA_SET
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +36,7 @@ def infer(volume, folder):
     return lambda *names: stages.run("infer", *names, model=volume, data=folder)
 
 
-def own(volume):
+def published(volume):
     """Return the names of the pictures in own/, and its predictions."""
     predictions = stages.read_json(volume / "own" / "predictions.json")["predictions"]
     return {path.name for path in (volume / "own").glob("*.png")}, predictions
@@ -40,7 +46,7 @@ def test_own_pictures_have_their_own_folder_and_other_results_stay_also_where_al
     stages.assert_succeeds(stages.run("infer", model=volume))
     before = stages.contents(volume)
     stages.assert_succeeds(infer("photo.png", "scans/*.png"))
-    names, predictions = own(volume)
+    names, predictions = published(volume)
     assert len(names) == len(predictions) == 3
     assert all(Image.open(volume / "own" / name).size == (1200, 456) for name in names)
     after = stages.contents(volume)
@@ -54,7 +60,7 @@ def test_results_of_files_with_the_same_stem_are_numbered(volume, folder, infer)
         (folder / name).mkdir(exist_ok=True)
         shutil.copy(folder / "photo.png", folder / name)
     stages.assert_succeeds(infer("photo.png", "a/photo.png", "?/photo.png"))
-    names, predictions = own(volume)
+    names, predictions = published(volume)
     stem = f"{predictions[0]['prediction']}_photo".replace("None", "none")
     assert names == {f"{stem}.png", f"{stem}-2.png", f"{stem}-3.png"}
     files = [str(folder / name) for name in ("photo.png", "a/photo.png", "b/photo.png")]
@@ -64,7 +70,7 @@ def test_results_of_files_with_the_same_stem_are_numbered(volume, folder, infer)
 def test_a_file_gets_the_same_probabilities_as_its_prepared_pixels(volume, folder, infer):
     path = folder / "scans/photo.jpg"
     stages.assert_succeeds(infer("scans/photo.jpg"))
-    (entry,) = own(volume)[1]
+    (entry,) = published(volume)[1]
     digit = picture.prepare(picture.open_picture(path.read_bytes()))
     assert entry == {"file": str(path)} | prediction.load_predictor(volume, folder).predict(digit)
 
@@ -80,7 +86,7 @@ def test_what_is_no_readable_picture_is_named_not_to_be_removed_and_the_others_p
         f"{folder}/{name}" for name in wrong
     ]
     assert "rm" not in result.stderr.split()
-    assert len(own(volume)[0]) == 1
+    assert len(published(volume)[0]) == 1
 
 
 def test_paths_may_start_with_data_and_names_have_any_characters_and_bytes(volume, folder, infer):
@@ -90,14 +96,14 @@ def test_paths_may_start_with_data_and_names_have_any_characters_and_bytes(volum
     names = ["data/photo.png", "./data/scans/photo.png", str(folder / "scans/photo.jpg"), "scans/[a] $b_{.png"]
     names += ["七.png", os.fsdecode(b"\xff" * 100 + b"*"), "my[[]1]/*"]
     stages.assert_succeeds(infer(*names))
-    assert len(own(volume)[0]) == len(names)
+    assert len(published(volume)[0]) == len(names)
 
 
 def test_a_picture_in_lab_colours_is_predicted_and_drawn(volume, folder, infer):
     grey = Image.open(folder / "photo.png")
     Image.merge("LAB", [grey, *[Image.new("L", grey.size, 128)] * 2]).save(folder / "lab.tif")
     stages.assert_succeeds(infer("photo.png", "lab.tif"))
-    one, other = own(volume)[1]
+    one, other = published(volume)[1]
     assert one["probabilities"] == other["probabilities"]
 
 
@@ -118,3 +124,81 @@ def test_a_file_in_place_of_the_folder_is_named_and_kept(volume, infer):
     (volume / "own").write_text("mine")
     stages.assert_fails(infer("photo.png"), 1, "own")
     assert (volume / "own").read_text() == "mine"
+
+
+# Other data sets ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def other(monkeypatch):
+    """A function that has pictures prepared and drawn for another data set: it gets what differs from MNIST's entry."""
+
+    def choose(**changes):
+        data_set = dataclasses.replace(DATA_SET, preparation="resize", **changes)
+        for module in (picture, own):
+            monkeypatch.setattr(module, "DATA_SET", data_set, raising=False)
+
+    return choose
+
+
+def as_png(image):
+    file = io.BytesIO()
+    image.save(file, "PNG")
+    return file.getvalue()
+
+
+def test_fashion_mnists_own_test_images_as_files_are_predicted_as_their_raw_pixels(other, trained):
+    other()
+    predictor = prediction.load_predictor(trained, None)  # of any network: only the pixels must be the same
+    for pixels in stages.read_fashion_images(200):
+        prepared = picture.prepare(picture.open_picture(as_png(Image.fromarray(pixels.numpy()))))
+        assert prepared.equal(pixels)
+        assert predictor.predict(prepared) == predictor.predict(pixels)
+
+
+def test_coloured_images_as_files_are_their_own_pixels_and_larger_ones_are_reduced_to_them(other):
+    other(shape=(3, 24, 32))
+    pixels = torch.randint(0, 256, (24, 32, 3), dtype=torch.uint8)
+    image = Image.fromarray(pixels.numpy())
+    assert picture.prepare(picture.open_picture(as_png(image))).equal(pixels)
+    enlarged = image.resize((32 * 9, 24 * 9), Image.Resampling.NEAREST)
+    flat = Image.new("RGB", (2000, 900), (10, 200, 30))
+    assert picture.prepare(enlarged).shape == (24, 32, 3)
+    assert picture.prepare(flat).flatten(0, 1).unique(dim=0).tolist() == [[10, 200, 30]]
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize(
+    "mode", ["1", "L", "P", "LA", "PA", "RGB", "RGBA", "RGBa", "CMYK", "YCbCr", "I;16", "I", "F", "HSV"]
+)
+def test_a_picture_of_any_mode_is_resized(other, mode, channels):
+    other(shape=(channels, 32, 16))
+    prepared = picture.prepare(Image.new(mode, (50, 40)))
+    assert prepared.shape == ((32, 16) if channels == 1 else (32, 16, 3))
+    assert prepared.dtype == torch.uint8
+
+
+@pytest.mark.parametrize(("classes", "shape"), [(26, (32, 32, 3)), (50, (28, 28)), (2, (64, 48, 3))])
+def test_the_drawing_has_a_bar_for_each_class_whatever_its_name(other, monkeypatch, classes, shape):
+    names = ("$b_{", "a class with a long name", *(f"class {number}" for number in range(2, classes)))
+    other(classes=names)
+    drawn = []
+    monkeypatch.setattr(own, "as_png", lambda figure: drawn.append(figure) or figures.as_png(figure))
+    result = {"prediction": 1, "probabilities": [1 / classes] * classes, "confidence": "unsure"}
+    png = own.draw("photo.png", Image.new("RGB", (30, 20)), torch.zeros(shape, dtype=torch.uint8), result)
+    _, middle, right = drawn[0].axes
+    assert [label.get_text() for label in right.get_yticklabels()] == [*names]
+    assert middle.get_title().endswith(f"{shape[1]} x {shape[0]}")
+    labels = sorted(label.get_window_extent().y0 for label in right.get_yticklabels())
+    assert min(b - a for a, b in pairwise(labels)) > 10  # pixels of 120 dpi: readable
+    assert Image.open(io.BytesIO(png)).height >= 456
+
+
+def test_an_image_unlike_the_trained_ones_is_no_digit_only_where_images_are_digits(other, monkeypatch):
+    result = {"prediction": None, "probabilities": [0.1] * 9 + [0.1], "confidence": "no digit"}
+    assert own.as_text(result).startswith("does not look like a digit; closest to 0")
+    other(classes=("top", *"bcdefghij"))
+    monkeypatch.setattr(prediction, "UNLIKE", "out of distribution", raising=False)
+    text = own.as_text(result | {"confidence": "out of distribution"})
+    assert text.startswith("unlike the images it was trained on; closest to top")
+    assert "digit" not in text
