@@ -545,7 +545,6 @@ def letters(data, tmp_path_factory):
     (folder / "volume/results").mkdir()
     (folder / "volume/results/25_12.png").write_bytes(as_file(Image.new("L", (9, 9))))
     with serving(folder / "volume", folder / "data", folder / "tree/model-infer/serve.py") as running:
-        until(lambda: running.health()["status"] == "READY")
         yield running
 
 

@@ -13,6 +13,7 @@ import pytest
 from PIL import Image
 from selenium import webdriver
 
+import nodes
 import stages
 import strokes
 from nodes import free_port
@@ -277,8 +278,7 @@ def test_for_another_data_set_pictures_are_predicted_by_name_and_nothing_is_abou
     folder = stages.infer_for(tmp_path, f"name='Clothes', classes={names}, preparation='resize'")
     (folder / "data").mkdir()
     (folder / "data/Clothes").symlink_to(stages.DATA / "MNIST")
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
+    port = nodes.free_port()
     words = stages.command("serve", "--port", str(port), model=folder / "volume", data=folder / "data")
     words[1] = str(folder / "tree/model-infer/serve.py")
     with stages.running(words) as process:
