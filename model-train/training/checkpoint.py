@@ -56,13 +56,14 @@ def start_or_resume(
 
     Raise Failure if the checkpoint is missing, damaged, or of another training.
     """
-    old, tensors, path = Record.new(plan.settings), None, folder and folder / CHECKPOINT
+    images, labels = images[: plan.images], labels[: plan.images]
+    old, tensors, path = Record.new(plan.settings, len(images), plan.data_sha256), None, folder and folder / CHECKPOINT
     if path and plan.action == "resume":
         old, tensors = parse_checkpoint(read_limited(path, MAX_CHECKPOINT_BYTES, FRESH_HINT), path)
         if old.run != plan.run:
             raise Failure(f"{path} and {TRAIN_RESULTS} belong to different trainings. {FRESH_HINT}")
     record = updated(old, plan)
-    shared = SharedState(record, images[: plan.images], labels[: plan.images])
+    shared = SharedState(record, images, labels)
     if path and tensors:
         restore(shared, old, tensors, path)
         say_what_changes(old, record)
