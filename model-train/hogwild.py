@@ -5,9 +5,10 @@ theory guarantees that it converges for a dense network such as this one; the ac
 train_results.json.
 
 SharedState is what the parent and its workers share. Trainer.train_batch() is the step of a worker: gather and augment
-the images of a batch, compute the gradient (layers.py), update the shared parameters.
+the images of a batch, compute the gradient (layers.py, or autograd), update the shared parameters.
 """
 
+import functools
 import math
 import mmap
 from collections.abc import Iterator
@@ -25,7 +26,7 @@ from training.record import Record
 torch.set_num_threads(1)
 
 WARMUP_FRACTION = 0.2  # part of the schedule in which the learning rate rises from 0; in the rest it falls to 0
-MAX_ROTATION, MAX_SCALING, MAX_SHIFT = 0.2, 0.1, 0.1  # radians; of the size; of half the width (1.4 pixels)
+MAX_ROTATION, MAX_SCALING, MAX_SHIFT = 0.2, 0.1, 0.1  # radians; of the size; of half the width
 
 
 def has_fast_bfloat16() -> bool:
@@ -58,7 +59,11 @@ class SharedState:
         self.peak_lr = self.settings.lr  # higher with several nodes (cluster/nodes.py)
         torch.manual_seed(self.settings.seed)
         self.model = net.Net(self.settings.dropout)
-        # The parameters are views of one vector in shared memory: one call, not eight, updates them all.
+        count = layers.TESTS * layers.TEST_IMAGES
+        self.uses_layers = not self.settings.dropout and layers.is_network_of(
+            self.model, net.to_input(images[:count]), labels[:count]
+        )
+        # The parameters are views of one vector in shared memory: one call updates them all.
         self.parameters = shared_zeros(sum(parameter.numel() for parameter in self.model.parameters()))
         for parameter, view in zip(self.model.parameters(), parameter_views(self.parameters, self.model), strict=True):
             parameter.data = view.copy_(parameter.data)
@@ -95,7 +100,7 @@ def shared_zeros(*shape: int) -> torch.Tensor:
 
 
 def parameter_views(vector: torch.Tensor, model: net.Net) -> Iterator[torch.Tensor]:
-    """Yield views of the parts of a vector, float32 [21,840], in the shapes of the model's parameters."""
+    """Yield views of the parts of a vector, float32 [P], in the shapes of the model's parameters."""
     sizes = [parameter.numel() for parameter in model.parameters()]
     for parameter, part in zip(model.parameters(), torch.split(vector, sizes), strict=True):
         yield part.view_as(parameter)
@@ -134,7 +139,7 @@ class Trainer:
         return len(images), loss * len(images)
 
     def load_batch(self, number: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the images, uint8 [N, 28, 28], and labels, int64 [N], of a batch in the epoch's permutation."""
+        """Return the images, uint8 [N, H, W (, C)], and labels, int64 [N], of a batch in the epoch's permutation."""
         epoch, place = divmod(number, self.shared.batches_per_epoch)
         if self.permutation_epoch != epoch:
             generator = torch.Generator().manual_seed(self.seed_of(-epoch))
@@ -152,13 +157,13 @@ class Trainer:
         return (self.settings.seed * 0x9E3779B1 + number) % 2**32
 
     def loss_and_gradient(self, x: torch.Tensor, labels: torch.Tensor) -> tuple[float, torch.Tensor]:
-        """Return the mean loss of a batch and its gradient, float32 [21,840]. With dropout, autograd computes them."""
+        """Return the mean loss of a batch and its gradient, float32 [P], from layers.py or from autograd."""
         model = self.shared.model
-        if self.settings.dropout:
+        if self.shared.uses_layers:
+            loss, gradients = layers.loss_and_gradients(model, x, labels, PRECISION)
+        else:
             loss = F.nll_loss(model.train().forward(x), labels)
             gradients = [*torch.autograd.grad(loss, list(model.parameters()))]
-        else:
-            loss, gradients = layers.loss_and_gradients(model, x, labels, PRECISION)
         return loss.item(), torch.cat([gradient.flatten() for gradient in gradients])
 
     def learning_rate(self, number: int) -> float:
@@ -173,13 +178,8 @@ class Trainer:
         return self.shared.peak_lr * min(progress / WARMUP_FRACTION, remaining / (1 - WARMUP_FRACTION))
 
 
-PIXEL_CENTERS = (torch.arange(28) * 2 + 1) / 28 - 1  # of the pixels of a row, from -1 to 1
-# The coordinates of all pixels in the form (x, y, 1): float32 [3, 784].
-PIXEL_GRID = torch.stack([PIXEL_CENTERS.repeat(28), PIXEL_CENTERS.repeat_interleave(28), torch.ones(28 * 28)])
-
-
 def augment(x: torch.Tensor, strength: float) -> torch.Tensor:
-    """Rotate, scale and shift each image of a batch at random: float32 [N, 1, 28, 28] -> the same shape."""
+    """Rotate, scale and shift each image of a batch at random: float32 [N, C, H, W] -> the same shape."""
     if not strength:
         return x
     angle, scale_x, scale_y, shift_x, shift_y = torch.rand(5, len(x)).mul_(2).sub_(1).mul_(strength)
@@ -189,6 +189,14 @@ def augment(x: torch.Tensor, strength: float) -> torch.Tensor:
     # The scaling leaves the sines alone, which makes a difference of less than 0.02 at strength 1.
     rows = [scale_x * angle.cos(), -angle.sin(), shift_x, angle.sin(), scale_y * angle.cos(), shift_y]
     # The same as affine_grid(), but one matrix product for the whole batch, which takes half the time.
-    grid = (torch.stack(rows, 1).view(-1, 3) @ PIXEL_GRID).view(-1, 2, 28, 28).permute(0, 2, 3, 1)
+    height, width = x.shape[2:]
+    grid = (torch.stack(rows, 1).view(-1, 3) @ pixel_grid(height, width)).view(-1, 2, height, width)
     # Pad with the edge pixels: 0 would be grey after normalisation.
-    return F.grid_sample(x, grid, padding_mode="border", align_corners=False)
+    return F.grid_sample(x, grid.permute(0, 2, 3, 1), padding_mode="border", align_corners=False)
+
+
+@functools.cache
+def pixel_grid(height: int, width: int) -> torch.Tensor:
+    """Return the coordinates, from -1 to 1, of the pixels' centers in the form (x, y, 1): float32 [3, H * W]."""
+    y, x = ((torch.arange(pixels) * 2 + 1) / pixels - 1 for pixels in (height, width))
+    return torch.stack([x.repeat(height), y.repeat_interleave(width), torch.ones(height * width)])

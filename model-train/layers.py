@@ -1,5 +1,7 @@
 """The arithmetic of a training step: the loss of net.Net and its gradients, as a few matrix products.
 
+This is the network that net.py has for MNIST, once more; where net.py has been changed, is_network_of() says so.
+
 Activations are laid out [height, channels, width, batch], so that operations run over long contiguous rows. Two
 neighbouring outputs in a row, which max-pooling joins, depend on a window of the input that is 6 wide; a matrix has
 each 5x5 kernel at both places in that window. Only windows along the width are copied: those of five rows are adjacent
@@ -7,35 +9,74 @@ in memory, so a strided view reads them as one matrix. This takes 6/5 of the mul
 the CPU. The gradients are written out, because autograd would take 6 % longer.
 """
 
+import copy
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from net import Net
 
+# Rounding makes a difference of 1e-6; where two pooled values are almost equal it may decide which one gets the
+# gradient, in 1 of 300 batches. A leaky ReLU of slope 0.001 makes one of 1e-3.
+MAX_DIFFERENCE = 1e-4
+TEST_IMAGES, TESTS = 32, 3  # in a batch to compare, and batches
+
 
 def loss_and_gradients(model: Net, images: Tensor, labels: Tensor, dtype: torch.dtype) -> tuple[Tensor, list[Tensor]]:
     """Return the mean loss of a batch, and its gradients with respect to the model's parameters in their order.
 
-    Images are float32 [N, 1, 28, 28], labels int64 [N]; gradients are float32. The convolutions use the given dtype,
+    Images are float32 [N, C, H, W], labels int64 [N]; gradients are float32. The convolutions use the given dtype,
     bfloat16 or float32; the linear layers, which are small, use float32. There is no dropout.
     """
     w1, b1, w2, b2, w3, b3, w4, b4 = [parameter.detach() for parameter in model.parameters()]
-    conv1 = ConvPoolRelu(images.to(dtype).view(-1, 28 * 28).t().reshape(28, 1, 28, -1), w1, b1)
+    conv1 = ConvPoolRelu(images.to(dtype).permute(2, 1, 3, 0), w1, b1)
     conv2 = ConvPoolRelu(conv1.output, w2, b2)
-    features = conv2.output.transpose(0, 1).reshape(20 * 4 * 4, -1).float()
+    pooled = conv2.output.transpose(0, 1)
+    features = pooled.flatten(0, 2).float()
     hidden = torch.addmm(b3[:, None], w3, features).relu_()
     log_probabilities = torch.addmm(b4[:, None], w4, hidden).log_softmax(0)
     loss = F.nll_loss(log_probabilities.t(), labels)
 
-    grad = (log_probabilities.exp() - F.one_hot(labels, 10).t()) / len(labels)  # of the logits, and so on backwards
+    # The gradient of the logits, and so on backwards.
+    grad = (log_probabilities.exp() - F.one_hot(labels, len(b4)).t()) / len(labels)
     grad_fc2 = [grad @ hidden.t(), grad.sum(1)]
     grad = w4.t() @ grad * hidden.sign()
     grad_fc1 = [grad @ features.t(), grad.sum(1)]
-    grad = (w3.t() @ grad).to(dtype).view(20, 4, 4, -1).transpose(0, 1)
+    grad = (w3.t() @ grad).to(dtype).view(pooled.shape).transpose(0, 1)
     grad, *grad_conv2 = conv2.gradients(grad)
     _, *grad_conv1 = conv1.gradients(grad, of_input=False)
     return loss, [*grad_conv1, *grad_conv2, *grad_fc1, *grad_fc2]
+
+
+def is_network_of(model: Net, x: Tensor, labels: Tensor) -> bool:
+    """Return whether loss_and_gradients() computes what autograd does for the model, with one of a few batches.
+
+    x is float32 [N, C, H, W]. Weights 4 times as large show what small values do not, such as the upper bound of ReLU6.
+    """
+    try:
+        for factor in (1, 4):
+            scaled = copy.deepcopy(model).train()
+            for parameter in scaled.parameters():
+                parameter.data.mul_(factor)
+            batches = zip(torch.split(x, TEST_IMAGES), torch.split(labels, TEST_IMAGES), strict=True)
+            if not any(gives_the_same(scaled, *batch) for batch in batches):
+                return False
+    except Exception:  # of many kinds, for a network with other layers
+        return False
+    return True
+
+
+def gives_the_same(model: Net, x: Tensor, labels: Tensor) -> bool:
+    """Return whether the loss of a batch, and each gradient, are those of autograd."""
+    expected_loss = F.nll_loss(model(x), labels)
+    # Not backward(): a .grad that exists when the workers are forked would be shared by them.
+    expected = [expected_loss, *torch.autograd.grad(expected_loss, list(model.parameters()))]
+    loss, gradients = loss_and_gradients(model, x, labels, torch.float32)
+    return all(
+        bool((one - other).norm() <= MAX_DIFFERENCE * other.norm())
+        for one, other in zip([loss, *gradients], expected, strict=True)
+    )
 
 
 class ConvPoolRelu:

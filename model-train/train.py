@@ -89,7 +89,7 @@ def train_alone(todo: plan.Plan, args: argparse.Namespace) -> int:
     with ThreadPoolExecutor(1) as executor:  # verifying the data takes 0.1 s, and importing torch leaves a core idle
         reading = executor.submit(read_data, args.data)
         from training.alone import Alone
-        from training.checkpoint import start_or_resume
+        from training.start import start_or_resume
     data = reading.result()
     training, validation = split_validation(*to_tensors(data))
     todo = plan.with_data(todo, data.sha256, len(training[0]), args.folder)

@@ -1,11 +1,13 @@
 """What the tests share: running the three programs, looking at what they leave, and editing it."""
 
 import contextlib
+import gzip
 import hashlib
 import importlib
 import io
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,6 +19,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from unittest import mock
 
+import pytest
 import torch
 from PIL import Image
 
@@ -47,6 +50,30 @@ def run(stage, *flags, before=(), model, data=DATA, tree=TREE, **env):
     """Runs a stage to its end as a process, after a command's words if given, with variables added."""
     with running([*before, *command(stage, *flags, model=model, data=data, tree=tree)], **env) as process:
         return finish(process)
+
+
+def read_fashion_images(count):
+    """Reads the first of Fashion-MNIST's test images, uint8 [count, 28, 28], from Debian's package of it."""
+    path = Path("/usr/share/datasets/fashion-mnist/t10k-images-idx3-ubyte.gz")
+    if not path.exists():
+        pytest.skip("Debian's package dataset-fashion-mnist is not installed")
+    content = gzip.decompress(path.read_bytes())[16:]
+    return torch.frombuffer(bytearray(content), dtype=torch.uint8).view(-1, 28, 28)[:count]
+
+
+def infer_for(folder, changes):
+    """Makes a copy of infer's and serve's programs in a folder, with DATA_SET changed as an expression says.
+
+    Returns it with a model of its network, untrained: a folder of both, `tree` and `volume`.
+    """
+    program = shutil.copytree(TREE / "model-infer", folder / "tree" / "model-infer")
+    with (program / "stage/dataset.py").open("a") as file:
+        file.write(f"\n\nfrom dataclasses import replace\n\nDATA_SET = replace(DATA_SET, {changes})\n")
+    (folder / "volume").mkdir()
+    make = "import net, sys, torch; torch.manual_seed(1); torch.save(net.Net().state_dict(), sys.argv[1])"
+    words = [sys.executable, "-c", make, folder / "volume" / "mnist_cnn.pt"]
+    subprocess.run(words, cwd=program, check=True)
+    return folder
 
 
 def call(stage, *flags, model, data=DATA):

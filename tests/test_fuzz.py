@@ -20,7 +20,7 @@ import corpus
 import net
 from stage import weights
 from stage.process import Failure
-from training import checkpoint, plan, record
+from training import plan, record, start
 from training.settings import Settings
 
 FUZZ = settings(
@@ -74,7 +74,7 @@ def saved(value):
 
 WANTED = Settings(epochs=2)
 IMAGES, LABELS = torch.zeros(640, 28, 28, dtype=torch.uint8), torch.zeros(640, dtype=torch.int64)
-RECORD = record.Record.new(WANTED)
+RECORD = record.Record.new(WANTED, len(IMAGES))
 RECORD.batches, RECORD.seconds, RECORD.model_sha256 = 10, 2.0, "0" * 64
 RECORD.workers[0] = record.WorkerRecord(0, images=960, steps=10, loss_sum=6000.0)
 RECORD.history.append(record.EpochRecord(1, 0.1, 0.1, 98.0, 1.0))
@@ -114,7 +114,7 @@ def read_model(folder, content):
 def resume(folder, content):
     (folder / "checkpoint.pt").write_bytes(content)
     (folder / "train_results.json").write_text(json.dumps(RECORD))
-    resumed, shared = checkpoint.start_or_resume(plan.Plan("resume", "", WANTED), IMAGES, LABELS, folder)
+    resumed, shared = start.start_or_resume(plan.Plan("resume", "", WANTED), IMAGES, LABELS, folder)
     assert shared.parameters.isfinite().all()
     assert all(isinstance(line, record.EpochRecord) for line in resumed.history)
 

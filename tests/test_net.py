@@ -5,13 +5,15 @@ import torch
 
 import example
 import net
-from stage import dataset, weights
+import networks
+from stage import images as reading
+from stage import weights
 
 
 @pytest.fixture(scope="module")
 def images(data):
     """The first 100 test images."""
-    return dataset.read_split(data, "t10k")[0][:100]
+    return reading.read_images(data, "test")[0][:100]
 
 
 def test_the_state_dict_has_the_examples_keys_shapes_and_types():
@@ -56,6 +58,43 @@ def test_the_predictions_do_not_depend_on_batches_and_threads(images, threads):
 def test_a_network_in_training_mode_still_predicts_without_dropout(images):
     model = net.Net().train()
     torch.testing.assert_close(net.predict(model, images), net.predict(model.train(), images))
+
+
+def test_a_network_may_flatten_by_view_and_have_no_logits(images):
+    text = networks.replaced(("x.flatten(1)", "x.view(-1, 320)"))
+    for module in (networks.module(text).Net(), example.untrained()):
+        with torch.no_grad():
+            torch.testing.assert_close(net.predict(module, images), module.eval()(net.to_input(images)))
+
+
+@pytest.mark.parametrize("name", [None, *networks.NETWORKS])
+def test_the_fast_memory_layout_serves_only_where_it_gives_the_same(images, name):
+    model = networks.module(networks.NETWORKS[name]).Net() if name else net.Net()
+    forward = net.fastest_forward(model.eval(), images)
+    assert (forward is model) == (name in ("relu6", "layer norm", "silu and group norm"))
+
+
+def test_the_input_of_coloured_images_is_normalised_by_channel(monkeypatch):
+    images = torch.randint(256, (5, 6, 7, 3), dtype=torch.uint8)
+    mean, std = torch.tensor([0.1, 0.2, 0.3]), torch.tensor([0.5, 0.6, 0.7])
+    monkeypatch.setattr(net, "SCALE", 255 * std.view(3, 1, 1))
+    monkeypatch.setattr(net, "SHIFT", (mean / std).view(3, 1, 1))
+    x = net.to_input(images)
+    torch.testing.assert_close(x, ((images / 255 - mean) / std).permute(0, 3, 1, 2))
+    assert x.is_contiguous()
+
+
+def test_the_input_is_to_the_bit_what_it_was_when_models_were_trained():
+    images = torch.arange(256, dtype=torch.uint8).repeat(49).view(16, 28, 28)
+    assert net.to_input(images).equal(images.float().div_(255 * 0.3081).sub_(0.1307 / 0.3081).unsqueeze(1))
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_the_network_can_be_exported_and_traced(images):
+    model, x = net.Net().eval(), net.to_input(images)
+    expected = model(x).detach()
+    for exported in (torch.export.export(model, (x,)).module(), torch.jit.trace(model, x)):
+        torch.testing.assert_close(exported(x).detach(), expected)
 
 
 def test_where_torch_lacks_onednn_the_predictions_are_the_same(images, monkeypatch):

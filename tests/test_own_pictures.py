@@ -1,14 +1,20 @@
-"""infer with the user's own pictures, as a process."""
+"""infer with the user's own pictures, as a process; and with those of other data sets."""
 
+import dataclasses
+import io
 import os
 import shutil
+from itertools import pairwise
 
 import pytest
+import torch
 from PIL import Image
 
 import example
 import stages
-from pictures import picture, prediction
+from pictures import own, picture, prediction
+from stage import figures
+from stage.dataset import DATA_SET
 
 
 @pytest.fixture(scope="module")
@@ -25,7 +31,7 @@ def folder(data, tmp_path_factory):
     return folder
 
 
-def own(volume):
+def published(volume):
     """Return the names of the pictures in own/, and its predictions."""
     predictions = stages.read_json(volume / "own" / "predictions.json")["predictions"]
     return {path.name for path in (volume / "own").glob("*.png")}, predictions
@@ -36,7 +42,7 @@ def test_own_pictures_have_their_own_folder_and_other_results_stay(volume, folde
     before = stages.contents(volume)
     result = stages.run("infer", "photo.png", "scans/*.png", model=volume, data=folder)
     assert result.returncode == 0, result.stderr
-    names, predictions = own(volume)
+    names, predictions = published(volume)
     assert len(names) == len(predictions) == 3
     assert all(Image.open(volume / "own" / name).size == (1200, 456) for name in names)
     after = stages.contents(volume)
@@ -49,7 +55,7 @@ def test_results_of_files_with_the_same_stem_are_numbered(volume, folder):
         (folder / name).mkdir(exist_ok=True)
         shutil.copy(folder / "photo.png", folder / name / "photo.png")
     assert stages.run("infer", "photo.png", "a/photo.png", "?/photo.png", model=volume, data=folder).returncode == 0
-    names, predictions = own(volume)
+    names, predictions = published(volume)
     stem = f"{predictions[0]['prediction']}_photo".replace("None", "none")
     assert names == {f"{stem}.png", f"{stem}-2.png", f"{stem}-3.png"}
     assert [entry["file"] for entry in predictions] == [
@@ -59,7 +65,7 @@ def test_results_of_files_with_the_same_stem_are_numbered(volume, folder):
 
 def test_a_file_gets_the_same_probabilities_as_its_prepared_pixels(volume, folder):
     assert stages.run("infer", "scans/photo.jpg", model=volume, data=folder).returncode == 0
-    (entry,) = own(volume)[1]
+    (entry,) = published(volume)[1]
     digit = picture.prepare(picture.open_picture((folder / "scans/photo.jpg").read_bytes()))
     assert entry == {"file": str(folder / "scans/photo.jpg")} | prediction.load_predictor(volume, folder).predict(digit)
 
@@ -73,7 +79,7 @@ def test_unreadable_pictures_are_named_and_the_others_predicted(volume, folder):
     lines = result.stderr.splitlines()
     assert len(lines) == len(wrong)
     assert all(name in line for name, line in zip(wrong, lines, strict=True))
-    assert len(own(volume)[0]) == 1
+    assert len(published(volume)[0]) == 1
 
 
 def test_a_wildcard_matches_files_only_and_nobody_is_advised_to_remove_a_folder(volume, folder):
@@ -88,14 +94,14 @@ def test_file_names_in_any_script_and_of_any_bytes_are_drawn_and_published(volum
         shutil.copy(folder / "photo.png", folder / name)
     names = ["七.png", os.fsdecode(b"\xff" * 100 + b"*"), "my[[]1]/*"]
     stages.assert_succeeds(stages.run("infer", *names, model=volume, data=folder))
-    assert len(own(volume)[0]) == 3
+    assert len(published(volume)[0]) == 3
 
 
 def test_a_picture_in_lab_colours_is_predicted_and_drawn(volume, folder):
     grey = Image.open(folder / "photo.png")
     Image.merge("LAB", [grey, *[Image.new("L", grey.size, 128)] * 2]).save(folder / "lab.tif")
     stages.assert_succeeds(stages.run("infer", "photo.png", "lab.tif", model=volume, data=folder))
-    one, other = own(volume)[1]
+    one, other = published(volume)[1]
     assert one["probabilities"] == other["probabilities"]
 
 
@@ -118,7 +124,7 @@ def test_paths_may_start_with_data_and_contain_any_characters(volume, folder):
     names = ["data/photo.png", "./data/scans/photo.png", str(folder / "scans/photo.jpg"), "scans/[a] $b_{.png"]
     result = stages.run("infer", *names, model=volume, data=folder)
     assert result.returncode == 0, result.stderr
-    assert len(own(volume)[0]) == 4
+    assert len(published(volume)[0]) == 4
 
 
 @pytest.mark.parametrize("flag", ["--samples", "--seed"])
@@ -130,3 +136,80 @@ def test_a_file_in_place_of_the_folder_is_named_and_kept(volume, folder):
     (volume / "own").write_text("mine")
     stages.assert_fails(stages.run("infer", "photo.png", model=volume, data=folder), 1, "own")
     assert (volume / "own").read_text() == "mine"
+
+
+# Other data sets ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def other(monkeypatch):
+    """A function that has pictures prepared and drawn for another data set: it gets what differs from MNIST's entry."""
+
+    def choose(**changes):
+        for module in (picture, own):
+            monkeypatch.setattr(module, "DATA_SET", dataclasses.replace(DATA_SET, preparation="resize", **changes))
+
+    return choose
+
+
+def as_png(image):
+    file = io.BytesIO()
+    image.save(file, "PNG")
+    return file.getvalue()
+
+
+def test_fashion_mnists_own_test_images_as_files_are_predicted_as_their_raw_pixels(other, trained):
+    other()
+    predictor = prediction.load_predictor(trained, None)  # of any network: only the pixels must be the same
+    for pixels in stages.read_fashion_images(200):
+        prepared = picture.prepare(picture.open_picture(as_png(Image.fromarray(pixels.numpy()))))
+        assert prepared.equal(pixels)
+        assert predictor.predict(prepared) == predictor.predict(pixels)
+
+
+def test_coloured_images_as_files_are_their_own_pixels_and_larger_ones_are_reduced_to_them(other):
+    other(shape=(3, 24, 32))
+    pixels = torch.randint(0, 256, (24, 32, 3), dtype=torch.uint8)
+    image = Image.fromarray(pixels.numpy())
+    assert picture.prepare(picture.open_picture(as_png(image))).equal(pixels)
+    enlarged = image.resize((32 * 9, 24 * 9), Image.Resampling.NEAREST)
+    flat = Image.new("RGB", (2000, 900), (10, 200, 30))
+    assert picture.prepare(enlarged).shape == (24, 32, 3)
+    assert picture.prepare(flat).flatten(0, 1).unique(dim=0).tolist() == [[10, 200, 30]]
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize(
+    "mode", ["1", "L", "P", "LA", "PA", "RGB", "RGBA", "RGBa", "CMYK", "YCbCr", "I;16", "I", "F", "HSV"]
+)
+def test_a_picture_of_any_mode_is_resized(other, mode, channels):
+    other(shape=(channels, 32, 16))
+    prepared = picture.prepare(Image.new(mode, (50, 40)))
+    assert prepared.shape == ((32, 16) if channels == 1 else (32, 16, 3))
+    assert prepared.dtype == torch.uint8
+
+
+@pytest.mark.parametrize(("classes", "shape"), [(26, (32, 32, 3)), (50, (28, 28)), (2, (64, 48, 3))])
+def test_the_drawing_has_a_bar_for_each_class_whatever_its_name(other, monkeypatch, classes, shape):
+    names = ("$b_{", "a class with a long name", *(f"class {number}" for number in range(2, classes)))
+    other(classes=names)
+    drawn = []
+    monkeypatch.setattr(own, "as_png", lambda figure: drawn.append(figure) or figures.as_png(figure))
+    result = {"prediction": 1, "probabilities": [1 / classes] * classes, "confidence": "unsure"}
+    png = own.draw("photo.png", Image.new("RGB", (30, 20)), torch.zeros(shape, dtype=torch.uint8), result)
+    _, middle, right = drawn[0].axes
+    assert [label.get_text() for label in right.get_yticklabels()] == [*names]
+    assert middle.get_title().endswith(f"{shape[1]} x {shape[0]}")
+    labels = sorted(label.get_window_extent().y0 for label in right.get_yticklabels())
+    assert min(b - a for a, b in pairwise(labels)) > 10  # pixels of 120 dpi: readable
+    assert Image.open(io.BytesIO(png)).height >= 456
+
+
+def test_an_image_unlike_the_trained_ones_is_no_digit_only_where_images_are_digits(other, monkeypatch):
+    result = {"prediction": None, "probabilities": [0.1] * 9 + [0.1], "confidence": "no digit"}
+    assert own.as_text(result).startswith("does not look like a digit; closest to 0")
+    other(classes=("top", *"bcdefghij"))
+    monkeypatch.setattr(prediction, "UNLIKE", "out of distribution")
+    text = own.as_text(result | {"confidence": "out of distribution"})
+    assert text.startswith("unlike the images it was trained on; closest to top")
+    assert "digit" not in text

@@ -44,6 +44,7 @@ for path in [None, *sys.argv[1:]]:
             with open(path, "rb") as file:
                 image = picture.open_picture(file.read())
             picture.to_grey(image)
+            picture.resize(image)
             own.thumbnail(image)
         os._exit(0)
     print(os.wait4(-1, 0)[2].ru_maxrss)

@@ -10,7 +10,7 @@ import torch
 
 import stages
 from stage.process import Failure
-from training import checkpoint, plan, settings
+from training import plan, settings, start
 from training.lock import volume_lock
 
 OTHERS = {  # a value of each setting that the training in a volume did not have
@@ -54,7 +54,7 @@ def test_an_unfinished_training_resumes_with_its_settings_up_to_the_epochs_reque
 def test_an_unfinished_training_resumes_with_another_number_of_workers(unfinished, workers, capsys):
     before, velocities = stages.results(unfinished), stages.load_checkpoint(unfinished)["velocities"]
     decided = plan.decide({"num_processes": workers}, False, unfinished)
-    record, shared = checkpoint.start_or_resume(
+    record, shared = start.start_or_resume(
         decided, torch.zeros(55_000, 28, 28, dtype=torch.uint8), torch.zeros(55_000, dtype=torch.int64), unfinished
     )
     assert len(record.workers) == len(shared.velocities) == record.settings.num_processes == workers

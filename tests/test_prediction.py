@@ -8,9 +8,10 @@ from PIL import Image
 
 import example
 import infer
+import net
 import stages
 from pictures import picture, prediction
-from stage import dataset
+from stage.images import read_images
 from stage.process import Failure
 
 
@@ -45,12 +46,14 @@ def test_probabilities_agree_with_the_examples_network(predictor, trained, data)
 def test_the_energy_is_that_of_the_logits(predictor, data):
     images = example.read_test_images(data)[0][:50]
     log_probabilities, energies = predictor.forward(images)
+    with torch.inference_mode():
+        logits = predictor.model.logits(net.to_input(images))
     # log_softmax() subtracts the logsumexp from the logits, which is the energy.
-    torch.testing.assert_close(predictor.logits - energies[:, None], log_probabilities)
+    torch.testing.assert_close(logits - energies[:, None], log_probabilities)
 
 
 def test_at_most_one_percent_of_the_validation_images_are_flagged(predictor, data):
-    images = dataset.read_split(data, "train")[0][-5000:]
+    images = read_images(data, "train")[0][-5000:]
     flagged = sum(predictor.predict(image)["confidence"] == "no digit" for image in images)
     print(f"{flagged} of 5,000 validation images are flagged")
     assert 25 <= flagged <= 50

@@ -4,12 +4,11 @@ import pytest
 import torch
 
 import stages
-from stage import dataset
 from stage.process import Failure
-from training import checkpoint, plan, record, settings
+from training import plan, record, settings, start
 
-IMAGES = torch.zeros(1, 28, 28, dtype=torch.uint8).expand(dataset.TRAINING_IMAGES, 28, 28)
-LABELS = torch.zeros(dataset.TRAINING_IMAGES, dtype=torch.int64)
+IMAGES = torch.zeros(1, 28, 28, dtype=torch.uint8).expand(55_000, 28, 28)
+LABELS = torch.zeros(55_000, dtype=torch.int64)
 OTHER_DATA = dict.fromkeys(stages.RAW_FILES, "0" * 64)
 
 
@@ -17,7 +16,7 @@ def resume(folder, **requested):
     """The record and the shared state of the training that goes on from a volume."""
     decided = plan.decide(requested, False, folder)
     assert decided.action == "resume"
-    return checkpoint.start_or_resume(decided, IMAGES, LABELS, folder)
+    return start.start_or_resume(decided, IMAGES, LABELS, folder)
 
 
 def test_the_record_of_a_finished_training_names_the_model_and_the_data(trained, data):

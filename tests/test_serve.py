@@ -3,6 +3,7 @@
 import asyncio
 import base64
 import contextlib
+import dataclasses
 import http.client
 import io
 import json
@@ -23,7 +24,9 @@ import urllib.request
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from html import unescape
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -33,7 +36,9 @@ import stages
 from pictures.picture import prepare
 from pictures.prediction import load_predictor
 from stage import dataset, process
+from stage.images import read_images
 from web import reload
+from web import service as web_service
 from web.metrics import Metrics
 from web.results import read_results
 from web.service import Service as Endpoints
@@ -96,11 +101,11 @@ def until(condition):
 
 
 @contextlib.contextmanager
-def serving(model, data=stages.DATA):
+def serving(model, data=stages.DATA, program=PROGRAM):
     """Run the service on a model folder, a data folder and a free port."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
-    command = [sys.executable, PROGRAM, "--data", data, "--model", model, "--port", str(port)]
+    command = [sys.executable, program, "--data", data, "--model", model, "--port", str(port)]
     with stages.running(command) as process:
         process.stdout.readline()  # printed once it listens
         yield Service(process, port)
@@ -116,7 +121,7 @@ def service(trained):
 @pytest.fixture(scope="module")
 def digit(data):
     """A PNG of a 7, dark on white, 280 x 280 pixels."""
-    image = Image.fromarray(255 - dataset.read_split(data, "t10k")[0][0].numpy()).resize((280, 280))
+    image = Image.fromarray(255 - read_images(data, "test")[0][0].numpy()).resize((280, 280))
     return as_file(image)
 
 
@@ -570,3 +575,78 @@ def test_on_sigterm_a_long_queue_is_refused_with_503_within_3_s(trained):
     assert {status for status, _, _ in responses} == {200, 503}
     refused = [headers for status, headers, _ in responses if status == 503]
     assert all(headers["Retry-After"] and headers["Content-Security-Policy"] for headers in refused)
+
+
+# Other data sets ------------------------------------------------------------------------------------------------------
+
+LETTERS = "abcdefghijklmnopqrstuvwxyz"
+
+
+@pytest.fixture(scope="module")
+def letters(data, tmp_path_factory):
+    """The service for 26 classes, with an untrained network, on MNIST's images, which have the first ten labels."""
+    changes = f"name='Letters', classes=tuple('{LETTERS}'), preparation='resize'"
+    folder = stages.infer_for(tmp_path_factory.mktemp("letters"), changes)
+    record = {"settings": {"epochs": 2, "batch_size": 10, "num_processes": 2}, "batches": 5, "images_per_second": 9.0}
+    record |= {"finished": True, "seconds": 1.0, "history": [], "training_images": 55_000}
+    (folder / "data").mkdir()
+    (folder / "data/Letters").symlink_to(data / "MNIST")
+    (folder / "volume/train_results.json").write_text(json.dumps(record))
+    sample = {"index": 12, "prediction": 25, "truth": 3, "probabilities": [0.0] * 25 + [1.0]}
+    (folder / "volume/predictions.json").write_text(json.dumps({"model_sha256": "x", "predictions": [sample]}))
+    (folder / "volume/results").mkdir()
+    (folder / "volume/results/25_12.png").write_bytes(as_file(Image.new("L", (9, 9))))
+    with serving(folder / "volume", folder / "data", folder / "tree/model-infer/serve.py") as running:
+        until(lambda: running.health()["status"] == "READY")
+        yield running
+
+
+def test_for_26_classes_there_are_26_probabilities_as_the_schema_says(letters, digit):
+    output = letters.predict(digit)[1]["output"]
+    schema = letters("GET", "/openapi.json")[2]["components"]["schemas"]["Output"]["properties"]
+    assert len(output["probabilities"]) == 26
+    assert output["confidence"] in schema["confidence"]["enum"] == ["sure", "unsure", "out of distribution"]
+    assert {schema["probabilities"][name] for name in ("minItems", "maxItems")} == {26}
+    assert schema["prediction"]["anyOf"][0]["maximum"] == 25
+    assert ", ".join(LETTERS) in schema["probabilities"]["description"]
+
+
+def test_nothing_in_the_api_of_another_data_set_is_about_digits(letters):
+    assert "igit" not in json.dumps(letters("GET", "/openapi.json")[2])
+    assert b"no digit" not in letters("GET", "/metrics")[2]
+
+
+def test_a_picture_is_only_resized_where_the_data_set_says_so(letters):
+    pixels = Image.effect_noise((28, 28), 50)
+    output = letters.predict(as_file(pixels))[1]["output"]
+    seen = Image.open(io.BytesIO(base64.b64decode(output["image"].partition(",")[2])))
+    assert seen.tobytes() == pixels.tobytes()
+    assert letters.predict(as_file(Image.new("L", (50, 50), 255)))[0] == 200  # no ink, but a picture
+
+
+def test_results_of_classes_over_9_are_shown_and_a_finished_training_is_complete(letters):
+    results = letters("GET", "/results")[2]
+    assert results["classes"] == [*LETTERS]
+    assert (results["training"]["state"], results["training"]["progress"]) == ("finished", 1)
+    (sample,) = results["predictions"]["samples"]
+    assert letters("GET", f"/{sample['picture']}")[0] == 200
+
+
+def test_the_page_is_told_of_the_data_set(letters, service):
+    tasks = []
+    for running in (letters, service):
+        (text,) = re.findall(r'<body data-task="([^"]*)">', running("GET", "/", Accept="text/html")[2].decode())
+        tasks.append(json.loads(unescape(text)))
+    assert tasks[0] == {"name": "Letters", "classes": [*LETTERS], "size": [28, 28], "preparation": "resize"}
+    assert tasks[1] == {"name": "MNIST", "classes": [*"0123456789"], "size": [28, 28], "preparation": "digit"}
+
+
+def test_the_image_in_an_answer_is_coloured_where_the_data_set_is(monkeypatch):
+    monkeypatch.setattr(
+        "pictures.picture.DATA_SET", dataclasses.replace(dataset.DATA_SET, shape=(3, 32, 48), preparation="resize")
+    )
+    predictor = SimpleNamespace(predict=lambda pixels: {"prediction": 1})
+    flat = as_file(Image.new("RGB", (480, 320), (10, 200, 30)))
+    output = web_service.predict(predictor, data_url(flat))["output"]
+    seen = Image.open(io.BytesIO(base64.b64decode(output["image"].partition(",")[2])))
+    assert (seen.mode, seen.size, seen.getpixel((5, 5))) == ("RGB", (48, 32), (10, 200, 30))

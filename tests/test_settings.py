@@ -10,7 +10,7 @@ from training import settings
 
 WRONG = {
     "train": [
-        *("--batch-size 0", "--batch-size 60001", "--epochs 0", "--epochs -1", "--epochs 1.5", "--lr 0", "--lr -0.1"),
+        *("--batch-size 0", "--batch-size 1000001", "--epochs 0", "--epochs -1", "--epochs 1.5", "--lr 0", "--lr -0.1"),
         *("--lr nan", "--lr inf", "--lr fast", "--momentum -0.5", "--momentum 1", "--seed -1", "--seed 4294967296"),
         *("--num-processes 0", "--num-processes 65", "--num-processes two", "--schedule cosine", "--dropout 1"),
         *(

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from stage.files import MAX_MODEL_BYTES, WEIGHTS, read_limited
+from stage.files import WEIGHTS, read_limited
 from stage.process import Failure, command
 
 # The globals and opcodes of the pickle in a file of plain float32 tensors.
@@ -22,7 +22,17 @@ PICKLE_OPCODES = {
     *("EMPTY_DICT", "EMPTY_TUPLE", "TUPLE", "TUPLE1", "TUPLE2", "TUPLE3", "NEWTRUE", "NEWFALSE", "BINUNICODE"),
     *("BININT", "BININT1", "BININT2", "BINPUT", "LONG_BINPUT", "BINGET", "LONG_BINGET"),
 }
-MAX_PICKLE_OPCODES = 2_000  # checkpoint.pt has 300
+
+
+def max_file_bytes(model: nn.Module, copies: int = 1) -> int:
+    """Return the size that a file may have with so many copies of a model's numbers, their names, and little else."""
+    sizes: list[int] = [tensor.numel() for tensor in model.state_dict().values()]
+    return 1_000_000 + 1_000 * len(sizes) + 4 * copies * sum(sizes)
+
+
+def max_pickle_opcodes(model: nn.Module) -> int:
+    """Return how many opcodes the pickle in such a file may have; each tensor takes about 30."""
+    return 2_000 + 50 * len(model.state_dict())
 
 
 def load_model(model: nn.Module, folder: Path) -> str:
@@ -34,8 +44,8 @@ def load_model(model: nn.Module, folder: Path) -> str:
     path, hint = folder / WEIGHTS, f"Train a new one with: {command('train', '--fresh')}"
     if not os.path.lexists(path):  # perhaps of an unfinished training, which --fresh would discard
         raise Failure(f"{path} does not exist. Train or resume with: {command('train')}")
-    content = read_limited(path, MAX_MODEL_BYTES, hint)
-    load_weights(model, unpickle(content, path, hint), path, hint)
+    content = read_limited(path, max_file_bytes(model), hint)
+    load_weights(model, unpickle(content, model, path, hint), path, hint)
     return hashlib.sha256(content).hexdigest()
 
 
@@ -61,19 +71,19 @@ def check_tensor(tensor: Any, name: str, shape: torch.Size, path: Path, hint: st
     return torch.Tensor.detach(tensor)
 
 
-def unpickle(content: bytes | bytearray, path: Path, hint: str) -> Any:
+def unpickle(content: bytes | bytearray, model: nn.Module, path: Path, hint: str) -> Any:
     """Load what torch.save wrote: dicts of float32 tensors, numbers and text. Raise Failure if it is anything else.
 
     No code in it is run, and it takes no more memory than a few times its size.
     """
     try:
         with warnings.catch_warnings(action="ignore"):  # odd but valid files are accepted
-            return torch.load(repack(content), map_location="cpu", weights_only=True)
+            return torch.load(repack(content, max_pickle_opcodes(model)), map_location="cpu", weights_only=True)
     except Exception:  # damaged files raise exceptions of many kinds
         raise Failure(f"{path} is damaged, or not a file of plain float32 tensors. {hint}") from None
 
 
-def repack(content: bytes | bytearray) -> io.BytesIO:
+def repack(content: bytes | bytearray, max_opcodes: int) -> io.BytesIO:
     """Check the contents of a zip, and return a new zip with the same contents. Raise an exception if a check fails.
 
     torch reads the new one: in a forged zip, its own reader may find other entries than Python's.
@@ -87,13 +97,13 @@ def repack(content: bytes | bytearray) -> io.BytesIO:
         for name in dict.fromkeys(entry.filename for entry in entries):
             content_of_entry = old.read(name)
             if name.lower().endswith(".pkl"):
-                check_pickle(content_of_entry)
+                check_pickle(content_of_entry, max_opcodes)
             new.writestr(zipfile.ZipInfo(name), content_of_entry)  # fixed date: zip cannot store one before 1980
     checked.seek(0)
     return checked
 
 
-def check_pickle(content: bytes) -> None:
+def check_pickle(content: bytes, max_opcodes: int) -> None:
     """Raise ValueError unless a pickle is what torch.save writes for dicts of tensors. Nothing is unpickled here.
 
     weights_only=True alone allows bytearray(5_000_000_000), and nested or shared containers that take the unpickler
@@ -103,7 +113,7 @@ def check_pickle(content: bytes) -> None:
     previous = ""
     for number, (opcode, argument, _) in enumerate(pickletools.genops(content)):
         name = opcode.name
-        if name not in PICKLE_OPCODES or number > MAX_PICKLE_OPCODES:
+        if name not in PICKLE_OPCODES or number > max_opcodes:
             raise ValueError(name)
         if name == "GLOBAL" and argument not in PICKLE_GLOBALS:
             raise ValueError(argument)

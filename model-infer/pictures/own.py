@@ -84,11 +84,11 @@ def predict_picture(predictor: prediction.Predictor, path: Path) -> tuple[Result
     content = bytes(files.read_limited(path, MAX_PICTURE_BYTES, "Name another."))  # Pillow would copy a bytearray
     try:
         image = picture.open_picture(content)
-        digit = picture.prepare(image)
+        pixels = picture.prepare(image)
     except Failure as failure:
         raise Failure(f"{path}: {failure}") from None
-    result: Result = {"file": str(path), **predictor.predict(digit)}
-    return result, draw(path.name, image, digit, result)
+    result: Result = {"file": str(path), **predictor.predict(pixels)}
+    return result, draw(path.name, image, pixels, result)
 
 
 def new_name(result: Result, taken: dict[str, bytes]) -> str:
@@ -104,32 +104,36 @@ def as_text(result: Result) -> str:
     """Format a prediction for the terminal."""
     best = max(result["probabilities"])
     most_likely = f"{DATA_SET.classes[result['probabilities'].index(best)]} ({percent(100 * best, 1)})"
-    if result["confidence"] == "no digit":
-        return f"does not look like a digit; closest to {most_likely}"
+    if result["confidence"] == prediction.UNLIKE:
+        unlike = (
+            "does not look like a digit" if prediction.UNLIKE == "no digit" else "unlike the images it was trained on"
+        )
+        return f"{unlike}; closest to {most_likely}"
     return f"predicted {most_likely}" + (", not sure" if result["confidence"] == "unsure" else "")
 
 
-def draw(name: str, image: Image.Image, digit: torch.Tensor, result: Result) -> bytes:
-    """Draw a picture, the network's input for it, uint8 [28, 28], and the probabilities, as a PNG."""
-    figure = new_figure(10, 3.8, layout="constrained")
+def draw(name: str, image: Image.Image, pixels: torch.Tensor, result: Result) -> bytes:
+    """Draw a picture, the network's input for it, uint8 [H, W] or [H, W, 3], and the probabilities, as a PNG."""
+    classes = range(len(DATA_SET.classes))
+    figure = new_figure(10, max(3.8, 1 + 0.22 * len(classes)), layout="constrained")
     left, middle, right = figure.subplots(1, 3, width_ratios=(1, 1, 1.25))
     left.imshow(np.asarray(thumbnail(image)))
     left.set_title(printable(name), parse_math=False)
-    middle.imshow(digit.numpy(), cmap="gray", vmin=0, vmax=255)
-    middle.set_title("what the network sees, 28 x 28")
+    middle.imshow(pixels.numpy(), cmap="gray", vmin=0, vmax=255)
+    middle.set_title(f"what the network sees, {pixels.shape[1]} x {pixels.shape[0]}")
     for axes in (left, middle):
         axes.set(xticks=[], yticks=[])
     percentages = [100 * probability for probability in result["probabilities"]]
-    colors = [figures.BLUE if index == result["prediction"] else figures.GREY for index in range(10)]
-    bars = right.barh(range(10), percentages, color=colors)
+    colors = [figures.BLUE if index == result["prediction"] else figures.GREY for index in classes]
+    bars = right.barh(classes, percentages, color=colors)
     right.bar_label(bars, [f"{percentage:.1f}" for percentage in percentages], padding=3, fontsize=9)
-    right.set_yticks(range(10), DATA_SET.classes)
+    right.set_yticks(classes, DATA_SET.classes, parse_math=False)
     # Up to 118: the label of a bar of 100 % needs some room.
     right.set(xlim=(0, 118), xticks=range(0, 101, 25), xlabel="probability in percent", ylabel="class")
     right.invert_yaxis()
     right.spines[["top", "right"]].set_visible(False)
     color = figures.BLUE if result["confidence"] == "sure" else figures.VERMILION
-    figure.suptitle(as_text(result), fontsize=17, color=color)
+    figure.suptitle(as_text(result), fontsize=17, color=color, parse_math=False)
     return as_png(figure)
 
 

@@ -1,4 +1,6 @@
-"""Turns any picture of a digit into the network's input, the way the images of MNIST were made.
+"""Turns any picture into the image that the network gets, as DATA_SET.preparation says.
+
+"resize" takes no more than resize(). The rest is for "digit", and makes an image of a digit the way MNIST was made.
 
 How MNIST was made is lost. The reconstruction of Yadav and Bottou (2019), "Cold Case: The Lost MNIST Digits", is within
 3 grey levels of it: the tight box of the ink becomes a square, which is area-averaged to 20 x 20 pixels, scaled so that
@@ -18,6 +20,7 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image, ImageFilter, ImageOps, UnidentifiedImageError
 
+from stage.dataset import DATA_SET
 from stage.process import Failure
 
 # Other formats are not opened: some are programs, or contain a picture of any format and size.
@@ -98,7 +101,22 @@ def upright(image: Image.Image) -> Image.Image:
 
 
 def prepare(image: Image.Image) -> torch.Tensor:
-    """Return the network's input, uint8 [28, 28], for a picture of one digit. Raise Failure if it is blank."""
+    """Return the image that the network gets for a picture, uint8 [H, W] or [H, W, 3], as the data set prepares it."""
+    return prepare_digit(image) if DATA_SET.preparation == "digit" else resize(image)
+
+
+def resize(image: Image.Image) -> torch.Tensor:
+    """Return a picture in the data set's colours and size, uint8 [H, W] or [H, W, 3]; its own pixels if it has them."""
+    channels, height, width = DATA_SET.shape
+    if image.mode.startswith(("I", "F")):
+        image = stretch(image)
+    mode = "L" if channels == 1 else "RGB"
+    image = image if image.mode == mode else image.convert(mode)  # which would copy it
+    return torch.from_numpy(np.array(image.resize((width, height), Image.Resampling.BILINEAR)))
+
+
+def prepare_digit(image: Image.Image) -> torch.Tensor:
+    """Return an image like MNIST's, uint8 [28, 28], for a picture of one digit. Raise Failure if it is blank."""
     grey = to_grey(image)
     ink, full = level(grey)
     ink = keep_digit(ink, full)

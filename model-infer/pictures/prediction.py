@@ -1,4 +1,4 @@
-"""Predicts one image: ten probabilities, and whether the prediction is sure, unsure, or "no digit".
+"""Predicts one image: the classes' probabilities, and whether the prediction is sure, unsure, or "no digit".
 
 Reads   MODEL/mnist_cnn.pt: the model; MODEL/eval_results.json, if it exists; DATA/MNIST/raw: the raw training files
 
@@ -7,7 +7,6 @@ whether they come from the test images, a file or an HTTP request.
 """
 
 import json
-import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,22 +16,25 @@ import torch
 
 import net
 from stage import code, files, weights
+from stage.dataset import DATA_SET
 from stage.files import EVAL_RESULTS
 from stage.images import read_images, split_validation
 from stage.process import Failure, percent
 
 MAX_RESULTS_BYTES = 1_000_000  # eval_results.json takes 4 kB
-FLAGGED_FRACTION = 0.01  # of the validation images, at most, are predicted as "no digit"
+FLAGGED_FRACTION = 0.01  # of the validation images, at most, are predicted as UNLIKE
 SURE_PROBABILITY = 0.9  # a prediction is sure from this probability on
 
-Confidence = Literal["sure", "unsure", "no digit"]
+Confidence = Literal["sure", "unsure", "no digit", "out of distribution"]
+# Of an image unlike those that the network was trained on.
+UNLIKE: Confidence = "no digit" if DATA_SET.preparation == "digit" else "out of distribution"
 
 
 class Prediction(TypedDict):
     """The prediction of an image."""
 
-    prediction: int | None  # the class; None for "no digit"
-    probabilities: list[float]  # of the ten classes
+    prediction: int | None  # the class; None for UNLIKE
+    probabilities: list[float]  # of the classes, in their order
     confidence: Confidence
 
 
@@ -43,39 +45,32 @@ class Predictor:
     model: net.Net
     sha256: str  # of the model's file
     accuracy: float | None = None  # on the test images, in percent; None if it has not been evaluated
-    threshold: float | None = None  # an image with a lower energy is "no digit"; None: every image is a digit
+    threshold: float | None = None  # an image with a lower energy is UNLIKE; None: no image is
 
     def __post_init__(self) -> None:
         self.model.eval()
-        self.lock = threading.Lock()  # held until the logits of a forward pass have been read
-        self.logits = torch.empty(0)
-        self.model.fc2.register_forward_hook(self.keep_logits)
-
-    def keep_logits(self, layer: torch.nn.Module, inputs: object, output: torch.Tensor) -> None:
-        """Keep the logits, float32 [N, 10]: the network returns only their log-softmax."""
-        self.logits = output
 
     def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the log-probabilities, float32 [N, 10], and energies, float32 [N], of images, uint8 [N, 28, 28].
+        """Return the log-probabilities, float32 [N, classes], and energies, float32 [N], of images, uint8 [N, H, W...].
 
         Raise Failure if they are not finite: huge weights, finite themselves, overflow.
         """
         torch.set_num_threads(1)  # applies to the calling thread; with more, the last bits differ, and it is slower
-        with self.lock, torch.inference_mode():
-            log_probabilities: torch.Tensor = self.model(net.to_input(images))
-            energies = energy(self.logits)
+        with torch.inference_mode():
+            logits = self.model.logits(net.to_input(images))
+            log_probabilities = logits.log_softmax(1)
         if not log_probabilities.isfinite().all():
             raise Failure(f"the model's output is not finite. {files.FRESH_HINT}")
-        return log_probabilities, energies
+        return log_probabilities, energy(logits)
 
     def predict(self, image: torch.Tensor) -> Prediction:
-        """Predict an image, uint8 [28, 28]."""
+        """Predict an image, uint8 [H, W] or [H, W, C]."""
         log_probabilities, energies = self.forward(image[None])
         probabilities = log_probabilities[0].exp().tolist()
         prediction = probabilities.index(max(probabilities))
         confidence: Confidence = "sure" if probabilities[prediction] >= SURE_PROBABILITY else "unsure"
         if self.threshold is not None and energies.item() < self.threshold:
-            return {"prediction": None, "probabilities": probabilities, "confidence": "no digit"}
+            return {"prediction": None, "probabilities": probabilities, "confidence": UNLIKE}
         return {"prediction": prediction, "probabilities": probabilities, "confidence": confidence}
 
     def evaluation(self) -> str:
@@ -91,7 +86,7 @@ class Predictor:
 
 
 def energy(logits: torch.Tensor) -> torch.Tensor:
-    """Return the energies, float32 [N], for logits, float32 [N, 10]: high for images like the training images.
+    """Return the energies, float32 [N], for logits, float32 [N, classes]: high for images like the training images.
 
     This is the negative free energy, at temperature 1, of Liu et al. (2020), "Energy-based Out-of-distribution
     Detection".
@@ -115,7 +110,7 @@ def load_predictor(model_folder: Path, data_folder: Path | None = None) -> Predi
 
 
 def find_threshold(predictor: Predictor, images: torch.Tensor) -> float:
-    """Return the energy below which fewer than FLAGGED_FRACTION of the images, uint8 [N, 28, 28], lie."""
+    """Return the energy below which fewer than FLAGGED_FRACTION of the images, uint8 [N, H, W] or [N, H, W, C], lie."""
     energies = torch.cat([predictor.forward(batch)[1] for batch in torch.split(images, 500)])
     # One image fewer than the fraction: in batches, energies differ in the last bits from those of single images.
     return energies.sort().values[max(0, int(FLAGGED_FRACTION * len(images)) - 1)].item()

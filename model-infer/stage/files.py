@@ -6,6 +6,8 @@ It imports only the standard library, so that a stage can check its files before
 import contextlib
 import errno
 import fcntl
+import hashlib
+import io
 import os
 import shlex
 import shutil
@@ -22,7 +24,6 @@ EVAL_RESULTS, CONFUSION_MATRIX, MISTAKES = "eval_results.json", "confusion_matri
 RESULTS, PREDICTIONS, PREDICTIONS_SHEET = "results", "predictions.json", "predictions.png"
 PUBLISH_LOCK = ".publish.lock"
 OWN_RESULTS = "own"  # the pictures of infer and its predictions.json, for pictures of the user's own
-MAX_MODEL_BYTES = 1_000_000  # this network's state dict takes 90 kB
 FRESH_HINT = f"To start over: {command('train', '--fresh')} (the old model stays until the new one is finished)"
 READ_HINT = f"Make it readable for uid {os.getuid()}: chmod -R a+rX data; or run this stage as its owner with --user."
 LINK_HINT = "Copy the files in its place: a container sees only the folders that are mounted into it."
@@ -47,23 +48,37 @@ WRITE_HINTS = {
 
 def read_limited(path: Path, limit: int, hint: str) -> bytearray:
     """Read a file of at most `limit` bytes. Raise Failure, with the hint, if that is not possible."""
+    with open_regular(path, hint) as file:
+        size = os.fstat(file.fileno()).st_size
+        if size > limit:
+            raise Failure(f"{path} is larger than the limit of {limit:,} bytes. {hint}")
+        content = bytearray(size)
+        del content[file.readinto(content) :]
+    return content
+
+
+def sha256_of(path: Path, hint: str) -> str:
+    """Return the sha256 of a file of any size. Raise Failure, with the hint, if it cannot be read."""
+    with open_regular(path, hint) as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@contextlib.contextmanager
+def open_regular(path: Path, hint: str) -> Iterator[io.BufferedReader]:
+    """Open a file to read it in the block. Raise Failure, with the hint, if that is not possible."""
     try:
         if path.is_dir():
             raise Failure(f"{path} is a folder, not a file. {removal_hint(path)}")
         if path.exists() and not path.is_file():
             raise Failure(f"{path} is not a regular file. {hint}")  # reading a pipe would never end
         with open(path, "rb") as file:
-            content = bytearray(limit + 1)
-            del content[file.readinto(content) :]
+            yield file
     except FileNotFoundError:
         check_links(path, hint)
         raise Failure(f"{path} does not exist. {hint}") from None
     except OSError as error:
         fix = READ_HINT if error.errno == errno.EACCES else hint
         raise Failure(f"{path} cannot be read ({error.strerror}). {fix}") from None
-    if len(content) > limit:
-        raise Failure(f"{path} is larger than the limit of {limit:,} bytes. {hint}")
-    return content
 
 
 def check_links(path: Path, hint: str = LINK_HINT) -> None:

@@ -19,7 +19,7 @@ from stage.process import Failure
 MAX_JSON_BYTES = 10_000_000
 MAX_PICTURE_BYTES = 5_000_000
 RUNNING_SECONDS = 30  # train saves its progress every 3 s; if it has not for this long, it has stopped
-PICTURE_NAME = re.compile(r"[0-9]_[0-9]{1,5}\.png")
+PICTURE_NAME = re.compile(r"[0-9]{1,9}_[0-9]{1,9}\.png")
 
 
 def read_results(folder: Path, sha256: str | None) -> dict[str, Any]:
@@ -54,7 +54,7 @@ def as_training(path: Path, content: Any) -> dict[str, Any]:
         "state": "finished" if finished else "running" if age(path) < RUNNING_SECONDS else "stopped",
         "epochs": epochs,
         "processes": number(content["settings"]["num_processes"]),
-        "progress": progress,
+        "progress": 1.0 if finished else progress,
         "images_per_second": speed,
         "seconds": number(content["seconds"]),
         "seconds_left": (1 - progress) * epochs * images / speed if speed else None,

@@ -2,6 +2,7 @@
 
 import asyncio
 import binascii
+import html
 import io
 import json
 import re
@@ -26,7 +27,8 @@ from pydantic import BaseModel, ConfigDict, Field
 from starlette.exceptions import HTTPException as StarletteHTTPException
 
 from pictures.picture import open_picture, prepare
-from pictures.prediction import Predictor
+from pictures.prediction import UNLIKE, Predictor
+from stage.dataset import DATA_SET
 from stage.process import Failure
 from web import results
 from web.bounds import RETRY_SECONDS, Bounds
@@ -38,6 +40,15 @@ WAIT_SECONDS = 20  # for a prediction, with its time in the queue
 POLL_SECONDS = 1  # between two checks for a new model
 PAGE = Path(__file__).parent / "page"
 PAGE_FILES = {"index.html": "text/html", "style.css": "text/css", "page.js": "text/javascript"}
+NAMES = ", ".join(DATA_SET.classes)
+SIZE = f"{DATA_SET.shape[2]} x {DATA_SET.shape[1]}"  # width and height
+# What the page needs to know, put into its <body>.
+TASK = {
+    "name": DATA_SET.name,
+    "classes": DATA_SET.classes,
+    "size": DATA_SET.shape[:0:-1],
+    "preparation": DATA_SET.preparation,
+}
 DATA_URL = "^[Dd][Aa][Tt][Aa]:[^,]{0,200};[Bb][Aa][Ss][Ee]64,"  # what is before the content, as in RFC 2397
 MAX_CODED = 1_000_000  # %-coded characters in a data URL: each takes 100 bytes of memory while they are decoded
 ID = "^[A-Za-z0-9._-]{1,80}$"
@@ -60,8 +71,7 @@ class Input(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
     image: str = Field(
-        description="A picture of a digit, in any format that Pillow opens, as a base64 data URL. "
-        "Other URLs are refused.",
+        description="A picture, in any format that Pillow opens, as a base64 data URL. Other URLs are refused.",
         json_schema_extra={
             "pattern": DATA_URL,
             "example": "data:image/png;base64,iVBORw0KG...",
@@ -83,10 +93,18 @@ class PredictionRequest(BaseModel):
 class Output(BaseModel):
     """The prediction of a picture."""
 
-    prediction: int | None = Field(ge=0, le=9, description="The digit; null if the confidence is `no digit`.")
-    probabilities: list[float] = Field(min_length=10, max_length=10, description="Of the digits 0 to 9, in order.")
-    confidence: Literal["sure", "unsure", "no digit"]
-    image: str = Field(description="The 28 x 28 pixels that the network saw, as a data URL of a PNG.")
+    prediction: int | None = Field(
+        ge=0,
+        le=len(DATA_SET.classes) - 1,
+        description=f"The class, counted from 0; null if the confidence is `{UNLIKE}`.",
+    )
+    probabilities: list[float] = Field(
+        min_length=len(DATA_SET.classes),
+        max_length=len(DATA_SET.classes),
+        description=f"Of the classes, in order: {NAMES}.",
+    )
+    confidence: str = Field(json_schema_extra={"enum": ["sure", "unsure", UNLIKE]})
+    image: str = Field(description=f"The {SIZE} pixels that the network saw, as a data URL of a PNG.")
 
 
 class PredictionMetrics(BaseModel):
@@ -240,7 +258,7 @@ def decode(data_url: str) -> bytes:
 
 
 def as_data_url(pixels: torch.Tensor) -> str:
-    """Return an image, uint8 [28, 28], as the data URL of a PNG."""
+    """Return an image, uint8 [H, W] or [H, W, 3], as the data URL of a PNG."""
     buffer = io.BytesIO()
     Image.fromarray(pixels.numpy()).save(buffer, "PNG", compress_level=1)  # the default takes longer
     return "data:image/png;base64," + binascii.b2a_base64(buffer.getvalue(), newline=False).decode()
@@ -297,8 +315,8 @@ def make_app(model: Path, data: Path, hosts: Iterable[str]) -> FastAPI:
             await task
 
     app = FastAPI(
-        title="Digits",
-        description="Predicts the digit in a picture. The API follows Cog's (https://cog.run/http).",
+        title=f"{DATA_SET.name} predictions",
+        description=f"Predicts which of these a picture shows: {NAMES}. The API follows Cog's (https://cog.run/http).",
         version="1.0",
         docs_url=None,  # FastAPI's own pages load scripts from another host
         redoc_url=None,
@@ -326,6 +344,8 @@ async def watch(model: ServedModel) -> None:
 def add_page(app: FastAPI) -> None:
     """Add the endpoints of the page. / and /docs return the same page; its script shows the requested view."""
     files = {name: (PAGE / name).read_bytes() for name in PAGE_FILES}
+    body = f'<body data-task="{html.escape(json.dumps(TASK))}">'
+    files["index.html"] = files["index.html"].replace(b"<body>", body.encode())
 
     def page_file(name: str) -> Response:
         headers = {"Cache-Control": "no-cache", "Vary": "Accept"}
@@ -356,14 +376,14 @@ def add_predictions(app: FastAPI, service: Service) -> None:
 
     @app.post("/predictions", response_model=PredictionResponse, responses=REFUSALS)
     async def predict_picture(request: PredictionRequest) -> Response:
-        """Predict the digit in a picture."""
+        """Predict the class of a picture."""
         return await service.predict(request, request.id)
 
     @app.put("/predictions/{prediction_id}", response_model=PredictionResponse, responses=REFUSALS)
     async def predict_picture_by_id(
         prediction_id: Annotated[str, InPath(pattern=ID)], request: PredictionRequest
     ) -> Response:
-        """Predict the digit in a picture, with an ID chosen by the client."""
+        """Predict the class of a picture, with an ID chosen by the client."""
         if request.id not in (None, prediction_id):
             raise HTTPException(422, "the id in the body differs from the one in the path. Leave it out of the body.")
         return await service.predict(request, prediction_id)

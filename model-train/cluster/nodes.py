@@ -106,7 +106,8 @@ class Preparation:
 
     def decide(self, fresh: bool) -> bytes:
         """On node 0: decide what to do, as on one machine; return the checkpoint to start from, empty for nothing."""
-        from training.checkpoint import Checkpoints, start_or_resume
+        from training.checkpoint import Checkpoints
+        from training.start import start_or_resume
 
         folder, world = self.args.folder, self.node.world
         if folder:

@@ -1,4 +1,4 @@
-"""checkpoint.pt: everything needed to resume a training, saved during it and loaded to resume it."""
+"""checkpoint.pt: everything needed to resume a training, saved during it, and read to resume it."""
 
 import io
 import time
@@ -6,17 +6,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from msgspec.structs import replace
 
-from hogwild import PRECISION, SharedState
+import net
+from hogwild import SharedState
 from stage import weights
-from stage.files import CHECKPOINT, FRESH_HINT, TRAIN_RESULTS, publish, read_limited
-from stage.process import Failure, say
-from training.plan import Plan
-from training.record import Record, parse_record
+from stage.files import CHECKPOINT, FRESH_HINT, publish, read_limited
+from stage.process import Failure
+from training.record import MAX_BYTES, Record, parse_record
+from training.settings import MAX_WORKERS
 
 CHECKPOINT_SECONDS = 3  # between two checkpoints; saving takes 1 to 2 % of the time
-MAX_CHECKPOINT_BYTES = 16_000_000  # the parameters, a velocity for each of 64 workers, and the record
 
 
 class Checkpoints:
@@ -49,27 +48,10 @@ class Checkpoints:
         self.write(self.serialize())
 
 
-def start_or_resume(
-    plan: Plan, images: torch.Tensor, labels: torch.Tensor, folder: Path | None
-) -> tuple[Record, SharedState]:
-    """Return the record and the shared state of the planned training, new or from the checkpoint in the folder.
-
-    Raise Failure if the checkpoint is missing, damaged, or of another training.
-    """
-    images, labels = images[: plan.images], labels[: plan.images]
-    old, tensors, path = Record.new(plan.settings, len(images), plan.data_sha256), None, folder and folder / CHECKPOINT
-    if path and plan.action == "resume":
-        old, tensors = parse_checkpoint(read_limited(path, MAX_CHECKPOINT_BYTES, FRESH_HINT), path)
-        if old.run != plan.run:
-            raise Failure(f"{path} and {TRAIN_RESULTS} belong to different trainings. {FRESH_HINT}")
-    record = updated(old, plan)
-    shared = SharedState(record, images, labels)
-    if path and tensors:
-        restore(shared, old, tensors, path)
-        say_what_changes(old, record)
-    if folder:
-        record.publish(folder)  # if train is killed before the first checkpoint, the settings are known
-    return record, shared
+def read_checkpoint(path: Path) -> tuple[Record, dict[str, Any]]:
+    """Read a checkpoint; return what parse_checkpoint() returns. Raise Failure if it is missing or damaged."""
+    copies = MAX_WORKERS + 2  # the parameters, a velocity for each worker, and the sum of the parameters
+    return parse_checkpoint(read_limited(path, weights.max_file_bytes(net.Net(), copies) + MAX_BYTES, FRESH_HINT), path)
 
 
 def parse_checkpoint(file: bytes | bytearray, path: Path) -> tuple[Record, dict[str, Any]]:
@@ -77,34 +59,12 @@ def parse_checkpoint(file: bytes | bytearray, path: Path) -> tuple[Record, dict[
 
     Raise Failure if it is damaged.
     """
-    content = weights.unpickle(file, path, FRESH_HINT)
+    content = weights.unpickle(file, net.Net(), path, FRESH_HINT)
     try:
         parts = dict(dict.items(content))  # a TypeError if it is no dict; its attributes could shadow its methods
         return parse_record(parts["results"]), parts
     except (KeyError, TypeError, ValueError):
         raise Failure(f"{path} is damaged. {FRESH_HINT}") from None
-
-
-def updated(record: Record, plan: Plan) -> Record:
-    """Return the record, updated for what is planned and for this machine."""
-    now = Record.new(plan.settings)
-    for place, worker in enumerate(record.workers):  # what those have done that are no longer there goes to the others
-        now.workers[place % len(now.workers)].add(worker.images, worker.steps, worker.loss_sum, worker.waited_seconds)
-    restarts = plan.settings.epochs > record.settings.epochs == len(record.history)  # the learning rate is down to 0
-    return replace(
-        record,
-        settings=plan.settings,
-        workers=now.workers,
-        start=record.batches if restarts else record.start,
-        version=now.version,
-        host=now.host,
-        began=now.began,
-        finished=False,
-        # The network's own layers, which compute the gradients with dropout, are float32.
-        precision="float32" if plan.settings.dropout else str(PRECISION).removeprefix("torch."),
-        nodes=plan.nodes,
-        versions=now.versions,
-    )
 
 
 def restore(shared: SharedState, old: Record, tensors: dict[str, Any], path: Path) -> None:
@@ -122,15 +82,3 @@ def restore(shared: SharedState, old: Record, tensors: dict[str, Any], path: Pat
     shared.velocities[:kept].copy_(velocities[:kept])
     if old.settings.epochs == shared.settings.epochs:  # else the schedule is another, and so are the averaged batches
         shared.sums[0].copy_(total)
-
-
-def say_what_changes(old: Record, record: Record) -> None:
-    """Tell the user what becomes of the velocities if there are other nodes or workers than before."""
-    before, now = (old.nodes, len(old.workers)), (record.nodes, len(record.workers))
-    if before != now:
-        kept = min(before[1], now[1])
-        others = ", the others with 0" if now[1] > kept else ""
-        say(
-            "train: nodes x workers were {} x {} and now are {} x {}: ".format(*before, *now)
-            + f"on each node, the first {kept} start with velocities of the checkpoint{others}"
-        )

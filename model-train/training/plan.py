@@ -21,7 +21,6 @@ requested and there is a finished model, do nothing, so that evaluate, infer and
 The record is train_results.json.
 """
 
-import hashlib
 import math
 import zipfile
 from functools import partial
@@ -37,11 +36,10 @@ from stage.files import (
     CHECKPOINT,
     CURVES,
     FRESH_HINT,
-    MAX_MODEL_BYTES,
     TRAIN_RESULTS,
     WEIGHTS,
     check_destinations,
-    read_limited,
+    sha256_of,
 )
 from stage.process import Failure
 from training.lock import Busy
@@ -102,7 +100,7 @@ def decide_on(record: Record, requested: dict[str, Any], model: Path) -> Plan:
         if not record.batches:
             return Plan("start", "starting again: the last run ended before its first checkpoint", wanted)
         return plan_of("resume", f"resuming after {done} of {wanted.epochs} epochs")
-    if hashlib.sha256(read_limited(model, MAX_MODEL_BYTES, FRESH_HINT)).hexdigest() != record.model_sha256:
+    if sha256_of(model, FRESH_HINT) != record.model_sha256:
         message = f"{model} does not match the sha256 in {TRAIN_RESULTS}"
         if trains:
             raise Failure(f"{message}, so it cannot be trained on. {FRESH_HINT}", status=2)

@@ -15,6 +15,9 @@ from stage.process import say
 # The memory that train needs, in bytes: for torch and the images, per worker for torch's buffers, and per image of a
 # batch for what a step keeps of it (float32; measured with 1 to 64 workers and batches of 96 to 10,000).
 PARENT_MEMORY, WORKER_MEMORY, IMAGE_MEMORY = 225_000_000, 32_000_000, 150_000
+# Copies of the parameters that are in memory at once while a checkpoint is written: in all, and per worker.
+PARENT_COPIES, WORKER_COPIES = 6, 6
+MAX_WORKERS = 64
 
 PASSES = "passes over the training images in total, earlier runs included"
 IMAGES_PER_STEP = "images per step, at most all training images"
@@ -28,7 +31,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     lr: Annotated[float, Meta(ge=1e-9, le=1e3, description="peak learning rate")] = 0.1
     momentum: Annotated[float, Meta(ge=0, le=0.9999, description="SGD momentum of each worker")] = 0.8
     seed: Annotated[int, Meta(ge=0, le=2**32 - 1, description="seed of initial weights, shuffles and augmentation")] = 1
-    num_processes: Annotated[int, Meta(ge=1, le=64, description="Hogwild workers, one thread each")] = 2
+    num_processes: Annotated[int, Meta(ge=1, le=MAX_WORKERS, description="Hogwild workers, one thread each")] = 2
     schedule: Annotated[
         Literal["linear", "constant"],
         Meta(description="learning rate schedule: linear warm-up and decay, or constant"),
@@ -119,10 +122,17 @@ def parse_args() -> argparse.Namespace:
 
 def check_limits(wanted: Settings) -> None:
     """Raise Failure if the container lacks memory or processes for the settings; warn if it has too few cores."""
-    workers, batch_size = wanted.num_processes, wanted.batch_size
-    needed = PARENT_MEMORY + workers * (WORKER_MEMORY + batch_size * IMAGE_MEMORY)
-    process.check_memory(needed, f"training with {workers} workers and batches of {batch_size:,} images")
+    workers = wanted.num_processes
+    check_memory(wanted)
     process.check_threads(2 * workers + 2)  # the workers, as many threads for validation, and a margin
     cores = process.count_cores()
     if workers > cores:
         say(f"train: warning: {workers} workers share {cores} core{'s' * (cores > 1)}, which slows training down")
+
+
+def check_memory(wanted: Settings, parameters: int = 0) -> None:
+    """Raise Failure if the container lacks memory for the settings and a network of so many parameters (float32)."""
+    workers, batch_size = wanted.num_processes, wanted.batch_size
+    needed = PARENT_MEMORY + workers * (WORKER_MEMORY + batch_size * IMAGE_MEMORY)
+    needed += 4 * parameters * (PARENT_COPIES + workers * WORKER_COPIES)
+    process.check_memory(needed, f"training with {workers} workers and batches of {batch_size:,} images")

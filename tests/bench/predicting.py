@@ -9,14 +9,15 @@ sys.path.insert(0, "/opt/app")  # the image's own programs
 import torch
 
 import net
-from stage import dataset, files, process, weights
+from stage import files, process, weights
+from stage.images import read_images
 
 PASSES, WARM_UP_PASSES = 20, 3
 
 torch.set_num_threads(process.count_cores())  # as evaluate.py does
 model = net.Net()
 weights.load_model(model, files.MODEL)
-images, _ = dataset.read_split(files.DATA, "t10k")
+images, _ = read_images(files.DATA, "test")
 seconds = []
 for _ in range(WARM_UP_PASSES + PASSES):
     began = time.monotonic()

@@ -27,7 +27,8 @@ import pipeline
 import stages
 from nodes import Cluster
 from pipeline import Pipeline
-from stage import dataset, figures
+from stage import figures
+from stage.images import read_images, split_validation
 
 RESULTS, PLOT = Path(__file__).parent / "out" / "scaling.json", stages.TREE / "docs" / "scaling.png"
 SEEDS = range(1, 6)
@@ -185,15 +186,14 @@ def train_as_nodes(run):
     import train
     from cluster import nodes as cluster
     from training.record import Record
-    from training.settings import TRAINING_IMAGES, Settings
+    from training.settings import Settings
 
     world, sync, seed, lr = run
-    raw = train.read_data(stages.DATA)
-    images, labels = dataset.to_tensors(raw["train-images-idx3-ubyte"], raw["train-labels-idx1-ubyte"])
+    training, validation = split_validation(*read_images(stages.DATA, "train"))
     record = Record.new(Settings(epochs=SIMULATED_EPOCHS, num_processes=1, sync_every=sync, seed=seed, lr=lr))
     trainers = []
     for rank in range(world):
-        shared = hogwild.SharedState(record, images[:TRAINING_IMAGES], labels[:TRAINING_IMAGES])
+        shared = hogwild.SharedState(record, *training)
         cluster.take_share(SimpleNamespace(rank=rank, world=world), record, shared)
         trainers.append(hogwild.Trainer(0, shared))
     end, per_epoch, batch = shared.schedule_end, shared.batches_per_epoch, 0
@@ -206,7 +206,6 @@ def train_as_nodes(run):
             for trainer in trainers:
                 trainer.shared.parameters.copy_(mean)
             batch = limit
-        validation = images[TRAINING_IMAGES:], labels[TRAINING_IMAGES:]
         return train.validate(record, shared, validation)[1]
     except (ArithmeticError, train.Failure):
         return None

@@ -29,10 +29,11 @@ HEADERS = {"Content-Type": "application/json"}
 PREDICT_ONE = """
 import pathlib, statistics, time, net, torch
 from pictures import prediction
-from stage import dataset, files
+from stage import files
+from stage.images import read_images
 torch.set_num_threads(1)
 predictor = prediction.load_predictor(files.MODEL)
-images, _ = dataset.read_split(files.DATA, "t10k")
+images, _ = read_images(files.DATA, "test")
 seconds = []
 for image in images[:1000]:
     began = time.perf_counter()

@@ -23,7 +23,7 @@ from selenium import webdriver
 import stages
 import strokes
 from pipeline import Pipeline
-from stage import dataset
+from stage.images import read_images
 
 BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
 # Where containers are required, a missing browser is a failure.
@@ -186,7 +186,7 @@ def page(served, tmp_path):
 def picture(data):
     """A PNG of a 7, dark on white."""
     buffer = io.BytesIO()
-    Image.fromarray(255 - dataset.read_split(data, "t10k")[0][0].numpy()).resize((400, 400)).save(buffer, "PNG")
+    Image.fromarray(255 - read_images(data, "test")[0][0].numpy()).resize((400, 400)).save(buffer, "PNG")
     return buffer.getvalue()
 
 
@@ -304,6 +304,46 @@ def test_unsure_and_no_digit_are_shown(page, confidence, prediction, text):
     opened.draw(SEVEN)
     opened.until(lambda: opened.text("verdict") == text)
     opened.check_accessibility(confidence.replace(" ", "-"))
+
+
+def test_for_another_data_set_pictures_are_predicted_by_name_and_nothing_is_about_digits(page, picture, tmp_path):
+    names = ("top", "ankle boot", "<b>", *(f"number {number}" for number in range(3, 26)))
+    folder = stages.infer_for(tmp_path, f"name='Clothes', classes={names}, preparation='resize'")
+    (folder / "data").mkdir()
+    (folder / "data/Clothes").symlink_to(stages.DATA / "MNIST")
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    words = stages.command("serve", "--port", str(port), model=folder / "volume", data=folder / "data")
+    words[1] = str(folder / "tree/model-infer/serve.py")
+    with stages.running(words) as process:
+        process.stdout.readline()  # printed once it listens
+        opened = page(f"http://127.0.0.1:{port}", height=1400)
+        assert opened.text("verdict") == "No picture yet"
+        assert opened.draw(SEVEN) == NOTHING  # strokes do nothing
+        opened.check_accessibility("another-data-set")
+        shown = opened.script("return document.title + document.body.innerText").lower()
+        assert "digit" not in shown
+        assert "draw" not in shown
+        opened.give("drop", picture, "boot.png")
+        assert opened.until(lambda: opened.prediction() != NOTHING and opened.prediction()) in (*names, "?")
+        heads = opened.script("return [...document.querySelectorAll('#bars th')].map((head) => head.textContent)")
+        assert heads == [*names]
+        opened.check_accessibility("another-picture")
+        opened.open("/docs")
+        opened.until(lambda: "ankle boot" in opened.text("docs-content"))
+        assert "digit" not in opened.text("docs-content")
+
+
+def test_an_accuracy_below_100_is_not_shown_as_100(page):
+    opened = page()
+    numbers = "[[99.999, 2], [99.994, 2], [100, 2], [3.14159, 3]].map(([value, digits]) => fixed(value, digits))"
+    assert opened.script(f"return {numbers}") == ["99.99", "99.99", "100.00", "3.142"]
+    assert opened.script("return [0.9996, 0.9992, 1, 0.5].map((value) => percent(value))") == [
+        "> 99.9 %",
+        "99.9 %",
+        "100.0 %",
+        "50.0 %",
+    ]
 
 
 def test_results_and_api_are_shown(page, served):

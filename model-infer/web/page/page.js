@@ -14,9 +14,23 @@ function element(name, attributes = {}, ...children) {
 
 /** Return a fraction as a percentage; "100 %" only if it is exactly 1. */
 function percent(fraction, digits = 1) {
-  const text = (100 * fraction).toFixed(digits);
-  return fraction < 1 && Number(text) === 100 ? `> ${digits ? "99.9" : "99"} %` : `${text} %`;
+  const text = fixed(100 * fraction, digits);
+  return text === (100 * fraction).toFixed(digits) ? `${text} %` : `> ${text} %`;
 }
+
+/** Return a number as text with some decimals; "100.00" only if it is exactly 100, not for 99.999. */
+function fixed(value, digits) {
+  return (value < 100 ? Math.min(value, 100 - 10 ** -digits) : value).toFixed(digits);
+}
+
+// The task: name and classes of the data set, width and height of its images, and the preparation of pictures: "digit",
+// for which one can draw, or "resize".
+const TASK = JSON.parse(document.body.dataset.task);
+const CAN_DRAW = TASK.preparation === "digit";
+const SIZE = TASK.size.join(" × ");
+document.body.dataset.preparation = TASK.preparation;
+byId("size").textContent = SIZE;
+if (!CAN_DRAW) byId("name").textContent = TASK.name;
 
 // The drawing ---------------------------------------------------------------------------------------------------------
 //
@@ -38,6 +52,11 @@ let cursor = null; // the pen that the keyboard moves, { x, y, down }, once it i
 
 const canvas = byId("canvas");
 const context = canvas.getContext("2d");
+if (!CAN_DRAW) { // it shows the picture only
+  for (const name of ["tabindex", "aria-roledescription", "aria-describedby"]) canvas.removeAttribute(name);
+  canvas.setAttribute("role", "img");
+  canvas.setAttribute("aria-label", "The picture");
+}
 
 const isEmpty = () => !drawing.strokes.length && !drawing.picture;
 const isPredictable = () => Boolean(drawing.picture) || measure(drawing.strokes).size >= MIN_SIZE;
@@ -163,7 +182,7 @@ function place(event) {
 }
 
 canvas.addEventListener("pointerdown", (event) => {
-  if (pointer !== null || event.button !== 0) return;
+  if (!CAN_DRAW || pointer !== null || event.button !== 0) return;
   pointer = event.pointerId;
   canvas.setPointerCapture(pointer);
   cursor = null;
@@ -337,30 +356,34 @@ async function request(image) {
 
 /** Show a prediction, the service's output; null clears it. */
 function showAnswer(output) {
-  const { prediction = null, probabilities = Array(10).fill(null), confidence = "none", image } = output ?? {};
-  byId("answer").dataset.confidence = confidence;
-  byId("digit").textContent = confidence === "none" ? "–" : prediction ?? "?";
+  const { prediction = null, probabilities = [], confidence = "none", image } = output ?? {};
+  const name = TASK.classes[prediction] ?? "?";
+  byId("answer").dataset.confidence = prediction === null && output ? "unlike" : confidence;
+  byId("digit").textContent = output ? name : "–";
+  byId("digit").style.setProperty("--length", name.length);
   const text = verdict(confidence, prediction, probabilities);
   byId("verdict").textContent = text;
-  const largest = confidence === "none" ? -1 : probabilities.indexOf(Math.max(...probabilities));
-  bars.forEach(({ row, bar, cell }, digit) => {
-    row.className = digit === largest ? "largest" : "";
-    bar.style.setProperty("--share", probabilities[digit] ?? 0);
-    cell.textContent = probabilities[digit] === null ? "" : percent(probabilities[digit]);
+  const largest = probabilities.indexOf(Math.max(...probabilities)); // -1 without any
+  bars.forEach(({ row, bar, cell }, i) => {
+    row.className = i === largest ? "largest" : "";
+    bar.style.setProperty("--share", probabilities[i] ?? 0);
+    cell.textContent = output ? percent(probabilities[i]) : "";
   });
   byId("seen").hidden = !image;
   byId("unseen").hidden = Boolean(image);
   if (image) byId("seen").src = image;
-  byId("seen").alt = image ? "The drawing, scaled to 28 by 28 pixels" : "";
-  announce(confidence === "none" ? "" : `${prediction === null ? "" : `${prediction}. `}${text}`, 600);
+  byId("seen").alt = image ? `${CAN_DRAW ? "The drawing" : "The picture"}, scaled to ${SIZE} pixels` : "";
+  announce(output ? `${prediction === null ? "" : `${name}. `}${text}` : "", 600);
 }
 
 function verdict(confidence, prediction, probabilities) {
-  if (confidence === "none") return "Nothing drawn yet";
-  if (confidence === "no digit") return "This does not look like a digit";
+  if (confidence === "none") return CAN_DRAW ? "Nothing drawn yet" : "No picture yet";
+  if (prediction === null) {
+    return CAN_DRAW ? "This does not look like a digit" : "This is unlike the images the network was trained on";
+  }
   if (confidence === "sure") return `Sure: ${percent(probabilities[prediction])}`;
   const order = [...probabilities.keys()].sort((a, b) => probabilities[b] - probabilities[a]);
-  return `Not sure: ${order[0]} or ${order[1]}`;
+  return `Not sure: ${TASK.classes[order[0]]} or ${TASK.classes[order[1]]}`;
 }
 
 /** Show why there is no prediction. */
@@ -378,13 +401,14 @@ function announce(text, delay = 0) {
   announcement = setTimeout(() => (byId("announcer").textContent = text), delay);
 }
 
-const bars = Array.from({ length: 10 }, (_, digit) => {
+const bars = TASK.classes.map((name) => {
   const [bar, cell] = [element("i"), element("td")];
-  const row = element("tr", {}, element("th", { scope: "row" }, String(digit)));
+  const row = element("tr", {}, element("th", { scope: "row", title: name }, name));
   row.append(element("td", { "aria-hidden": "true" }, element("div", { class: "bar" }, bar)), cell);
   byId("bars").append(row);
   return { row, bar, cell };
 });
+showAnswer(null);
 
 // Results -------------------------------------------------------------------------------------------------------------
 
@@ -394,13 +418,13 @@ async function updateResults() {
   const text = await get("results", (response) => response.text());
   if (!text || text === shownResults) return; // rebuilding the view would reset scrolling and selection
   shownResults = text;
-  const { classes, model, training, evaluation, predictions, mistakes } = JSON.parse(text);
+  const { model, training, evaluation, predictions, mistakes } = JSON.parse(text);
   byId("results-content").replaceChildren(
     showTraining(training),
     showTiles(model, training, evaluation),
     element("div", { class: "grid" }, ...showCurves(training)),
-    element("div", { class: "grid" }, showMatrix(evaluation, classes), showMistakes(mistakes, evaluation)),
-    showPredictions(predictions, classes),
+    element("div", { class: "grid" }, showMatrix(evaluation), showMistakes(mistakes, evaluation)),
+    showPredictions(predictions),
   );
 }
 
@@ -427,7 +451,7 @@ function showTraining(training) {
   return card(
     `Training: ${percent(training.progress, 0)}`,
     element("div", { class: "bar progress", role: "progressbar", "aria-label": "Training",
-                     "aria-valuenow": Math.round(100 * training.progress) }, bar),
+                     "aria-valuenow": Math.floor(100 * training.progress) }, bar),
     note(training.state === "running" ? running : stopped),
   );
 }
@@ -437,7 +461,7 @@ function showTiles(model, training, evaluation) {
   const add = (name, value, small) =>
     tiles.append(element("div", {}, element("dt", {}, name), element("dd", small ? { class: "small" } : {}, value)));
   if (evaluation) {
-    add("Accuracy on the test images", `${evaluation.accuracy.toFixed(2)} %`);
+    add("Accuracy on the test images", `${fixed(evaluation.accuracy, 2)} %`);
     add("Test loss", evaluation.loss.toFixed(4));
   }
   if (training?.state === "finished") add("Training", `${training.epochs} epochs, ${duration(training.seconds)}`);
@@ -457,7 +481,7 @@ function showCurves(training) {
   const epochs = history.map((line) => line.epoch);
   const column = (name) => history.map((line) => line[name]);
   const accuracies = column("validation_accuracy");
-  const last = `${accuracies.at(-1).toFixed(2)} % after epoch ${epochs.at(-1)}`;
+  const last = `${fixed(accuracies.at(-1), 2)} % after epoch ${epochs.at(-1)}`;
   return [
     card("Loss (negative log-likelihood)",
          plot("Loss by epoch", epochs, [column("train_loss"), column("validation_loss")], 3),
@@ -483,7 +507,7 @@ function plot(label, epochs, series, digits) {
     const level = low + ((high - low) * i) / 4;
     const value = logarithmic ? Math.exp(level) : level;
     svg.append(element("line", { class: "grid-line", x1: left, x2: width, y1: y(value), y2: y(value) }),
-               element("text", { x: left - 6, y: y(value) + 4, "text-anchor": "end" }, value.toFixed(digits)));
+               element("text", { x: left - 6, y: y(value) + 4, "text-anchor": "end" }, fixed(value, digits)));
   }
   const every = Math.ceil(epochs.length / 10);
   svg.append(element("text", { x: left - 6, y: height - 4, "text-anchor": "end" }, "epoch"));
@@ -500,19 +524,19 @@ function plot(label, epochs, series, digits) {
   return svg;
 }
 
-function showMatrix(evaluation, classes) {
+function showMatrix(evaluation) {
   const title = "Confusion matrix";
   if (!evaluation) return card(title, note("No evaluation yet. Start with: docker compose run --rm evaluate"));
   const matrix = evaluation.confusion_matrix;
   const largest = Math.max(1, ...matrix.flatMap((row, i) => row.filter((_, j) => i !== j)));
-  const head = element("tr", {}, element("td"), ...classes.map((name) => element("th", { scope: "col" }, name)));
+  const head = element("tr", {}, element("td"), ...TASK.classes.map((name) => element("th", { scope: "col" }, name)));
   const rows = matrix.map((row, i) =>
-    element("tr", {}, element("th", { scope: "row" }, classes[i]), ...row.map((count, j) => {
+    element("tr", {}, element("th", { scope: "row" }, TASK.classes[i]), ...row.map((count, j) => {
       const cell = element("td", i === j ? { class: "right" } : {}, count ? String(count) : "");
       if (i !== j) cell.style.setProperty("--share", 0.5 * (count / largest));
       return cell;
     })));
-  const caption = element("caption", {}, "Rows: true digit. Columns: predicted digit. Stronger colour: more mistakes.");
+  const caption = element("caption", {}, "Rows: true class. Columns: predicted class. Stronger colour: more mistakes.");
   const body = element("tbody", {}, ...rows);
   const table = element("table", { class: "matrix" }, caption, element("thead", {}, head), body);
   // On a narrow screen the table scrolls, which must work by keyboard too.
@@ -524,11 +548,11 @@ function showMistakes(mistakes, evaluation) {
   return card("Mistakes", element("img", { src: mistakes, alt: "The model's most confident mistakes" }));
 }
 
-function showPredictions(predictions, classes) {
+function showPredictions(predictions) {
   if (!predictions) return card("Predictions", note("No predictions yet. Start with: docker compose run --rm infer"));
   const items = predictions.samples.map(({ index, prediction, truth, probability, picture }) => {
-    const predicted = `predicted ${classes[prediction]} (${percent(probability)})`;
-    const text = `Test image ${index}: ${predicted}, true digit ${classes[truth]}`;
+    const predicted = `predicted ${TASK.classes[prediction]} (${percent(probability)})`;
+    const text = `Test image ${index}: ${predicted}, true class ${TASK.classes[truth]}`;
     return element("li", {}, picture ? element("img", { src: picture, alt: text }) : note(text));
   });
   const old = predictions.of_this_model ? null : note("The predictions are of another model than the one served.");
@@ -546,7 +570,7 @@ async function showDocs() {
   const { info, paths } = api;
   const endpoints = Object.entries(paths).flatMap(([path, methods]) =>
     Object.entries(methods).map(([method, operation]) => showEndpoint(method, path, operation)));
-  const example = `(printf '{"input": {"image": "data:image/png;base64,'; base64 -w0 digit.png; printf '"}}') |
+  const example = `(printf '{"input": {"image": "data:image/png;base64,'; base64 -w0 picture.png; printf '"}}') |
   curl -H 'Content-Type: application/json' --data-binary @- ${new URL("predictions", location)}`;
   byId("docs-content").replaceChildren(
     note(info.description),
@@ -567,7 +591,7 @@ function showEndpoint(method, path, { description, responses }) {
 
 // Views ---------------------------------------------------------------------------------------------------------------
 
-const TITLES = { draw: "Draw a digit", results: "Results", docs: "API" };
+const TITLES = { draw: CAN_DRAW ? "Draw a digit" : "Predict a picture", results: "Results", docs: "API" };
 
 function view() {
   if (location.pathname.endsWith("/docs")) return "docs";
@@ -603,7 +627,7 @@ async function update() {
   if (modelIsNew) ask();
   if (health?.model) {
     const { sha256, accuracy } = health.model;
-    const text = accuracy === null ? "not evaluated yet" : `${accuracy.toFixed(2)} % accuracy on the test images`;
+    const text = accuracy === null ? "not evaluated yet" : `${fixed(accuracy, 2)} % accuracy on the test images`;
     byId("model").textContent = `Model ${sha256.slice(0, 12)}: ${text}`;
   }
   if (view() === "results") await updateResults();

@@ -1,0 +1,106 @@
+"""Checks, before the workers start, that a training with this net.py and this data can be finished, and its files read.
+
+They take 0.02 s for MNIST's network. A failure is one line that names the file to edit.
+"""
+
+import contextlib
+import copy
+import io
+import math
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from msgspec.structs import replace
+
+import net
+from hogwild import SharedState, Trainer
+from stage import weights
+from stage.dataset import DATA_SET
+from stage.files import CHECKPOINT, WEIGHTS
+from stage.process import Failure
+from training.checkpoint import Checkpoints, parse_checkpoint, restore
+from training.record import Record
+
+CLASSES = len(DATA_SET.classes)
+
+
+@contextlib.contextmanager
+def blaming_net(what: str) -> Iterator[None]:
+    """Turn an exception in the block into a Failure that names net.py and what does not work."""
+    try:
+        yield
+    except Exception as error:  # it comes from what the user has written
+        text = str(error) if isinstance(error, Failure) else f"{type(error).__name__}: {error}"
+        raise Failure(f"net.py: {what}: {text.splitlines()[0]}") from None
+
+
+def count_parameters(dropout: float) -> int:
+    """Return the number of the network's parameters. Raise Failure if it cannot be made, or has buffers."""
+    with blaming_net(f"Net(dropout={dropout}) cannot be made"):
+        model = net.Net(dropout)
+    for name, _ in model.named_buffers():
+        raise Failure(
+            f"net.py: the network has a buffer, {name}, but workers share only parameters: running averages, as of "
+            "batch normalisation, would stay in each worker. Use group normalisation (nn.GroupNorm)"
+        )
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def check_training(record: Record, shared: SharedState) -> None:
+    """Run all checks of a training that is about to start; the first batch's images are enough for them."""
+    images, labels = shared.images[:32], shared.labels[:32]
+    check_labels(shared.labels)
+    check_outputs(shared.model, images)
+    check_loss(shared, images, labels)
+    check_files(record, shared)
+
+
+def check_labels(labels: torch.Tensor) -> None:
+    """Raise Failure unless the labels, int64 [N], are numbers of the data set's classes."""
+    low, high = (int(label) for label in labels.aminmax())
+    if low < 0 or high >= CLASSES:
+        what = f"the labels of the training images go from {low} to {high}, but DATA_SET has {CLASSES} classes"
+        raise Failure(f"stage/dataset.py: {what}: labels go from 0 to {CLASSES - 1}")
+
+
+def check_outputs(model: net.Net, images: torch.Tensor) -> None:
+    """Raise Failure unless the network predicts log-probabilities of all classes, those of its logits()."""
+    with blaming_net(f"the network fails on images of shape {[*images.shape[1:]]}"):
+        log_probabilities = net.predict(model, images)
+    with blaming_net("logits() fails"), torch.inference_mode():
+        logits = model.logits(net.to_input(images))
+    for name, outputs in (("forward", log_probabilities), ("logits", logits)):
+        if outputs.shape != (len(images), CLASSES):
+            expected = f"not {[len(images), CLASSES]}: DATA_SET has {CLASSES} classes"
+            raise Failure(f"net.py: {name}() returns {[*outputs.shape]} for {len(images)} images, {expected}")
+    if not torch.allclose(log_probabilities, F.log_softmax(logits, dim=1), rtol=1e-3, atol=1e-3):
+        raise Failure("net.py: forward() must return F.log_softmax(self.logits(x), dim=1), and that must be finite")
+
+
+def check_loss(shared: SharedState, images: torch.Tensor, labels: torch.Tensor) -> None:
+    """Raise Failure unless a training step gives a finite loss and gradient, and --dropout has an effect."""
+    x = net.to_input(images)
+    with blaming_net("a training step fails"):
+        loss, gradient = Trainer(0, shared).loss_and_gradient(x, labels)
+        if not (math.isfinite(loss) and gradient.isfinite().all()):
+            raise Failure(f"the loss is {loss}, or its gradient is not finite")
+        if shared.settings.dropout and shared.model.train()(x).equal(shared.model(x)):
+            raise Failure("--dropout has no effect, since the network has no dropout")
+
+
+def check_files(record: Record, shared: SharedState) -> None:
+    """Raise Failure unless the model and the checkpoint can be read by what reads them later.
+
+    A checkpoint for one worker will do, since those of others differ in their size only.
+    """
+    one, path = copy.copy(shared), Path(CHECKPOINT)
+    one.velocities, one.sums = shared.velocities[:1].clone(), shared.sums[:1].clone()
+    alone = replace(record, workers=record.workers[:1], settings=replace(record.settings, num_processes=1))
+    buffer = io.BytesIO()
+    with blaming_net("what is saved of this network could not be read again"):
+        restore(one, *parse_checkpoint(Checkpoints(None, one, alone).serialize(), path), path)
+        torch.save(shared.state_dict(), buffer)
+        path = Path(WEIGHTS)
+        weights.load_weights(shared.model, weights.unpickle(buffer.getvalue(), shared.model, path, ""), path, "")
