@@ -23,7 +23,7 @@ if __name__ == "__main__":
 import argparse
 import math
 from pathlib import Path
-from typing import TypedDict
+from typing import Any, TypedDict
 
 import torch
 
@@ -143,18 +143,9 @@ def draw(samples: list[Sample], images: torch.Tensor) -> bytes:
         color = figures.BLUE if predicted == true else figures.VERMILION
         confidence = 100 * max(sample["probabilities"])
         center = left + 0.5 * width
-        figure.text(
-            center, top - 0.09 * height, f"predicted {predicted}", ha="center", va="center", color=color, fontsize=17
-        )
-        figure.text(
-            center,
-            top - 0.2 * height,
-            f"{percent(confidence, 1)}, true class {true}",
-            ha="center",
-            va="center",
-            color=color,
-            fontsize=10,
-        )
+        style: dict[str, Any] = {"ha": "center", "va": "center", "color": color}
+        figure.text(center, top - 0.09 * height, f"predicted {predicted}", fontsize=17, **style)
+        figure.text(center, top - 0.2 * height, f"{percent(confidence, 1)}, true class {true}", fontsize=10, **style)
     return as_png(figure)
 
 

@@ -63,8 +63,8 @@ def test_every_flag_in_a_document_is_one_of_a_programs_or_a_tools(tmp_path):
 
 def test_every_variable_of_the_compose_files_is_documented_and_no_other():
     files = [stages.TREE / "docker-compose.yml", *(stages.TREE / "deploy").glob("compose.*.yml")]
-    variables = {*re.findall(r"MNIST_[A-Z_]+", "".join(file.read_text() for file in files))}
-    assert {*re.findall(r"MNIST_[A-Z_]+", ALL)} == variables
+    variables = {*re.findall(r"\bMNIST_[A-Z_]+", "".join(file.read_text() for file in files))}
+    assert {*re.findall(r"\bMNIST_[A-Z_]+", ALL)} == variables
 
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: str(path.relative_to(stages.TREE)))

@@ -103,15 +103,13 @@ def read_by_header(file: IO[bytes] | gzip.GzipFile, name: str) -> bytes:
 
 def invalid_names(data: Path) -> list[str]:
     """Return the names of the raw files that are missing or invalid."""
-    return [name for name in DATA_SET.sha256 if not is_valid(data, name)]
-
-
-def is_valid(data: Path, name: str) -> bool:
-    """Return whether a raw file exists and is valid."""
-    try:
-        return bool(read_raw(data, name))
-    except Failure:
-        return False
+    names = []
+    for name in DATA_SET.sha256:
+        try:
+            read_raw(data, name)
+        except Failure:
+            names.append(name)
+    return names
 
 
 def download_with_torchvision(folder: Path) -> None:
