@@ -179,7 +179,7 @@ def draw_mistakes(images: torch.Tensor, labels: torch.Tensor, log_probabilities:
         axes.imshow(images[index].numpy(), cmap="gray", vmin=0, vmax=255, extent=(x, x + width, y + height, y))
         predicted, true = DATA_SET.classes[int(predictions[index])], DATA_SET.classes[int(labels[index])]
         text = f"predicted {predicted} ({percent(100 * confidence[index].item(), 0)})\ntrue {true}, image {index}"
-        axes.text(x + width / 2, y - 0.04, text, ha="center", va="bottom", fontsize=7.5)
+        axes.text(x + width / 2, y - 0.04, text, ha="center", va="bottom", fontsize=min(7.5, 320 / len(text)))
     axes.set(**limits)  # imshow() has changed them
     return as_png(figure)
 

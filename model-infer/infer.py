@@ -144,8 +144,9 @@ def draw(samples: list[Sample], images: torch.Tensor) -> bytes:
         confidence = 100 * max(sample["probabilities"])
         center = left + 0.5 * width
         style: dict[str, Any] = {"ha": "center", "va": "center", "color": color}
-        figure.text(center, top - 0.09 * height, f"predicted {predicted}", fontsize=17, **style)
-        figure.text(center, top - 0.2 * height, f"{percent(confidence, 1)}, true class {true}", fontsize=10, **style)
+        lines = (0.09, 17, f"predicted {predicted}"), (0.2, 10, f"{percent(confidence, 1)}, true class {true}")
+        for down, size, text in lines:  # in a smaller size where names are long
+            figure.text(center, top - down * height, text, fontsize=min(size, 290 / len(text)), **style)
     return as_png(figure)
 
 
