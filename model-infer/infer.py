@@ -1,11 +1,11 @@
 """The infer stage: predicts a few random test images, or the user's own pictures, and draws the predictions.
 
-Reads   DATA/MNIST/raw: the raw test files; MODEL/mnist_cnn.pt: the model; MODEL/eval_results.json, if it is there
+Reads   DATA: the test images; MODEL/mnist_cnn.pt: the model; MODEL/eval_results.json, if it is there
 Writes  MODEL/results/{predicted}_{index}.png: a picture of each sample; those of earlier runs are removed
-        MODEL/predictions.json: index, prediction, true class and ten probabilities of each; the model and its accuracy
+        MODEL/predictions.json: index, prediction, true class and probabilities of each; the model and its accuracy
         MODEL/predictions.png: all samples on one sheet
 
-With pictures, by their paths in DATA, it reads those and the raw training files, and writes instead:
+With pictures, by their paths in DATA, it reads those and the training images, and writes instead:
         MODEL/own/{predicted}_{stem}.png: a picture of each prediction; those of earlier runs are removed
         MODEL/own/predictions.json: file, prediction, probabilities and confidence of each; the model and its accuracy
 
@@ -23,15 +23,16 @@ if __name__ == "__main__":
 import argparse
 import math
 from pathlib import Path
-from typing import TypedDict
+from typing import Any, TypedDict
 
 import torch
 
 from pictures import folders, own, prediction
-from stage import dataset, figures, files, flags
+from stage import figures, files, flags
 from stage.dataset import DATA_SET
 from stage.figures import as_png, new_figure
 from stage.files import PREDICTIONS, PREDICTIONS_SHEET, RESULTS, publish
+from stage.images import read_images
 from stage.process import exit_on_failure, percent, say
 
 SAMPLES = 5
@@ -42,7 +43,7 @@ BASE_MEMORY, SAMPLE_MEMORY = 211_500_000, 700_000  # bytes that infer needs, in 
 
 
 class Sample(TypedDict):
-    """A test image, by its index, with predicted class, true class and ten probabilities."""
+    """A test image, by its index, with predicted class, true class and the probabilities of all classes."""
 
     index: int
     prediction: int
@@ -88,7 +89,7 @@ def predict_samples(args: argparse.Namespace) -> int:
     files.check_destinations(args.model, PREDICTIONS, PREDICTIONS_SHEET)
     folders.check_destination(args.model / RESULTS)
     predictor = prediction.load_predictor(args.model)
-    images, labels = dataset.read_split(args.data, "t10k")
+    images, labels = read_images(args.data, "test")
     indices = choose(len(images), count, args.seed)
     samples = [predict(predictor, images[index], int(labels[index]), index) for index in indices.tolist()]
     publish_all(args.model, samples, images[indices], predictor)
@@ -108,7 +109,7 @@ def choose(count: int, samples: int, seed: int | None) -> torch.Tensor:
 
 
 def predict(predictor: prediction.Predictor, image: torch.Tensor, truth: int, index: int) -> Sample:
-    """Predict a test image, uint8 [28, 28]."""
+    """Predict a test image, uint8 [H, W] or [H, W, C]."""
     probabilities = predictor.predict(image)["probabilities"]
     best = probabilities.index(max(probabilities))
     return {"index": index, "prediction": best, "truth": truth, "probabilities": probabilities}
@@ -128,7 +129,7 @@ def publish_all(folder: Path, samples: list[Sample], images: torch.Tensor, predi
 
 
 def draw(samples: list[Sample], images: torch.Tensor) -> bytes:
-    """Draw samples and their images, uint8 [N, 28, 28], on one sheet, as a PNG."""
+    """Draw samples and their images, uint8 [N, H, W] or [N, H, W, C], on one sheet, as a PNG."""
     columns = min(len(samples), 5) if len(samples) <= 10 else 10
     rows = math.ceil(len(samples) / columns)
     figure = new_figure(2.4 * columns, 3 * rows)
@@ -142,18 +143,10 @@ def draw(samples: list[Sample], images: torch.Tensor) -> bytes:
         color = figures.BLUE if predicted == true else figures.VERMILION
         confidence = 100 * max(sample["probabilities"])
         center = left + 0.5 * width
-        figure.text(
-            center, top - 0.09 * height, f"predicted {predicted}", ha="center", va="center", color=color, fontsize=17
-        )
-        figure.text(
-            center,
-            top - 0.2 * height,
-            f"{percent(confidence, 1)}, true class {true}",
-            ha="center",
-            va="center",
-            color=color,
-            fontsize=10,
-        )
+        style: dict[str, Any] = {"ha": "center", "va": "center", "color": color}
+        lines = (0.09, 17, f"predicted {predicted}"), (0.2, 10, f"{percent(confidence, 1)}, true class {true}")
+        for down, size, text in lines:  # in a smaller size where names are long
+            figure.text(center, top - down * height, text, fontsize=min(size, 290 / len(text)), **style)
     return as_png(figure)
 
 

@@ -1,6 +1,6 @@
 """Trains the digit classifier: Hogwild on the CPU, the network and technique of PyTorch's mnist_hogwild example.
 
-Reads   DATA/MNIST/raw: the four raw files, downloaded if they are missing
+Reads   DATA: the data set that stage/dataset.py chooses; MNIST's four raw files are downloaded if they are missing
 Writes  MODEL/mnist_cnn.pt: the state_dict of the finished model
         MODEL/checkpoint.pt: everything needed to resume
         MODEL/train_results.json: settings, progress, history per epoch, workers, versions, sha256 sums
@@ -29,9 +29,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from stage import dataset
-from stage.dataset import Images
 from stage.files import CURVES, FRESH_HINT, WEIGHTS, publish
+from stage.images import Images, split_validation, to_tensors
 from stage.process import Failure, exit_on_failure, percent, print_error, say
 from training import plan, settings
 from training.curves import draw_curves
@@ -42,13 +41,15 @@ from training.record import Record
 from training.stopping import RESUME_HINT, Stopped, StopRequest
 
 if TYPE_CHECKING:  # what needs torch is imported where it is used: a finished training ends before that second is spent
+    import torch
+
     from cluster.nodes import Nodes
     from hogwild import SharedState
     from training.alone import Alone
     from training.checkpoint import Checkpoints
     from training.workers import Workers
 
-MIN_VALIDATION_ACCURACY = 20  # percent; chance is 10
+LEARNED = 0.1  # the part of what chance gets wrong that a model must get right, to be published
 
 
 def main() -> int:
@@ -73,9 +74,11 @@ def main() -> int:
             except Busy as busy:
                 todo = plan.beside(busy, bool(requested or args.fresh), args.model)
         try:
-            read_data(args.data)  # the next stages need the data but cannot write to its folder
+            data = read_data(args.data)  # the next stages need the data but cannot write to its folder
         except Failure as failure:
             print_error(f"train: warning: {failure}")
+        else:
+            plan.check_data(todo, data.sha256, args.model)
         say(f"train: {todo.message}")
     return 0
 
@@ -87,7 +90,10 @@ def train_alone(todo: plan.Plan, args: argparse.Namespace) -> int:
         reading = executor.submit(read_data, args.data)
         from training.alone import Alone
         from training.start import start_or_resume
-    training, validation = dataset.split(reading.result())
+    data = reading.result()
+    training, validation = split_validation(*to_tensors(data))
+    todo = plan.with_data(todo, data.sha256, len(training[0]), args.folder)
+    del reading, data  # the tensors may be copies
     record, shared = start_or_resume(todo, *training, args.folder)
     say(f"train: {todo.message} ({todo.settings.as_flags()})")
     return train(record, shared, validation, Alone(), args)
@@ -116,7 +122,7 @@ def train(
         return 128 + stopped.number
     finally:
         progress.close()
-    nodes.publish(lambda: publish_model(record, shared, folder))
+    nodes.publish(lambda: publish_model(record, shared, folder, chance_of(validation[1])))
     if stop.number:
         outcome = "a dry run publishes nothing" if args.dry_run else "the model is published"
         signal = process.signal_name(stop.number)
@@ -168,20 +174,25 @@ def train_epochs(
     checkpoints.save()
 
 
-def publish_model(record: Record, shared: "SharedState", folder: Path | None) -> None:
+def chance_of(labels: "torch.Tensor") -> float:
+    """Return the accuracy, in percent, of a model that predicts the most frequent of the labels, int64 [N]."""
+    return 100 * labels.bincount().max().item() / len(labels)
+
+
+def publish_model(record: Record, shared: "SharedState", folder: Path | None, chance: float) -> None:
     """Publish the curves, the model, and the record that marks the training as finished, if there is a folder.
 
-    Raise Failure if the model has not learned anything.
+    Raise Failure if the model has not learned anything: its validation accuracy is not well above chance, in percent.
     """
     import torch
 
     if not folder:
         return
     accuracy = record.history[-1].validation_accuracy
-    if accuracy < MIN_VALIDATION_ACCURACY:
+    if accuracy < chance + LEARNED * (100 - chance):
         raise Failure(
-            f"the validation accuracy after the last epoch is only {accuracy:.2f} % (chance is 10 %); the model is not "
-            f"published. Settings: {record.settings.as_flags()}. {FRESH_HINT}"
+            f"the validation accuracy after the last epoch is only {accuracy:.2f} % (chance is {chance:.0f} %); the "
+            f"model is not published. Settings: {record.settings.as_flags()}. {FRESH_HINT}"
         )
     buffer = io.BytesIO()
     torch.save(shared.state_dict(), buffer)

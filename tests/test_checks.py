@@ -12,7 +12,8 @@ import hogwild
 import net
 import networks
 import stages
-from stage import dataset, weights
+from stage import weights
+from stage.images import read_images
 from stage.process import Failure
 from training import checkpoint, checks, plan, settings, start
 
@@ -20,7 +21,7 @@ from training import checkpoint, checks, plan, settings, start
 @pytest.fixture(scope="module")
 def training(data):
     """The first training images and their labels."""
-    images, labels = dataset.read_split(data, "train")
+    images, labels = read_images(data, "train")
     return images[:960], labels[:960]
 
 

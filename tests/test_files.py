@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 import stages
-from stage import dataset, files, process
+from stage import files, images, process
 from stage.process import Failure
 from training.lock import volume_lock
 
@@ -35,10 +35,10 @@ def test_a_file_that_may_not_be_read_is_told_with_the_rights_that_are_missing_no
         os.seteuid(65534)
     try:
         with pytest.raises(Failure, match=r"Permission denied\)\. .*chmod.*--user") as failure:
-            files.read_limited(tmp_path / "file", 9, dataset.DATA_HINT)
+            files.read_limited(tmp_path / "file", 9, images.DATA_HINT)
     finally:
         os.seteuid(uid)
-    assert dataset.DATA_HINT not in str(failure.value)
+    assert images.DATA_HINT not in str(failure.value)
 
 
 def test_reading_a_file_takes_the_memory_of_its_size_not_of_its_limit(tmp_path):

@@ -74,7 +74,7 @@ def saved(value):
 
 WANTED = Settings(epochs=2)
 IMAGES, LABELS = torch.zeros(640, 28, 28, dtype=torch.uint8), torch.zeros(640, dtype=torch.int64)
-RECORD = record.Record.new(WANTED)
+RECORD = record.Record.new(WANTED, len(IMAGES))
 RECORD.batches, RECORD.seconds, RECORD.model_sha256 = 10, 2.0, "0" * 64
 RECORD.workers[0] = record.WorkerRecord(0, images=960, steps=10, loss_sum=6000.0)
 RECORD.history.append(record.EpochRecord(1, 0.1, 0.1, 98.0, 1.0))

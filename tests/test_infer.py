@@ -15,7 +15,7 @@ import infer
 import net
 import stages
 from pictures import folders, prediction
-from stage import dataset
+from stage.images import read_images
 from stage.process import Failure
 
 
@@ -147,7 +147,7 @@ def test_the_energy_is_that_of_the_logits(predictor, data):
 
 
 def test_at_most_one_percent_of_the_validation_images_are_flagged(predictor, data):
-    images = dataset.read_split(data, "train")[0][-5000:]
+    images = read_images(data, "train")[0][-5000:]
     flagged = sum(predictor.predict(image)["confidence"] == "no digit" for image in images)
     assert 25 <= flagged <= 50
 

@@ -6,12 +6,13 @@ import torch
 import example
 import net
 import networks
-from stage import dataset, weights
+from stage import images as reading
+from stage import weights
 
 
 @pytest.fixture(scope="module")
 def images(data):
-    return dataset.read_split(data, "t10k")[0][:100]
+    return reading.read_images(data, "test")[0][:100]
 
 
 def test_a_checkpoint_of_the_examples_network_has_the_same_keys_shapes_and_types_and_loads(tmp_path):

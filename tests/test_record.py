@@ -4,11 +4,10 @@ import pytest
 import torch
 
 import stages
-from stage import dataset
 from training import plan, record, settings, start
 
-IMAGES = torch.zeros(1, 28, 28, dtype=torch.uint8).expand(dataset.TRAINING_IMAGES, 28, 28)
-LABELS = torch.zeros(dataset.TRAINING_IMAGES, dtype=torch.int64)
+IMAGES = torch.zeros(1, 28, 28, dtype=torch.uint8).expand(55_000, 28, 28)
+LABELS = torch.zeros(55_000, dtype=torch.int64)
 OTHER_DATA = dict.fromkeys(stages.RAW_FILES, "0" * 64)
 
 

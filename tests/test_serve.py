@@ -35,6 +35,7 @@ import stages
 from pictures.picture import prepare
 from pictures.prediction import load_predictor
 from stage import dataset, process
+from stage.images import read_images
 from web import reload
 from web import service as web_service
 from web.metrics import Metrics
@@ -105,7 +106,7 @@ def service(trained):
 @pytest.fixture(scope="module")
 def digit(data):
     """A PNG of a 7, dark on white, 280 x 280 pixels."""
-    return as_file(Image.fromarray(255 - dataset.read_split(data, "t10k")[0][0].numpy()).resize((280, 280)))
+    return as_file(Image.fromarray(255 - read_images(data, "test")[0][0].numpy()).resize((280, 280)))
 
 
 # The API --------------------------------------------------------------------------------------------------------------

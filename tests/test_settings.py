@@ -11,7 +11,7 @@ from training import settings
 FOLDERS = ["--data=", "--model="]
 WRONG = {
     "train": [
-        *("--batch-size 0", "--batch-size 60001", "--epochs 0", "--epochs -1", "--epochs 1.5", "--lr 0", "--lr -0.1"),
+        *("--batch-size 0", "--batch-size 1000001", "--epochs 0", "--epochs -1", "--epochs 1.5", "--lr 0", "--lr -0.1"),
         *("--lr nan", "--lr inf", "--lr fast", "--momentum -0.5", "--momentum 1", "--seed -1", "--seed 4294967296"),
         *("--num-processes 0", "--num-processes 65", "--num-processes two", "--schedule cosine", "--dropout 1"),
         *("--dropout -0.1", "--augmentation -1", "--averaging 0.9", "--weight-decay -1", "--max-grad-norm 0"),

@@ -71,8 +71,17 @@ def test_a_checkout_on_windows_has_line_feeds_in_every_text(git, tmp_path):
 
 
 def test_the_data_set_what_runs_leave_and_settings_of_ones_own_stay_out_of_git(git):
-    paths = ["data/MNIST/raw/train-images-idx3-ubyte", "model/mnist_cnn.pt", "out/x", "tests/.venv/x", ".env"]
+    paths = [
+        "data/MNIST/raw/train-images-idx3-ubyte",
+        "data/pictures/train/cat/1.png",
+        "model/mnist_cnn.pt",
+        "out/x",
+        "tests/.venv/x",
+        ".env",
+    ]
     assert git("check-ignore", *paths).split() == paths
+    scripts = ["data/make_pictures.py", "data/unpack.sh"]  # of one's own
+    assert git("check-ignore", "--verbose", *scripts).count("!/data/") == len(scripts)
 
 
 def test_every_dependency_is_pinned():

@@ -15,9 +15,10 @@ from typing import Literal, TypedDict
 import torch
 
 import net
-from stage import dataset, files, weights
+from stage import code, files, weights
 from stage.dataset import DATA_SET
 from stage.files import EVAL_RESULTS
+from stage.images import read_images, split_validation
 from stage.process import Failure, percent
 
 MAX_RESULTS_BYTES = 1_000_000  # eval_results.json takes 4 kB
@@ -100,10 +101,11 @@ def load_predictor(model_folder: Path, data_folder: Path | None = None) -> Predi
     """
     model = net.Net()
     sha256 = weights.load_model(model, model_folder)
+    code.check_same(model_folder, sha256)
     predictor = Predictor(model, sha256, read_accuracy(model_folder / EVAL_RESULTS, sha256))
     if data_folder is not None:
-        images, _ = dataset.read_split(data_folder, "train")
-        predictor.threshold = find_threshold(predictor, images[dataset.TRAINING_IMAGES :])
+        _, (validation, _) = split_validation(*read_images(data_folder, "train"))
+        predictor.threshold = find_threshold(predictor, validation)
     return predictor
 
 

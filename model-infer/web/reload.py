@@ -30,7 +30,7 @@ class ServedModel:
         self.folder, self.metrics = model, metrics
         self.data = data
         # What a loaded model depends on: its file, its evaluation, and the images that its threshold is found on.
-        self.paths = (model / WEIGHTS, model / EVAL_RESULTS, data / DATA_SET.folder / "train-images-idx3-ubyte")
+        self.paths = (model / WEIGHTS, model / EVAL_RESULTS, DATA_SET.training_path(data))
         self.seen: tuple[object, ...] = ()  # the fingerprints of these files when they were last read
         self.served: Served | None = None  # None until a model has been loaded
         self.problem = LOADING  # why the model in the volume is not served, or ""

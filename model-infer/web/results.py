@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from stage.dataset import DATA_SET, TRAINING_IMAGES, batches_per_epoch
+from stage.dataset import DATA_SET, batches_per_epoch
 from stage.files import EVAL_RESULTS, MISTAKES, PREDICTIONS, RESULTS, TRAIN_RESULTS, read_limited
 from stage.process import Failure
 
@@ -46,7 +46,8 @@ def read_part(path: Path, convert: Callable[..., dict[str, Any]], *arguments: An
 def as_training(path: Path, content: Any) -> dict[str, Any]:
     """Return the state, progress and history of a training: mean negative log-likelihoods, accuracies in percent."""
     epochs, batch_size = number(content["settings"]["epochs"]), number(content["settings"]["batch_size"])
-    progress = min(1.0, number(content["batches"]) / (epochs * batches_per_epoch(int(batch_size))))
+    images = int(number(content["training_images"]))
+    progress = min(1.0, number(content["batches"]) / (epochs * batches_per_epoch(int(batch_size), images)))
     speed, finished = number(content["images_per_second"]), content["finished"] is True
     names = ("epoch", "train_loss", "validation_loss", "validation_accuracy", "seconds")
     return {
@@ -56,7 +57,7 @@ def as_training(path: Path, content: Any) -> dict[str, Any]:
         "progress": 1.0 if finished else progress,
         "images_per_second": speed,
         "seconds": number(content["seconds"]),
-        "seconds_left": (1 - progress) * epochs * TRAINING_IMAGES / speed if speed else None,
+        "seconds_left": (1 - progress) * epochs * images / speed if speed else None,
         "history": [{name: number(line[name]) for name in names} for line in content["history"]],
     }
 

@@ -21,9 +21,9 @@ from typing import TYPE_CHECKING, Any
 from msgspec.structs import astuple, replace
 
 from cluster.environment import HAS_BEGUN
-from stage import dataset
-from stage.dataset import DATA_SET, TRAINING_IMAGES, Images
+from stage.dataset import batches_per_epoch
 from stage.files import FRESH_HINT, TRAIN_RESULTS
+from stage.images import Images, split_validation, to_tensors
 from stage.process import Failure, print_error, say
 from training import plan, settings
 from training.download import read_data
@@ -70,6 +70,7 @@ class Preparation:
         self.node, self.args, self.requested, self.lock = node, args, requested, lock
         self.has_begun = Path(os.environ[HAS_BEGUN])
         self.dry_run = plan.dry_run(requested, node.world) if args.dry_run else None
+        self.data_sha256: dict[str, str] = {}
         self.training: Images
         self.validation: Images
         self.started: tuple[Record, SharedState] | None = None
@@ -91,13 +92,15 @@ class Preparation:
 
     def describe(self) -> bytes:
         """Read the data, and return what must be the same on all nodes: flags, and the sha256 of data and programs."""
-        self.training, self.validation = dataset.split(read_data(self.args.data))
+        data = read_data(self.args.data)
+        self.data_sha256 = data.sha256
+        self.training, self.validation = split_validation(*to_tensors(data))
         flags = {settings.flag(name): str(value) for name, value in self.requested.items()}
         flags |= {"--dry-run": "given"} if self.args.dry_run else {}
         top = Path(__file__).parents[1]
         files = {str(path.relative_to(top)): path.read_bytes() for path in top.rglob("*.py")}
         programs = {name: hashlib.sha256(content).hexdigest() for name, content in files.items()}
-        parts = {"flags": flags, "data": DATA_SET.sha256, "programs": programs}
+        parts = {"flags": flags, "data": self.data_sha256, "programs": programs}
         starts_over = self.args.fresh and not self.has_begun.stat().st_size
         return json.dumps(parts | {"starts over": starts_over}).encode()
 
@@ -112,10 +115,12 @@ class Preparation:
             self.lock.enter_context(volume_lock(folder))
         todo = self.dry_run or replace(plan.decide(self.requested, fresh, folder), nodes=world)
         if todo.action == "nothing":
+            plan.check_data(todo, self.data_sha256, folder)
             say(f"train: {todo.message}")
             return b""
         settings.check_limits(todo.settings)
-        batches = dataset.batches_per_epoch(todo.settings.batch_size, todo.images)
+        todo = plan.with_data(todo, self.data_sha256, len(self.training[0]), folder)
+        batches = batches_per_epoch(todo.settings.batch_size, todo.images or 0)
         if world > batches:
             hint = "Use fewer nodes, or a smaller --batch-size"
             raise Failure(f"an epoch has {batches} batches, too few for {world} nodes. {hint}", status=2)
@@ -133,7 +138,7 @@ class Preparation:
         settings.check_limits(record.settings)
         if self.args.folder:
             check_volume(self.args.folder, record, self.node)
-        count = self.dry_run.images if self.dry_run else TRAINING_IMAGES
+        count = self.dry_run.images if self.dry_run else None
         shared = SharedState(record, *(part[:count] for part in self.training))
         restore(shared, record, tensors, path)
         shared.sums.zero_()  # node 0 has the sum of the parameters

@@ -1,27 +1,32 @@
-"""Reads the data set. What is missing or damaged is taken from files put there by hand, or downloaded, first."""
+"""Reads the data set. Raw files that are missing or damaged are taken from files put there by hand, or downloaded."""
 
 import contextlib
 import gzip
+import hashlib
 import io
 import socket
 import zlib
 from pathlib import Path
 from typing import IO
 
-from stage.dataset import DATA_SET, has_right_sha256, read_raw
+from stage.dataset import DATA_SET
 from stage.files import DOWNLOAD_LOCK, file_lock, publish, remove
+from stage.images import MAX_FILE_BYTES, Split, problem_of, read_all, read_raw, size_by_header
 from stage.process import Failure, say
 
 DOWNLOAD_TIMEOUT = 60  # seconds without an answer from a mirror
 
 
-def read_data(data: Path) -> dict[str, bytearray]:
-    """Return the contents of the raw files by name, verified. Raise Failure if they cannot be read or downloaded."""
+def read_data(data: Path) -> Split:
+    """Return the training images, with the sha256 of all files. Raise Failure if they cannot be read or downloaded."""
+    if not DATA_SET.sha256:
+        return read_all(data)  # pictures cannot be downloaded
     try:
-        return {name: read_raw(data, name, "Try other sources with: make data") for name in DATA_SET.sha256}
+        return read_all(data, "Try other sources with: make data")
     except Failure as problem:
-        download(data, problem)
-    return {name: read_raw(data, name) for name in DATA_SET.sha256}
+        if invalid_names(data):  # else they do not fit DATA_SET, or another download has just ended
+            download(data, problem)
+    return read_all(data)
 
 
 def download(data: Path, problem: Failure) -> None:
@@ -38,7 +43,7 @@ def download(data: Path, problem: Failure) -> None:
             invalid = use_what_is_there(data)
             if not invalid:
                 return
-            say(f"train: downloading {DATA_SET.name} into {raw} (12 MB)")
+            say(f"train: downloading {DATA_SET.name} into {raw}")
             try:
                 download_with_torchvision(part)
                 for name in invalid:
@@ -52,7 +57,7 @@ def download(data: Path, problem: Failure) -> None:
 
 def use_what_is_there(data: Path) -> list[str]:
     """Publish raw files that are in the data folder under another name; return the names of those still missing."""
-    missing = [name for name in DATA_SET.sha256 if not is_valid(data, name)]
+    missing = invalid_names(data)
     for name in list(missing):
         if content := find(data, name):
             publish(data / DATA_SET.folder / name, content)
@@ -61,46 +66,61 @@ def use_what_is_there(data: Path) -> list[str]:
 
 
 def find(data: Path, name: str) -> bytes | None:
-    """Return the content of a raw file from anywhere in the data folder, if it is there with the right sha256.
+    """Return the content of a raw file from anywhere in the data folder, if it is there and valid.
 
-    The name may end in .gz, as on the mirrors, and have a dot for a hyphen, as 7-Zip and Kaggle's archive do.
+    The name may end in .gz, as on the mirrors, and have a dot for a hyphen, as 7-Zip and Kaggle's archive do. Without a
+    sha256 to tell it by, it is looked for in the data set's own folder only: others have files of the same names.
     """
-    for path in sorted(data.rglob(name.replace("-idx", "?idx") + "*")):
+    folder = data if DATA_SET.sha256[name] else data / DATA_SET.name
+    for path in sorted(folder.rglob(name.replace("-idx", "?idx") + "*")):
         with contextlib.suppress(OSError, EOFError, zlib.error):
             if path.is_file():  # reading a pipe would never end
                 with open(path, "rb") as file:
                     is_packed = file.peek(2)[:2] == b"\x1f\x8b"
-                    content = unpack(file, name) if is_packed else file.read(DATA_SET.size(name) + 1)
-                if has_right_sha256(name, content):
+                    content = unpack(file, name) if is_packed else read_by_header(file, name)
+                if not problem_of(name, content):
                     return content
     return None
 
 
 def unpack(file: IO[bytes], name: str) -> bytes:
-    """Return what a .gz file of a raw file contains, but no more than a byte over what it should be.
+    """Return what a .gz file of a raw file contains. Raise OSError, EOFError or zlib.error if it is damaged."""
+    if name in DATA_SET.gz_md5:
+        packed = file.read(MAX_FILE_BYTES)
+        if hashlib.md5(packed).hexdigest() != DATA_SET.gz_md5[name]:
+            raise OSError("it has the wrong md5")
+        file = io.BytesIO(packed)
+    with gzip.GzipFile(fileobj=file) as unpacked:
+        return read_by_header(unpacked, name)
 
-    Raise OSError, EOFError or zlib.error if it is damaged.
-    """
-    with gzip.GzipFile(fileobj=file) as packed:
-        return packed.read(DATA_SET.size(name) + 1)
+
+def read_by_header(file: IO[bytes] | gzip.GzipFile, name: str) -> bytes:
+    """Return the content of a raw file, but no more than a byte over what its header says."""
+    header = file.read(16)
+    return header + file.read(max(0, min(size_by_header(name, header), MAX_FILE_BYTES) + 1 - len(header)))
 
 
-def is_valid(data: Path, name: str) -> bool:
-    """Return whether a raw file exists and has the right contents."""
-    try:
-        return bool(read_raw(data, name))
-    except Failure:
-        return False
+def invalid_names(data: Path) -> list[str]:
+    """Return the names of the raw files that are missing or invalid."""
+    names = []
+    for name in DATA_SET.sha256:
+        try:
+            read_raw(data, name)
+        except Failure:
+            names.append(name)
+    return names
 
 
 def download_with_torchvision(folder: Path) -> None:
-    """Download the data set into a folder from torchvision's mirrors."""
+    """Download the data set into a folder from torchvision's mirrors. Raise RuntimeError if it does not know it."""
     from torchvision import datasets  # imported here: it takes a second, and nothing else needs it
 
+    if not hasattr(datasets, DATA_SET.name):
+        raise RuntimeError("torchvision has no data set of this name")
     before = socket.getdefaulttimeout()
     socket.setdefaulttimeout(DOWNLOAD_TIMEOUT)
     try:
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-            getattr(datasets, DATA_SET.name)(folder, download=True)
+            getattr(datasets, DATA_SET.name)(folder, download=True, **DATA_SET.torchvision)
     finally:
         socket.setdefaulttimeout(before)

@@ -25,13 +25,15 @@ The record is train_results.json.
 
 import math
 import zipfile
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from msgspec import Struct
 from msgspec.structs import replace
 
-from stage.dataset import DATA_SET, TRAINING_IMAGES
+from stage import code
+from stage.dataset import DATA_SET
 from stage.files import (
     CHECKPOINT,
     CURVES,
@@ -55,9 +57,10 @@ class Plan(Struct):
     action: str
     message: str
     settings: Settings
-    images: int = TRAINING_IMAGES  # to train on, the first ones
+    images: int | None = None  # to train on, the first ones; None: all
     nodes: int = 1  # machines that train together
     run: str = ""  # of the record to resume
+    data_sha256: dict[str, str] | None = None  # of the training in the volume, and later of the data that was read
 
 
 def dry_run(requested: dict[str, Any], nodes: int = 1) -> Plan:
@@ -93,31 +96,53 @@ def decide_on(record: Record, requested: dict[str, Any], model: Path) -> Plan:
     done, is_finished = len(record.history), record.finished and model.exists()
     trains = wanted.epochs > done or not is_finished
     check_same_training(record, requested, model.parent, MAY_CHANGE if trains else ("epochs",))
+    plan_of = partial(Plan, settings=wanted, run=record.run, data_sha256=record.data_sha256)
     if not is_finished:  # a deleted model is published again from the checkpoint
         check_epochs(record, wanted.epochs, model.parent)
         if not record.batches:
             return Plan("start", "starting again: the last run ended before its first checkpoint", wanted)
-        return Plan("resume", f"resuming after {done} of {wanted.epochs} epochs", wanted, run=record.run)
+        return plan_of("resume", f"resuming after {done} of {wanted.epochs} epochs")
     if sha256_of_model(model, FRESH_HINT) != record.model_sha256:
         message = f"{model} does not match the sha256 in {TRAIN_RESULTS}"
         if trains:
             raise Failure(f"{message}, so it cannot be trained on. {FRESH_HINT}", status=2)
-        return Plan("nothing", f"{message}; leaving it unchanged. {FRESH_HINT}", wanted)
+        return plan_of("nothing", f"{message}; leaving it unchanged. {FRESH_HINT}")
     if trains:
-        return Plan("resume", f"continuing from {done} to {wanted.epochs} epochs", wanted, run=record.run)
+        return plan_of("resume", f"continuing from {done} to {wanted.epochs} epochs")
     message = f"{model} is already trained for {done} epochs; nothing to do. To train longer: --epochs N. {FRESH_HINT}"
-    return Plan("nothing", message, wanted)
+    return plan_of("nothing", message)
 
 
 def check_same_training(record: Record, requested: dict[str, Any], folder: Path, may_change: tuple[str, ...]) -> None:
-    """Raise Failure if the training in the volume used other data, or other settings, of which some may change."""
-    if record.data_sha256 != DATA_SET.sha256:
-        raise Failure(f"the training in {folder} used other data than this {DATA_SET.name}. {FRESH_HINT}", status=2)
+    """Raise Failure if the training in the volume used other code, or other settings but these, than requested."""
+    now = code.sha256_by_part()
+    changed = [name for name in sorted(now.keys() | record.code.keys()) if now.get(name) != record.code.get(name)]
+    if changed:
+        since = f"{', '.join(changed)} changed since the training in {folder}"
+        raise Failure(f"{since}: undo that, or train anew. {FRESH_HINT}", status=2)
     names = [name for name in record.settings.differences(requested) if name not in may_change]
     if names:
         has = ", ".join(f"{flag(name)} {getattr(record.settings, name)}" for name in names)
         wants = ", ".join(f"{flag(name)} {requested[name]}" for name in names)
         raise Failure(f"the training in {folder} uses {has}, not {wants}. {FRESH_HINT}", status=2)
+
+
+def check_data(plan: Plan, data_sha256: dict[str, str], folder: Path | None) -> None:
+    """Raise Failure with status 2 if the training in the volume used other data than this."""
+    if plan.data_sha256 not in (None, data_sha256):
+        raise Failure(f"the training in {folder} used other data than this {DATA_SET.name}. {FRESH_HINT}", status=2)
+
+
+def with_data(plan: Plan, data_sha256: dict[str, str], images: int, folder: Path | None) -> Plan:
+    """Return the plan for the data that was read, of which so many images are to train on.
+
+    Raise Failure with status 2 if the training in the volume used other data, or if a batch is larger than the data.
+    """
+    check_data(plan, data_sha256, folder)
+    if plan.settings.batch_size > images:
+        wanted = f"--batch-size {plan.settings.batch_size:,} is larger than the {images:,} training images"
+        raise Failure(f"{wanted}: give a smaller one", status=2)
+    return replace(plan, data_sha256=data_sha256, images=min(images, plan.images or images))
 
 
 def check_epochs(record: Record, requested: int, folder: Path) -> None:

@@ -10,14 +10,14 @@ from typing import Annotated
 import msgspec
 from msgspec import Meta, field
 
-from stage import dataset
-from stage.dataset import DATA_SET
+from stage import code
+from stage.dataset import batches_per_epoch
 from stage.files import FRESH_HINT, TRAIN_RESULTS, publish, read_limited
 from stage.process import Failure
 from training.settings import Settings
 
-VERSION = "2.2"  # of the pipeline
-MAX_BYTES = 10_000_000  # the file takes a few kB, and 200 bytes more with every epoch
+VERSION = "2.3"  # of the pipeline
+MAX_BYTES = code.MAX_RECORD_BYTES
 
 Count = Annotated[int, Meta(ge=0, le=2**62)]
 Number = Annotated[float, Meta(ge=0, le=2**62)]
@@ -62,6 +62,9 @@ class Record(msgspec.Struct):
 
     settings: Settings
     workers: list[WorkerRecord]
+    training_images: Annotated[int, Meta(ge=1, le=2**62)]  # without those for validation
+    data_sha256: dict[str, str]
+    code: dict[str, str]  # sha256 of what is trained and how
     version: Text = VERSION  # of the pipeline that wrote it
     finished: bool = False
     run: Text = field(default_factory=lambda: uuid.uuid4().hex)  # identifies the training
@@ -75,14 +78,14 @@ class Record(msgspec.Struct):
     lost_workers: list[LostWorker] = field(default_factory=list)
     nodes: Count = 1  # machines that train together, or did so last; workers of the same rank share a WorkerRecord
     precision: Text = "float32"  # of the convolutions
-    data_sha256: dict[str, str] = field(default_factory=lambda: dict(DATA_SET.sha256))
     model_sha256: Text = ""
     versions: dict[str, str] = field(default_factory=lambda: package_versions())
 
     @classmethod
-    def new(cls, wanted: Settings) -> "Record":
+    def new(cls, wanted: Settings, training_images: int = 0, data_sha256: dict[str, str] | None = None) -> "Record":
         """Return the record of a training that has not begun."""
-        return cls(wanted, [WorkerRecord(rank) for rank in range(wanted.num_processes)])
+        workers = [WorkerRecord(rank) for rank in range(wanted.num_processes)]
+        return cls(wanted, workers, training_images, data_sha256 or {}, code.sha256_by_part())
 
     def to_json(self) -> str:
         """Return the text of train_results.json."""
@@ -120,7 +123,7 @@ class Record(msgspec.Struct):
 
     def epochs_done(self) -> float:
         """Return the number of epochs trained so far, including the fraction of the current one."""
-        return self.batches / dataset.batches_per_epoch(self.settings.batch_size)
+        return self.batches / batches_per_epoch(self.settings.batch_size, self.training_images)
 
 
 def package_versions() -> dict[str, str]:

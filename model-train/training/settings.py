@@ -9,7 +9,7 @@ import msgspec
 from msgspec import Meta
 
 from stage import flags, process
-from stage.dataset import TRAINING_IMAGES
+from stage.dataset import DATA_SET
 from stage.process import say
 
 # The memory that train needs, in bytes: for torch and the images, per worker for torch's buffers, and per image of a
@@ -19,14 +19,15 @@ PARENT_MEMORY, WORKER_MEMORY, IMAGE_MEMORY = 225_000_000, 32_000_000, 150_000
 PARENT_COPIES, WORKER_COPIES = 7, 5
 MAX_WORKERS = 64
 
-PASSES = f"passes over the {TRAINING_IMAGES:,} training images in total, earlier runs included"
+PASSES = "passes over the training images in total, earlier runs included"
+IMAGES_PER_STEP = "images per step, at most all training images"
 
 
 class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """The settings of a training. The names, with dashes, are the flags of train."""
 
     epochs: Annotated[int, Meta(ge=1, le=10_000, description=PASSES)] = 15
-    batch_size: Annotated[int, Meta(ge=1, le=TRAINING_IMAGES, description="images per step")] = 96
+    batch_size: Annotated[int, Meta(ge=1, le=1_000_000, description=IMAGES_PER_STEP)] = 96
     lr: Annotated[float, Meta(ge=1e-9, le=1e3, description="peak learning rate")] = 0.1
     momentum: Annotated[float, Meta(ge=0, le=0.9999, description="SGD momentum of each worker")] = 0.8
     seed: Annotated[int, Meta(ge=0, le=2**32 - 1, description="seed of initial weights, shuffles and augmentation")] = 1
@@ -102,7 +103,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 def parse_args() -> tuple[argparse.Namespace, dict[str, Any]]:
     """Parse the command line of train; return it, and the settings in it that were given, by name."""
     description = (
-        "Trains the digit classifier. Settings that you omit are taken from the training in the volume or, "
+        f"Trains a classifier of {DATA_SET.name}. Settings that you omit are taken from the training in the volume or, "
         "without one, from the defaults."
     )
     parser = flags.new_parser("train", description)

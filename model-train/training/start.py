@@ -27,13 +27,14 @@ def start_or_resume(
     Raise Failure if the checkpoint is missing, damaged, or of another training, or if net.py cannot be trained.
     """
     check_memory(plan.settings, checks.count_parameters(plan.settings.dropout))
-    old, tensors, path = Record.new(plan.settings), None, folder and folder / CHECKPOINT
+    images, labels = images[: plan.images], labels[: plan.images]
+    old, tensors, path = Record.new(plan.settings, len(images), plan.data_sha256), None, folder and folder / CHECKPOINT
     if path and plan.action == "resume":
         old, tensors = read_checkpoint(path)
         if old.run != plan.run:
             raise Failure(f"{path} and {TRAIN_RESULTS} belong to different trainings. {FRESH_HINT}")
     record = updated(old, plan)
-    shared = SharedState(record, images[: plan.images], labels[: plan.images])
+    shared = SharedState(record, images, labels)
     checks.check_training(record, shared)
     if path and tensors:
         restore(shared, old, tensors, path)

@@ -22,7 +22,7 @@ import torch
 from matplotlib import get_data_path
 
 from pictures import picture, prediction
-from stage import dataset
+from stage.images import read_images
 from stage.process import Failure
 
 LETTERS = "ACDEFGHJKLMNPQRTUVWXY"
@@ -44,7 +44,7 @@ def main():
     torch.set_num_threads(1)
     predictor = prediction.load_predictor(args.model, TREE / "data")
     rng = np.random.default_rng(1)
-    digits = dataset.read_split(TREE / "data", "t10k")[0].numpy()
+    digits = read_images(TREE / "data", "test")[0].numpy()
     kinds = {
         "letters": draw_letters(rng),
         "scribbles": (draw_scribble(rng) for _ in range(COUNT)),

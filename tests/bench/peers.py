@@ -18,7 +18,7 @@ import torch
 from torch.nn import functional
 
 import net
-from stage import dataset
+from stage.images import read_images
 
 BATCH_SIZE, LEARNING_RATE, MOMENTUM, WEIGHT_DECAY = 96, 0.05, 0.8, 0.0007
 THREADS, WARM_UP_STEPS = 2, 20
@@ -33,7 +33,7 @@ def main():
     args = parser.parse_args()
     torch.manual_seed(1)
     torch.set_num_threads(THREADS)
-    images, labels = dataset.read_split(args.data, "train")
+    images, labels = read_images(args.data, "train")
     batches = torch.randperm(len(images))[: len(images) // BATCH_SIZE * BATCH_SIZE].view(-1, BATCH_SIZE)
     print(json.dumps(measure(peers[args.peer](), images, labels, batches)))
 

@@ -27,8 +27,8 @@ import pipeline
 import stages
 from nodes import Cluster
 from pipeline import Pipeline
-from stage import dataset, figures
-from stage.dataset import TRAINING_IMAGES
+from stage import figures
+from stage.images import read_images, split_validation
 
 RESULTS, PLOT = Path(__file__).parent / "out" / "scaling.json", stages.TREE / "docs" / "scaling.png"
 SEEDS = range(1, 6)
@@ -176,11 +176,11 @@ def train_as_nodes(run):
     from training.settings import Settings
 
     world, sync, seed, lr = run
-    images, labels = dataset.read_split(stages.DATA, "train")
+    training, (validation, labels) = split_validation(*read_images(stages.DATA, "train"))
     record = Record.new(Settings(epochs=SIMULATED_EPOCHS, num_processes=1, sync_every=sync, seed=seed, lr=lr))
     trainers = []
     for _ in range(world):
-        shared = hogwild.SharedState(record, images[:TRAINING_IMAGES], labels[:TRAINING_IMAGES])
+        shared = hogwild.SharedState(record, *training)
         shared.peak_lr = lr * world  # as cluster/nodes.py has it
         trainers.append(hogwild.Trainer(0, shared))
     end, per_epoch, batch = shared.schedule_end, shared.batches_per_epoch, 0
@@ -195,8 +195,8 @@ def train_as_nodes(run):
             batch = limit
     except ArithmeticError:
         return None
-    outputs = net.predict(shared.model, images[TRAINING_IMAGES:])
-    accuracy = 100 * (outputs.argmax(1) == labels[TRAINING_IMAGES:]).float().mean().item()
+    outputs = net.predict(shared.model, validation)
+    accuracy = 100 * (outputs.argmax(1) == labels).float().mean().item()
     return accuracy if outputs.isfinite().all() else None
 
 

@@ -10,7 +10,8 @@ sys.path.insert(0, "/opt/app")  # the image's own programs
 import torch
 
 import net
-from stage import dataset, files, process, weights
+from stage import files, process, weights
+from stage.images import read_images
 
 SIZE = 1024  # of the matrices
 
@@ -40,7 +41,7 @@ def predict_all():
     torch.set_num_threads(process.count_cores())  # as evaluate.py does
     model = net.Net()
     weights.load_model(model, files.MODEL)
-    images, _ = dataset.read_split(files.DATA, "t10k")
+    images, _ = read_images(files.DATA, "test")
     seconds = median_seconds(partial(net.predict, model, images), repeats=20, warm_up=3)
     return {"predicted_per_second": len(images) / seconds, "threads": torch.get_num_threads()}
 
@@ -51,7 +52,7 @@ def predict_one():
 
     torch.set_num_threads(1)
     predictor = prediction.load_predictor(files.MODEL)
-    images = iter(dataset.read_split(files.DATA, "t10k")[0])
+    images = iter(read_images(files.DATA, "test")[0])
     return {"network_seconds": median_seconds(lambda: predictor.predict(next(images)), repeats=1000)}
 
 

@@ -18,7 +18,7 @@ import stages
 import strokes
 from nodes import free_port
 from pipeline import Pipeline
-from stage import dataset
+from stage.images import read_images
 
 BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
 # Where containers are required, a missing browser is a failure.
@@ -219,7 +219,7 @@ def test_the_last_50_steps_can_be_undone_and_no_more_are_kept(page):
 @pytest.mark.parametrize("how", ["drop", "paste", "choose"])
 def test_a_picture_can_be_dropped_pasted_or_chosen(page, data, tmp_path, how):
     opened, file = page(), tmp_path / "seven.png"
-    Image.fromarray(255 - dataset.read_split(data, "t10k")[0][0].numpy()).resize((400, 400)).save(file)
+    Image.fromarray(255 - read_images(data, "test")[0][0].numpy()).resize((400, 400)).save(file)
     if how == "choose":
         opened.driver.find_element("id", "file").send_keys(str(file))
     else:

@@ -1,0 +1,56 @@
+"""The code that a training depends on, and whether a model was trained with the code of this stage.
+
+train notes the sha256 of each part in train_results.json. Comments, docstrings and layout do not count.
+"""
+
+import ast
+import dataclasses
+import hashlib
+import json
+from pathlib import Path
+
+from stage.dataset import DATA_SET
+from stage.files import FRESH_HINT, TRAIN_RESULTS, WEIGHTS, read_limited
+from stage.process import Failure
+
+TOP = Path(__file__).parents[1]
+ALL_STAGES = ("net.py", "stage/images.py")  # what all stages have, besides the data set's entry
+TRAINING_STEP = ("hogwild.py", "layers.py")
+ENTRY = "DATA_SET in stage/dataset.py"
+MAX_RECORD_BYTES = 10_000_000  # of train_results.json: it takes a few kB, and 200 bytes more with every epoch
+
+
+def sha256_by_part() -> dict[str, str]:
+    """Return the sha256 of each part of this stage that a training depends on."""
+    # Neither the limit of evaluate, nor where the files come from, nor how a user's pictures are prepared.
+    entry = dataclasses.replace(DATA_SET, min_accuracy=0, preparation="resize", gz_md5={}, mirrors=(), npm_package="")
+    files = {name: TOP / name for name in (*ALL_STAGES, *TRAINING_STEP)}
+    texts = {name: without_comments(path.read_text()) for name, path in files.items() if path.exists()}
+    return {name: hashlib.sha256(text.encode()).hexdigest() for name, text in (texts | {ENTRY: repr(entry)}).items()}
+
+
+def without_comments(source: str) -> str:
+    """Return Python source in a standard layout, without comments and docstrings."""
+    tree = ast.parse(source)
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) and ast.get_docstring(
+            node
+        ):
+            node.body[0] = ast.Pass()
+    return ast.unparse(tree)
+
+
+def check_same(model: Path, sha256: str) -> None:
+    """Raise Failure if train_results.json is that of the model with this sha256, and names other code than this."""
+    try:
+        record = json.loads(read_limited(model / TRAIN_RESULTS, MAX_RECORD_BYTES, ""))
+        trained_with = dict(record["code"]) if record["model_sha256"] == sha256 else {}
+    except (Failure, ValueError, KeyError, TypeError, RecursionError):
+        return  # the model comes from elsewhere
+    here = sha256_by_part()
+    for name in (*ALL_STAGES, ENTRY):
+        if trained_with and trained_with.get(name) != here[name]:
+            raise Failure(
+                f"{model / WEIGHTS} was trained with another {name} than is in {TOP}. Copy that of model-train with: "
+                f"make copies (then build the images again). {FRESH_HINT}"
+            )

@@ -1,0 +1,322 @@
+"""Data sets of one's own: docs/your-own.md's recipes applied to copies of the tree, and what is refused in one line."""
+
+import ast
+import dataclasses
+import gzip
+import re
+import shutil
+import struct
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+import drawings
+import stages
+from stage import code, images
+from stage.dataset import EMNIST_LETTERS, FASHION_MNIST, KMNIST, MNIST, PICTURES
+from stage.process import Failure
+from training import download
+
+PACKAGED = Path("/usr/share/datasets/fashion-mnist")  # of Debian's package dataset-fashion-mnist
+CHOICE = "DATA_SET = MNIST\n"
+SHAPES = dataclasses.replace(PICTURES, name="shapes", classes=drawings.COLOURED_SHAPES)
+LETTERS = dataclasses.replace(PICTURES, name="letters", classes=drawings.LETTERS, shape=(1, 28, 28))
+ENTRIES = {
+    "fashion": "DATA_SET = FASHION_MNIST\n",
+    "letters": f"""DATA_SET = DataSet(
+    name="letters",
+    classes={drawings.LETTERS},
+    pixel_mean=0.13,
+    pixel_std=0.30,
+    min_accuracy=60.0,
+)\n""",
+    "shapes": f"""DATA_SET = DataSet(
+    name="shapes",
+    classes={drawings.COLOURED_SHAPES},
+    pixel_mean=(0.25, 0.25, 0.25),
+    pixel_std=(0.25, 0.25, 0.25),
+    shape=(3, 32, 32),
+    min_accuracy=25.0,
+)\n""",
+}
+FLAGS = {
+    "fashion": ("--epochs", "1", "--batch-size", "250", "--lr", "0.2"),
+    "letters": ("--epochs", "8", "--batch-size", "24"),
+    "shapes": ("--epochs", "15", "--batch-size", "12"),
+}
+
+
+def copy_tree(folder, entry):
+    """A copy of the tree in a folder, whose data set is another one."""
+    for name in stages.FOLDERS.values():
+        shutil.copytree(stages.TREE / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(stages.TREE / "Makefile", folder)
+    replace_in(folder / "model-train/stage/dataset.py", CHOICE, entry)
+    subprocess.run(["make", "copies"], cwd=folder, check=True)
+    return folder
+
+
+def replace_in(path, old, new):
+    """Edits a file in which a text stands once."""
+    assert path.read_text().count(old) == 1
+    path.write_text(path.read_text().replace(old, new))
+
+
+def make_data(kind, folder):
+    """The data of a trial. Fashion-MNIST's files are the package's where it is installed; else train downloads them."""
+    if kind == "letters":
+        drawings.draw_folder(folder / "letters", drawings.LETTERS, drawings.draw_letter, train=60)  # no test folder
+    elif kind == "shapes":
+        drawings.draw_folder(folder / "shapes", drawings.COLOURED_SHAPES, drawings.draw_shape, train=60, test=10)
+    else:
+        raw = folder / "FashionMNIST/raw"
+        raw.mkdir(parents=True)
+        for path in PACKAGED.glob("*.gz"):
+            (raw / path.stem).write_bytes(gzip.decompress(path.read_bytes()))
+    return folder
+
+
+@pytest.fixture(scope="module", params=ENTRIES)
+def trial(request, tmp_path_factory):
+    """A tree with another data set, after all three stages: what the folders are, and the data set's name."""
+    kind, tree = request.param, tmp_path_factory.mktemp(request.param)
+    folders = {"data": make_data(kind, tree / "data"), "model": tree / "model", "tree": copy_tree(tree, ENTRIES[kind])}
+    stages.assert_succeeds(stages.run("train", *FLAGS[kind], **folders))
+    least = ("--min-accuracy", "60") if kind == "fashion" else ()  # its own is for a whole training
+    stages.assert_succeeds(stages.run("evaluate", *least, **folders))
+    stages.assert_succeeds(stages.run("infer", "--samples", "7", "--seed", "1", **folders))
+    return kind, folders
+
+
+def test_an_entry_is_all_that_another_data_set_needs(trial):
+    kind, folders = trial
+    classes = {"fashion": FASHION_MNIST.classes, "letters": drawings.LETTERS, "shapes": drawings.COLOURED_SHAPES}[kind]
+    results = stages.read_json(folders["model"] / "eval_results.json")
+    assert len(results["digits"]) == len(results["confusion_matrix"]) == len(classes)
+    assert results["Accuracy"] < 100
+    images_of = {"fashion": (55_000, 10_000), "letters": (26 * (60 - 9 - 5), 26 * 9), "shapes": (6 * 55, 60)}[kind]
+    assert stages.results(folders["model"])["training_images"] == images_of[0]
+    assert sum(sum(row) for row in results["confusion_matrix"]) == images_of[1]
+    samples = stages.read_json(folders["model"] / "predictions.json")["predictions"]
+    assert {len(sample["probabilities"]) for sample in samples} == {len(classes)}
+    names = {path.name for path in (folders["model"] / "results").iterdir()}
+    assert names == {f"{sample['prediction']}_{sample['index']}.png" for sample in samples}
+
+
+def test_a_finished_training_is_left_as_it_is_until_its_data_change(trial):
+    kind, folders = trial
+    before = stages.contents(folders["model"])
+    stages.assert_succeeds(stages.run("train", **folders))
+    assert stages.contents(folders["model"]) == before
+    if kind != "fashion":
+        (picture, *_) = (folders["data"] / kind / "train").rglob("0.png")
+        content = picture.read_bytes()
+        Image.new("RGB", (40, 30)).save(picture)
+        stages.assert_fails(stages.run("train", **folders), 2, "other data", "--fresh")
+        picture.write_bytes(content)
+
+
+# The code ------------------------------------------------------------------------------------------------------------
+
+EDITS = {
+    "net.py": ("model-train/net.py", "F.relu(self.fc1", "F.tanh(self.fc1"),
+    "hogwild.py": ("model-train/hogwild.py", "WARMUP_FRACTION = 0.2", "WARMUP_FRACTION = 0.3"),
+    "DATA_SET": ("model-train/stage/dataset.py", "pixel_mean=0.1307", "pixel_mean=0.5"),
+}
+
+
+@pytest.fixture
+def tree(tmp_path):
+    """A copy of the tree with MNIST."""
+    return copy_tree(tmp_path / "tree", CHOICE)
+
+
+@pytest.mark.parametrize("name", EDITS)
+@pytest.mark.parametrize("state", ["volume", "unfinished"])
+def test_code_that_changed_since_a_training_is_named_and_nothing_is_touched(request, data, tree, state, name):
+    folder = request.getfixturevalue(state)
+    path, *change = EDITS[name]
+    replace_in(tree / path, *change)
+    before = stages.contents(folder)
+    stages.assert_fails(stages.run("train", model=folder, tree=tree), 2, name, "--fresh")
+    assert stages.contents(folder) == before
+
+
+def test_a_comment_is_no_change_of_the_code(data, tree, volume):
+    for name in ("net.py", "hogwild.py", "layers.py", "stage/images.py"):
+        path = tree / "model-train" / name
+        text = re.sub(r'^"""', '"""Another docstring. ', path.read_text(), count=1)
+        path.write_text(f"# A comment.\n{text}\n\n\n# Another one.\n")
+    stages.assert_succeeds(stages.run("train", model=volume, tree=tree))
+
+
+@pytest.mark.parametrize("name", ["net.py", "DATA_SET"])
+@pytest.mark.parametrize("stage", ["evaluate", "infer"])
+def test_a_stage_whose_copies_are_old_names_make_copies(data, tree, volume, stage, name):
+    path, *change = EDITS[name]
+    replace_in(tree / path.replace("model-train", stages.FOLDERS[stage]), *change)
+    before = stages.contents(volume)
+    stages.assert_fails(stages.run(stage, model=volume, tree=tree), 1, name, "make copies")
+    assert stages.contents(volume) == before
+    (volume / "train_results.json").unlink()  # a model from elsewhere is used
+    least = ("--min-accuracy", "0") if stage == "evaluate" else ()
+    stages.assert_succeeds(stages.run(stage, *least, model=volume, tree=tree))
+
+
+# Reading --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def choose(monkeypatch):
+    """A function that makes another data set that of this process."""
+
+    def choose(data_set):
+        for module in (images, download, code):
+            monkeypatch.setattr(module, "DATA_SET", data_set)
+
+    return choose
+
+
+def write_raw(data, data_set, labels=None, count=78):
+    """Writes small raw files of a data set: image n is dark but for one pixel in row 1, column 5."""
+    folder = data / data_set.folder
+    folder.mkdir(parents=True)
+    labels = (
+        [data_set.first_label + index % len(data_set.classes) for index in range(count)] if labels is None else labels
+    )
+    pixels = bytearray(28 * 28)
+    pixels[28 + 5] = 255
+    for name in data_set.sha256:
+        content = struct.pack(">4B3I", 0, 0, 8, 3, len(labels), 28, 28) + bytes(pixels) * len(labels)
+        if "labels" in name:
+            content = struct.pack(">4B1I", 0, 0, 8, 1, len(labels)) + bytes(labels)
+        (folder / name).write_bytes(content)
+
+
+@pytest.mark.parametrize(("data_set", "pixel"), [(EMNIST_LETTERS, (5, 1)), (KMNIST, (1, 5))], ids=["EMNIST", "KMNIST"])
+def test_raw_files_whose_sha256_is_not_known_are_read_by_their_headers(choose, tmp_path, data_set, pixel):
+    choose(data_set)
+    write_raw(tmp_path, data_set)
+    read = download.read_data(tmp_path)
+    assert read.sha256 == {name: stages.sha256(tmp_path / data_set.folder / name) for name in data_set.sha256}
+    pictures, labels = images.to_tensors(read)
+    assert pictures.shape == (78, 28, 28)
+    assert pictures[0].nonzero().tolist() == [[*pixel]]
+    assert labels.tolist()[:3] == [0, 1, 2]
+    assert labels.max() == len(data_set.classes) - 1
+
+
+def test_a_packed_file_of_the_wrong_md5_and_files_of_another_data_set_are_not_used(choose, tmp_path):
+    choose(KMNIST)
+    write_raw(tmp_path, MNIST)
+    name = next(iter(KMNIST.sha256))
+    (tmp_path / "KMNIST/raw").mkdir(parents=True)
+    (tmp_path / "KMNIST/raw" / f"{name}.gz").write_bytes(gzip.compress((tmp_path / MNIST.folder / name).read_bytes()))
+    assert download.use_what_is_there(tmp_path) == [*KMNIST.sha256]
+
+
+WRONG_LABELS = {
+    "more labels than classes": ([1, 2, 27] * 30, "1 to 27"),
+    "a label under the first": ([0, 1, 2] * 30, "0 to 2"),
+    "a class without images": ([1, 2] * 30, "fewer than 2 images of: c, d"),
+}
+
+
+@pytest.mark.parametrize(("labels", "words"), WRONG_LABELS.values(), ids=WRONG_LABELS.keys())
+def test_labels_that_do_not_fit_the_classes_are_refused_in_one_line(choose, tmp_path, labels, words):
+    choose(EMNIST_LETTERS)
+    write_raw(tmp_path, EMNIST_LETTERS, labels)
+    with pytest.raises(Failure, match=rf"{words}.*make copies"):
+        download.read_data(tmp_path)
+
+
+def test_a_raw_file_of_another_size_of_images_is_refused(choose, tmp_path):
+    choose(dataclasses.replace(KMNIST, shape=(1, 32, 32)))
+    write_raw(tmp_path, KMNIST)
+    with pytest.raises(Failure, match="32 x 32"):
+        images.read_all(tmp_path)
+
+
+def test_a_data_set_that_torchvision_does_not_know_is_one_line_that_says_where_its_files_belong(choose, tmp_path):
+    choose(dataclasses.replace(KMNIST, name="Unknown"))
+    with pytest.raises(Failure, match=r"torchvision has no.*Unknown/raw/train-images-idx3-ubyte does not exist"):
+        download.read_data(tmp_path)
+
+
+def test_folders_of_pictures_that_do_not_fit_the_classes_are_refused_in_one_line(choose, tmp_path):
+    choose(SHAPES)
+    with pytest.raises(Failure, match=r"shapes/train does not exist.*shapes/train/CLASS"):
+        download.read_data(tmp_path)
+    drawings.draw_folder(tmp_path / "shapes", SHAPES.classes[:5], drawings.draw_shape, train=2)
+    with pytest.raises(Failure, match=r"folders named .*'red circle'.*make copies"):
+        download.read_data(tmp_path)
+    (tmp_path / "shapes/train" / SHAPES.classes[5]).mkdir()
+    with pytest.raises(Failure, match=f"fewer than 2 images of: .*{SHAPES.classes[5]}"):
+        download.read_data(tmp_path)
+
+
+def test_a_picture_that_is_damaged_is_named(choose, tmp_path):
+    choose(SHAPES)
+    drawings.draw_folder(tmp_path / "shapes", SHAPES.classes, drawings.draw_shape, train=4)
+    broken = tmp_path / "shapes/train" / SHAPES.classes[2] / "1.png"
+    broken.write_bytes(broken.read_bytes()[:200])
+    with pytest.raises(Failure, match=f"{broken} cannot be read as a picture"):
+        download.read_data(tmp_path)
+
+
+def test_pictures_of_other_sizes_and_colours_become_those_of_the_data_set(choose, tmp_path):
+    choose(SHAPES)
+    drawings.draw_folder(tmp_path / "shapes", SHAPES.classes, drawings.draw_shape, train=8)
+    folder = tmp_path / "shapes/train" / SHAPES.classes[0]
+    for number, picture in enumerate([("L", (50, 20), 200), ("RGBA", (32, 32), (200, 0, 0, 255)), ("P", (9, 9), 3)]):
+        Image.new(*picture).save(folder / f"{number}.png")
+    (folder / ".hidden.png").write_bytes(b"")
+    (folder / "notes.txt").write_text("no picture")
+    pictures, labels = images.read_images(tmp_path, "train")
+    assert pictures.shape == (6 * 6, 32, 32, 3)
+    assert labels.bincount().tolist() == [6] * 6
+
+
+@pytest.mark.parametrize("count", [2, 7, 20, 120])
+def test_every_class_is_in_each_split_and_no_image_in_two(choose, tmp_path, count):
+    choose(LETTERS)
+    pictures = torch.arange(26 * count)[:, None, None].expand(-1, 2, 2)
+    labels = torch.arange(26).repeat_interleave(count)
+    (training, of_training), (validation, of_validation) = images.split_validation(pictures, labels)
+    assert of_validation.bincount().tolist() == [-(-count // 12)] * 26
+    assert len(of_training) == 26 * (count - -(-count // 12))
+    assert {*training[:, 0, 0].tolist()} & {*validation[:, 0, 0].tolist()} == set()
+    assert images.split_validation(pictures, labels)[1][0].equal(validation)
+
+
+# The tree -------------------------------------------------------------------------------------------------------------
+
+TASK_NUMBERS = {28, 10, 784, 5_000, 55_000, 60_000}
+TENS = {  # where 10 is not the number of classes
+    "data/fetch.py": "seconds",
+    "model-train/training/plan.py": "tenths of an epoch",
+    "model-infer/infer.py": "pictures in a row, a font size",
+    "model-infer/serve.py": "seconds",
+    "model-infer/pictures/own.py": "inches",
+    "model-infer/pictures/picture.py": "pixels, in the preparation of digits for MNIST",
+    "model-infer/web/bounds.py": "seconds",
+    "model-infer/web/metrics.py": "seconds",
+}
+
+
+@pytest.mark.parametrize("folder", ["data", *stages.FOLDERS.values()])
+def test_the_numbers_of_mnist_stand_in_its_entry_alone(folder):
+    found = []
+    for path in {*(stages.TREE / folder).rglob("*.py")} - {*(stages.TREE / folder).glob("*/dataset.py")}:
+        name, tree = str(path.relative_to(stages.TREE)), ast.parse(path.read_text())
+        powers = {node.left for node in ast.walk(tree) if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Pow)}
+        for node in {*ast.walk(tree)} - powers if path.name != "net.py" else ():
+            if isinstance(node, ast.Constant) and type(node.value) is int and node.value in TASK_NUMBERS:
+                if not (node.value == 10 and name in TENS):
+                    found.append(f"{name}:{node.lineno}: {node.value}")
+            elif isinstance(node, ast.Attribute) and node.attr == "fc2":
+                found.append(f"{name}:{node.lineno}: fc2")
+    assert found == []
