@@ -140,10 +140,7 @@ def train_epochs(
     checkpoints: "Checkpoints",
     progress: Progress,
 ) -> None:
-    """Loop over the epochs: train, save checkpoints, validate.
-
-    Raise Stopped if a signal asks the training to stop, Failure if it cannot go on.
-    """
+    """Loop over the epochs: train, save checkpoints, validate. Raise Stopped if a signal ends the training."""
     from training.validation import validate
 
     began = time.monotonic() - record.seconds  # earlier runs count too

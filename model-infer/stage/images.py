@@ -25,17 +25,7 @@ EDIT_HINT = "Edit model-train/stage/dataset.py, then run: make copies"
 REMOVE_HINT = "Remove it, or put another picture in its place."
 MAX_FILE_BYTES = 500_000_000  # of a raw file; EMNIST's largest has 98 MB
 VALIDATION_PART, TEST_PART = 12, 7  # one in so many images of a class, where a data set has no such split of its own
-SUFFIXES = {
-    ".bmp",
-    ".jpeg",
-    ".jpg",
-    ".pgm",
-    ".png",
-    ".ppm",
-    ".tif",
-    ".tiff",
-    ".webp",
-}  # as in torchvision's ImageFolder
+SUFFIXES = {".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}  # as torchvision's ImageFolder
 
 
 class Split(NamedTuple):
