@@ -60,7 +60,10 @@ def use_what_is_there(data: Path) -> list[str]:
     missing = invalid_names(data)
     for name in list(missing):
         if content := find(data, name):
-            publish(data / DATA_SET.folder / name, content)
+            path = data / DATA_SET.folder / name
+            if path.is_dir():  # Kaggle's archive has each file in a folder of its name
+                path.rename(path.with_name(f"{name}.folder"))
+            publish(path, content)
             missing.remove(name)
     return missing
 
