@@ -62,7 +62,10 @@ def parse_checkpoint(file: bytes | bytearray, path: Path) -> tuple[Record, dict[
     content = weights.unpickle(file, net.Net(), path, FRESH_HINT)
     try:
         parts = dict(dict.items(content))  # a TypeError if it is no dict; its attributes could shadow its methods
-        return parse_record(parts["results"]), parts
+        record = parse_record(parts["results"])
+        if not 0 <= record.epochs_done() - len(record.history) <= 1:
+            raise ValueError("progress and history are inconsistent")
+        return record, parts
     except (KeyError, TypeError, ValueError):
         raise Failure(f"{path} is damaged. {FRESH_HINT}") from None
 

@@ -148,6 +148,12 @@ def parse_record(text: str | bytes | bytearray) -> Record:
         record = msgspec.json.decode(text, type=Record)
     except (msgspec.MsgspecError, RecursionError) as error:
         raise ValueError(f"it is damaged, or of another version than {VERSION} ({error})") from None
-    if len(record.workers) != record.settings.num_processes or record.start > record.batches:
+    is_consistent = (
+        len(record.workers) == record.settings.num_processes
+        and len(record.history) <= record.settings.epochs
+        and record.start <= record.batches
+        and bool(record.model_sha256 or not record.finished)
+    )
+    if not is_consistent:
         raise ValueError("its values are inconsistent")
     return record

@@ -10,7 +10,7 @@ from stage.files import CHECKPOINT, FRESH_HINT, TRAIN_RESULTS
 from stage.process import Failure, say
 from training import checks
 from training.checkpoint import read_checkpoint, restore
-from training.plan import Plan
+from training.plan import MAY_CHANGE, Plan
 from training.record import Record
 from training.settings import check_memory
 
@@ -31,7 +31,8 @@ def start_or_resume(
     old, tensors, path = Record.new(plan.settings, len(images), plan.data_sha256), None, folder and folder / CHECKPOINT
     if path and plan.action == "resume":
         old, tensors = read_checkpoint(path)
-        if old.run != plan.run:
+        changed = {name: getattr(plan.settings, name) for name in MAY_CHANGE}
+        if old.run != plan.run or replace(old.settings, **changed) != plan.settings:
             raise Failure(f"{path} and {TRAIN_RESULTS} belong to different trainings. {FRESH_HINT}")
     record = updated(old, plan)
     shared = SharedState(record, images, labels)
