@@ -258,11 +258,15 @@ def test_folders_of_pictures_that_do_not_fit_the_classes_are_refused_in_one_line
         download.read_data(tmp_path)
 
 
-def test_a_picture_that_is_damaged_is_named(choose, tmp_path):
+@pytest.mark.parametrize("fault", ["damaged", "16 bits"])
+def test_a_picture_that_cannot_be_read_as_it_is_is_named(choose, tmp_path, fault):
     choose(SHAPES)
     drawings.draw_folder(tmp_path / "shapes", SHAPES.classes, drawings.draw_shape, train=4)
     broken = tmp_path / "shapes/train" / SHAPES.classes[2] / "1.png"
-    broken.write_bytes(broken.read_bytes()[:200])
+    if fault == "damaged":
+        broken.write_bytes(broken.read_bytes()[:200])
+    else:
+        Image.new("I;16", (32, 32), 40_000).save(broken)
     with pytest.raises(Failure, match=f"{broken} cannot be read as a picture"):
         download.read_data(tmp_path)
 

@@ -20,6 +20,7 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image, ImageFilter, ImageOps, UnidentifiedImageError
 
+from stage import images
 from stage.dataset import DATA_SET
 from stage.process import Failure
 
@@ -107,12 +108,7 @@ def prepare(image: Image.Image) -> torch.Tensor:
 
 def resize(image: Image.Image) -> torch.Tensor:
     """Return a picture in the data set's colours and size, uint8 [H, W] or [H, W, 3]; its own pixels if it has them."""
-    channels, height, width = DATA_SET.shape
-    if image.mode.startswith(("I", "F")):
-        image = stretch(image)
-    mode = "L" if channels == 1 else "RGB"
-    image = image if image.mode == mode else image.convert(mode)  # which would copy it
-    return torch.from_numpy(np.array(image.resize((width, height), Image.Resampling.BILINEAR)))
+    return torch.from_numpy(np.array(images.fit(stretch(image) if image.mode.startswith(("I", "F")) else image)))
 
 
 def prepare_digit(image: Image.Image) -> torch.Tensor:

@@ -159,8 +159,19 @@ def convert(content: bytes | bytearray) -> "Image.Image":
     """Return a picture in the size and the colours of the data set. Raise an exception if it is damaged."""
     from PIL import Image, ImageOps  # imported here: only pictures need it
 
+    picture = ImageOps.exif_transpose(Image.open(io.BytesIO(content)))
+    if picture.mode.startswith(("I", "F")):  # whose levels Pillow would cut off at 255
+        raise ValueError("it has more than 8 bits a channel")
+    return fit(picture)
+
+
+def fit(picture: "Image.Image") -> "Image.Image":
+    """Return a picture in the size and the colours of the data set: itself if it has them."""
+    from PIL import Image
+
     channels, height, width = DATA_SET.shape
-    picture = ImageOps.exif_transpose(Image.open(io.BytesIO(content))).convert("L" if channels == 1 else "RGB")
+    mode = "L" if channels == 1 else "RGB"
+    picture = picture if picture.mode == mode else picture.convert(mode)
     return picture if picture.size == (width, height) else picture.resize((width, height), Image.Resampling.BILINEAR)
 
 
