@@ -184,6 +184,8 @@ def open_lock(path: Path) -> int:
     flags = os.O_WRONLY | os.O_NOFOLLOW | os.O_NONBLOCK  # never wait for the reader of a pipe
     try:
         return os.open(path, flags)  # not with O_CREAT: it refuses files of others in a sticky folder
+    except FileNotFoundError:  # not to be removed: another process may be making it
+        pass
     except OSError:
         remove(path)
     return os.open(path, flags | os.O_CREAT, 0o666)
