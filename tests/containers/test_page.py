@@ -13,7 +13,6 @@ import pytest
 from PIL import Image
 from selenium import webdriver
 
-import nodes
 import stages
 import strokes
 from nodes import free_port
@@ -216,14 +215,20 @@ def test_the_last_50_steps_can_be_undone_and_no_more_are_kept(page):
     assert opened.script("let n = 0; for (; !byId('undo').disabled; n++) undo(); return n") == 50
 
 
+@pytest.fixture
+def picture(data, tmp_path):
+    """The path of a picture of a 7, dark on white."""
+    Image.fromarray(255 - read_images(data, "test")[0][0].numpy()).resize((400, 400)).save(tmp_path / "seven.png")
+    return tmp_path / "seven.png"
+
+
 @pytest.mark.parametrize("how", ["drop", "paste", "choose"])
-def test_a_picture_can_be_dropped_pasted_or_chosen(page, data, tmp_path, how):
-    opened, file = page(), tmp_path / "seven.png"
-    Image.fromarray(255 - read_images(data, "test")[0][0].numpy()).resize((400, 400)).save(file)
+def test_a_picture_can_be_dropped_pasted_or_chosen(page, picture, how):
+    opened = page()
     if how == "choose":
-        opened.driver.find_element("id", "file").send_keys(str(file))
+        opened.driver.find_element("id", "file").send_keys(str(picture))
     else:
-        opened.give(how, file.read_bytes())
+        opened.give(how, picture.read_bytes())
     opened.until(lambda: opened.prediction() == "7")
     opened.click("clear")
     assert opened.prediction() == NOTHING
@@ -278,7 +283,7 @@ def test_for_another_data_set_pictures_are_predicted_by_name_and_nothing_is_abou
     folder = stages.infer_for(tmp_path, f"name='Clothes', classes={names}, preparation='resize'")
     (folder / "data").mkdir()
     (folder / "data/Clothes").symlink_to(stages.DATA / "MNIST")
-    port = nodes.free_port()
+    port = free_port()
     words = stages.command("serve", "--port", str(port), model=folder / "volume", data=folder / "data")
     words[1] = str(folder / "tree/model-infer/serve.py")
     with stages.running(words) as process:
@@ -290,7 +295,7 @@ def test_for_another_data_set_pictures_are_predicted_by_name_and_nothing_is_abou
         shown = opened.script("return document.title + document.body.innerText").lower()
         assert "digit" not in shown
         assert "draw" not in shown
-        opened.give("drop", picture, "boot.png")
+        opened.give("drop", picture.read_bytes())
         assert opened.until(lambda: opened.prediction() != NOTHING and opened.prediction()) in (*names, "?")
         heads = opened.script("return [...document.querySelectorAll('#bars th')].map((head) => head.textContent)")
         assert heads == [*names]
