@@ -1,9 +1,8 @@
 """The code that a training depends on, and whether a model was trained with the code of this stage.
 
-train notes the sha256 of each part in train_results.json. Comments, docstrings and layout do not count.
+train notes the sha256 of each part in train_results.json.
 """
 
-import ast
 import dataclasses
 import hashlib
 import json
@@ -25,19 +24,8 @@ def sha256_by_part() -> dict[str, str]:
     # Neither the limit of evaluate, nor where the files come from, nor how a user's pictures are prepared.
     entry = dataclasses.replace(DATA_SET, min_accuracy=0, preparation="resize", gz_md5={}, mirrors=(), npm_package="")
     files = {name: TOP / name for name in (*ALL_STAGES, *TRAINING_STEP)}
-    texts = {name: without_comments(path.read_text()) for name, path in files.items() if path.exists()}
-    return {name: hashlib.sha256(text.encode()).hexdigest() for name, text in (texts | {ENTRY: repr(entry)}).items()}
-
-
-def without_comments(source: str) -> str:
-    """Return Python source in a standard layout, without comments and docstrings."""
-    tree = ast.parse(source)
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) and ast.get_docstring(
-            node
-        ):
-            node.body[0] = ast.Pass()
-    return ast.unparse(tree)
+    contents = {name: path.read_bytes() for name, path in files.items() if path.exists()}
+    return {name: hashlib.sha256(part).hexdigest() for name, part in (contents | {ENTRY: repr(entry).encode()}).items()}
 
 
 def check_same(model: Path, sha256: str) -> None:
