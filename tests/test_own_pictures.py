@@ -13,7 +13,7 @@ from PIL import Image
 import example
 import stages
 from pictures import own, picture, prediction
-from stage import figures
+from stage import figures, images
 from stage.dataset import DATA_SET
 
 
@@ -135,7 +135,7 @@ def other(monkeypatch):
 
     def choose(**changes):
         data_set = dataclasses.replace(DATA_SET, preparation="resize", **changes)
-        for module in (picture, own):
+        for module in (images, picture, own):
             monkeypatch.setattr(module, "DATA_SET", data_set, raising=False)
 
     return choose
