@@ -72,3 +72,13 @@ def test_velocities_are_kept_and_another_number_of_workers_is_told(unfinished, w
     assert resumed.totals()[1] == 55_000
     assert shared.velocities.equal(torch.cat([velocities, torch.zeros_like(velocities[:1])])[:workers])
     assert ("velocities" in capsys.readouterr().out) == (workers != 2)
+
+
+def test_the_losses_accuracy_and_seconds_of_an_epoch_are_its_own():
+    new = record.Record.new(settings.Settings(epochs=2), 960, {})
+    for worker, loss, seconds, validation in ((0, 2.0, 5.0, [10.0, 90, 100]), (1, 1.0, 8.0, [5.0, 95, 100])):
+        new.workers[worker].add(960, 10, 960 * loss, 0.0)
+        new.update(10, seconds)
+        new.add_epoch(validation, 960)
+    found = [(e.train_loss, e.validation_loss, e.validation_accuracy, e.seconds) for e in new.history]
+    assert found == [(2.0, 0.1, 90.0, 5.0), (1.0, 0.05, 95.0, 3.0)]
