@@ -258,7 +258,7 @@ def test_a_picture_that_cannot_be_read_as_it_is_is_named(choose, tmp_path, fault
         broken.write_bytes(broken.read_bytes()[:200])
     else:
         Image.new("I;16", (32, 32), 40_000).save(broken)
-    with pytest.raises(Failure, match=f"{broken} cannot be read as a picture"):
+    with pytest.raises(Failure, match=f"{broken} is not a picture that can be read"):
         download.read_data(tmp_path)
 
 

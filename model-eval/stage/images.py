@@ -124,7 +124,7 @@ def read_pictures(data: Path, split: Literal["train", "test"]) -> Split:
         try:
             pixels += convert(content).tobytes()
         except Exception as error:  # damaged pictures raise exceptions of many kinds
-            raise Failure(f"{path} cannot be read as a picture ({error}). {REMOVE_HINT}") from None
+            raise Failure(f"{path} is not a picture that can be read ({error}). {REMOVE_HINT}") from None
         labels.append(label)
         digest.update(f"{path.relative_to(data)}\0{len(content)}\0".encode(errors="surrogateescape") + content)
     return Split(pixels, labels, {f"{DATA_SET.name}/{split}": digest.hexdigest()})
