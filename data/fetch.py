@@ -22,7 +22,7 @@ from stage import files, process
 from stage.dataset import DATA_SET
 from stage.images import list_pictures, problem_of
 from stage.process import Failure
-from training import download
+from training.details import download
 
 MIRROR_TIMEOUT = 10  # seconds without an answer
 NPM_TIMEOUT = 30  # seconds in all

@@ -1,7 +1,7 @@
 """The network, its input, and its predictions.
 
 To change the network, edit Net in model-train/net.py alone, then run `make copies`. Net(dropout) has logits(), one for
-each class of DATA_SET, and forward(), their log_softmax. train checks that before it starts (training/checks.py), and
+each class of DATA_SET, and forward(), their log_softmax. train first checks that (training/details/checks.py), and
 whether layers.py, faster than autograd but made for the network below, still computes the same.
 """
 

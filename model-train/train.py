@@ -19,35 +19,39 @@ from stage import process
 if __name__ == "__main__":
     # Before the other imports: a signal during them would end in a traceback.
     process.prepare_process("train")
+    from training import first_look
+
+    first_look.end_if_nothing_to_do()
 
 import argparse
 import hashlib
 import io
-import os
 import time
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import torch
+
+from hogwild import SharedState
 from stage.files import CURVES, FRESH_HINT, WEIGHTS, publish
 from stage.images import Images, split_validation, to_tensors
 from stage.process import Failure, exit_on_failure, percent, print_error, say
 from training import plan, settings
-from training.curves import draw_curves
-from training.download import read_data
-from training.lock import Busy, volume_lock
-from training.progress import Progress
+from training.alone import Alone
+from training.checkpoint import Checkpoints
+from training.details.curves import draw_curves
+from training.details.download import read_data
+from training.details.limits import check_limits
+from training.details.lock import volume_lock
+from training.details.progress import Progress
 from training.record import Record
+from training.start import start_or_resume
 from training.stopping import RESUME_HINT, Stopped, StopRequest
+from training.validation import validate
+from training.workers import Workers
 
-if TYPE_CHECKING:  # what needs torch is imported where it is used: a finished training ends before that second is spent
-    import torch
-
+if TYPE_CHECKING:
     from cluster.nodes import Nodes
-    from hogwild import SharedState
-    from training.alone import Alone
-    from training.checkpoint import Checkpoints
-    from training.workers import Workers
 
 LEARNED = 0.1  # the part of what chance gets wrong that a model must get right, to be published
 
@@ -56,56 +60,37 @@ def main() -> int:
     """Run the stage and return its exit status."""
     args, requested = settings.parse_args()
     with exit_on_failure("train"):
-        if "TORCHELASTIC_RUN_ID" in os.environ:  # this is one of several nodes
+        if settings.is_node():
             from cluster.nodes import train_on_node
 
             return train_on_node(args, requested, train)
         if args.dry_run:
             return train_alone(plan.dry_run(requested), args)
-        args.model.mkdir(parents=True, exist_ok=True)
-        todo = plan.decide(requested, args.fresh, args.model)
-        if todo.action != "nothing":
-            try:
-                with volume_lock(args.model):
-                    # Again: another training may have ended between the first look and the lock.
-                    todo = plan.decide(requested, args.fresh, args.model)
-                    if todo.action != "nothing":
-                        return train_alone(todo, args)
-            except Busy as busy:
-                todo = plan.beside(busy, bool(requested or args.fresh), args.model)
-        try:
-            data = read_data(args.data)  # the next stages need the data but cannot write to its folder
-        except Failure as failure:
-            print_error(f"train: warning: {failure}")
-        else:
-            plan.check_data(todo, data.sha256, args.model)
+        with volume_lock(args.model):
+            # Decided again: another training may have ended between the first look and the lock.
+            todo = plan.decide(requested, args.fresh, args.model)
+            if todo.action != "nothing":
+                return train_alone(todo, args)
         say(f"train: {todo.message}")
     return 0
 
 
 def train_alone(todo: plan.Plan, args: argparse.Namespace) -> int:
     """Train on this machine alone, from the start or from a checkpoint, and return the exit status."""
-    settings.check_limits(todo.settings)
-    with ThreadPoolExecutor(1) as executor:  # verifying the data takes 0.1 s, and importing torch leaves a core idle
-        reading = executor.submit(read_data, args.data)
-        from training.alone import Alone
-        from training.start import start_or_resume
-    data = reading.result()
+    check_limits(todo.settings)
+    data = read_data(args.data)
     training, validation = split_validation(*to_tensors(data))
     todo = plan.with_data(todo, data.sha256, len(training[0]), args.folder)
-    del reading, data  # the tensors may be copies
+    del data  # the tensors may be copies
     record, shared = start_or_resume(todo, *training, args.folder)
     say(f"train: {todo.message} ({todo.settings.as_flags()})")
     return train(record, shared, validation, Alone(), args)
 
 
 def train(
-    record: Record, shared: "SharedState", validation: Images, nodes: "Alone | Nodes", args: argparse.Namespace
+    record: Record, shared: SharedState, validation: Images, nodes: "Alone | Nodes", args: argparse.Namespace
 ) -> int:
     """Train, on one machine or together with other nodes; publish the model, and return the exit status."""
-    from training.checkpoint import Checkpoints
-    from training.workers import Workers
-
     process.imports_done()
     folder = args.folder if nodes.rank == 0 else None  # node 0 alone writes to the volume
     checkpoints = Checkpoints(folder, shared, record)
@@ -133,16 +118,14 @@ def train(
 
 def train_epochs(
     record: Record,
-    shared: "SharedState",
+    shared: SharedState,
     validation: Images,
-    workers: "Workers",
+    workers: Workers,
     nodes: "Alone | Nodes",
-    checkpoints: "Checkpoints",
+    checkpoints: Checkpoints,
     progress: Progress,
 ) -> None:
     """Loop over the epochs: train, save checkpoints, validate. Raise Stopped if a signal ends the training."""
-    from training.validation import validate
-
     began = time.monotonic() - record.seconds  # earlier runs count too
     for epoch in range(len(record.history), record.settings.epochs):
         end_of_epoch = (epoch + 1) * shared.batches_per_epoch
@@ -171,18 +154,16 @@ def train_epochs(
     checkpoints.save()
 
 
-def chance_of(labels: "torch.Tensor") -> float:
+def chance_of(labels: torch.Tensor) -> float:
     """Return the accuracy, in percent, of a model that predicts the most frequent of the labels, int64 [N]."""
     return 100 * labels.bincount().max().item() / len(labels)
 
 
-def publish_model(record: Record, shared: "SharedState", folder: Path | None, chance: float) -> None:
+def publish_model(record: Record, shared: SharedState, folder: Path | None, chance: float) -> None:
     """Publish the curves, the model, and the record that marks the training as finished, if there is a folder.
 
     Raise Failure if the model has not learned anything: its validation accuracy is not well above chance, in percent.
     """
-    import torch
-
     if not folder:
         return
     accuracy = record.history[-1].validation_accuracy

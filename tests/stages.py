@@ -81,7 +81,10 @@ def call(stage, *flags, model, data=DATA):
     words, stdout, stderr = command(stage, *flags, model=model, data=data)[1:], io.StringIO(), io.StringIO()
     with mock.patch("sys.argv", words), contextlib.redirect_stdout(stdout), contextlib.redirect_stderr(stderr):
         try:
-            status = importlib.import_module(stage).main()
+            program = importlib.import_module(stage)
+            if stage == "train":
+                importlib.import_module("training.first_look").end_if_nothing_to_do()
+            status = program.main()
         except SystemExit as end:
             status = end.code
     torch.set_num_threads(1)  # or a process could not be forked safely

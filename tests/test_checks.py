@@ -15,7 +15,8 @@ import stages
 from stage import weights
 from stage.images import read_images
 from stage.process import Failure
-from training import checkpoint, checks, plan, settings, start
+from training import checkpoint, plan, settings, start
+from training.details import checks, limits
 
 
 @pytest.fixture(scope="module")
@@ -135,12 +136,12 @@ def test_the_largest_checkpoint_of_a_network_is_under_the_limit(use, training, t
 
 
 def test_memory_that_is_too_small_for_the_parameters_is_told(use, training, monkeypatch):
-    limits = []
-    monkeypatch.setattr(settings.process, "check_memory", lambda needed, what: limits.append(needed))
+    needs = []
+    monkeypatch.setattr(limits.process, "check_memory", lambda needed, what: needs.append(needed))
     begin(*training)
     use(networks.NETWORKS["MLP"])
     begin(*training)
-    assert limits[1] - limits[0] > 10 * 4 * 2_000_000
+    assert needs[1] - needs[0] > 10 * 4 * 2_000_000
 
 
 @pytest.fixture

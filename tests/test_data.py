@@ -19,7 +19,7 @@ import corpus
 import fetch
 import stages
 from stage import dataset
-from training import download
+from training.details import download
 
 NOWHERE = "http://127.0.0.1:9/"  # nobody listens there
 _, TRAIN_LABELS, IMAGES, LABELS = stages.RAW_FILES
@@ -89,7 +89,7 @@ def mirrors_at(compressed, monkeypatch):
 
 DOWNLOAD = """
 import sys, pathlib, torchvision
-from training import download
+from training.details import download
 torchvision.datasets.MNIST.mirrors, torchvision.datasets.MNIST.resources = {mirrors}, {resources}
 download.read_data(pathlib.Path(sys.argv[1]))
 """

@@ -14,7 +14,7 @@ import pytest
 import stages
 from stage import files, images, process
 from stage.process import Failure
-from training.lock import volume_lock
+from training.details.lock import volume_lock
 
 
 def test_a_published_file_is_readable_by_all_and_nothing_is_left_beside_it(tmp_path):

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch.nn import functional
 
+import augmentation
 import example
 import hogwild
 import layers
@@ -146,7 +147,7 @@ def only(monkeypatch):
 
     def allow(name, value, numbers):
         for other in ("MAX_ROTATION", "MAX_SCALING", "MAX_SHIFT"):
-            monkeypatch.setattr(hogwild, other, value if other == name else 0)
+            monkeypatch.setattr(augmentation, other, value if other == name else 0)
         random = (torch.tensor(numbers)[:, None] + 1) / 2
         monkeypatch.setattr(torch, "rand", lambda rows, columns: random.repeat(1, columns))
 
@@ -155,14 +156,14 @@ def only(monkeypatch):
 
 def test_a_shift_moves_images_right_by_the_one_and_down_by_the_other_number(x, only):
     only("MAX_SHIFT", 2 / 28, [0, 0, 0, 1.0, 0])  # a pixel is 2 / 28
-    assert torch.allclose(hogwild.augment(x, 1.0)[..., :-1], x[..., 1:], atol=1e-4)
+    assert torch.allclose(augmentation.augment(x, 1.0)[..., :-1], x[..., 1:], atol=1e-4)
     only("MAX_SHIFT", 2 / 28, [0, 0, 0, 0, 1.0])
-    assert torch.allclose(hogwild.augment(x, 1.0)[..., :-1, :], x[..., 1:, :], atol=1e-4)
+    assert torch.allclose(augmentation.augment(x, 1.0)[..., :-1, :], x[..., 1:, :], atol=1e-4)
 
 
 def test_a_quarter_turn_is_a_rotation_of_the_pixels(x, only):
     only("MAX_ROTATION", math.pi / 2, [1.0, 0, 0, 0, 0])
-    assert torch.allclose(hogwild.augment(x, 1.0), x.rot90(1, (2, 3)), atol=1e-3)
+    assert torch.allclose(augmentation.augment(x, 1.0), x.rot90(1, (2, 3)), atol=1e-3)
 
 
 @pytest.mark.parametrize(("numbers", "size"), [([0, 1.0, 0, 0, 0], (28, 14)), ([0, 0, 1.0, 0, 0], (14, 28))])
@@ -170,17 +171,17 @@ def test_a_scaling_by_two_makes_an_image_narrower_or_flatter(only, numbers, size
     only("MAX_SCALING", 1.0, numbers)
     picture = torch.zeros(1, 1, 28, 28)
     picture[..., 1:-1, 1:-1] = 1
-    rows, columns = (hogwild.augment(picture, 1.0)[0, 0] > 0.5).nonzero().unbind(1)
+    rows, columns = (augmentation.augment(picture, 1.0)[0, 0] > 0.5).nonzero().unbind(1)
     assert (len(rows.unique()), len(columns.unique())) == pytest.approx(size, abs=2)
 
 
 def test_images_of_other_sizes_and_in_colour_are_augmented_as_affine_grid_would():
     x = torch.randn(3, 3, 32, 20)
     torch.manual_seed(1)
-    ours = hogwild.augment(x, 1.0)
+    ours = augmentation.augment(x, 1.0)
     torch.manual_seed(1)
     angle, scale_x, scale_y, shift_x, shift_y = torch.rand(5, 3).mul_(2).sub_(1)
-    angle, scale_x, scale_y = hogwild.MAX_ROTATION * angle, 1 + 0.1 * scale_x, 1 + 0.1 * scale_y
+    angle, scale_x, scale_y = augmentation.MAX_ROTATION * angle, 1 + 0.1 * scale_x, 1 + 0.1 * scale_y
     top = torch.stack([scale_x * angle.cos(), -angle.sin(), 0.1 * shift_x], 1)
     bottom = torch.stack([angle.sin(), scale_y * angle.cos(), 0.1 * shift_y], 1)
     grid = functional.affine_grid(torch.stack([top, bottom], 1), [3, 3, 32, 20], align_corners=False)
@@ -191,8 +192,8 @@ def test_images_of_other_sizes_and_in_colour_are_augmented_as_affine_grid_would(
 def test_every_image_is_augmented_by_itself_a_seed_repeats_it_and_strength_0_changes_nothing(x):
     same = x[:1].expand(2, 1, 28, 28).contiguous()
     torch.manual_seed(1)
-    one = hogwild.augment(same, 1.0)
+    one = augmentation.augment(same, 1.0)
     assert not torch.allclose(one[0], one[1], atol=0.1)
     torch.manual_seed(1)
-    assert hogwild.augment(same, 1.0).equal(one)
-    assert hogwild.augment(same, 0.0).equal(same)
+    assert augmentation.augment(same, 1.0).equal(one)
+    assert augmentation.augment(same, 0.0).equal(same)

@@ -11,7 +11,7 @@ import stages
 from stage.files import TRAIN_LOCK
 from stage.process import Failure
 from training import plan, settings
-from training.lock import volume_lock
+from training.details.lock import volume_lock
 
 OTHERS = {  # a value of each setting that the training in a volume did not have
     name: "constant" if name == "schedule" else type(item.default)(2 * item.default + 1)

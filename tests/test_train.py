@@ -14,7 +14,7 @@ import stages
 import train
 from stage import process
 from training import workers
-from training.lock import volume_lock
+from training.details.lock import volume_lock
 
 
 def test_the_model_is_plain_numbers_and_the_same_as_in_the_last_checkpoint(trained):

@@ -17,7 +17,7 @@ import stages
 from stage import code, images
 from stage.dataset import EMNIST_LETTERS, FASHION_MNIST, KMNIST, MNIST, PICTURES
 from stage.process import Failure
-from training import download
+from training.details import download
 
 PACKAGED = Path("/usr/share/datasets/fashion-mnist")  # of Debian's package dataset-fashion-mnist
 CHOICE = "DATA_SET = MNIST\n"

@@ -14,7 +14,7 @@ from stage.process import Failure
 
 TOP = Path(__file__).parents[1]
 ALL_STAGES = ("net.py", "stage/images.py")  # what all stages have, besides the data set's entry
-TRAINING_STEP = ("hogwild.py", "layers.py")
+TRAINING_STEP = ("hogwild.py", "layers.py", "augmentation.py")
 ENTRY = "DATA_SET in stage/dataset.py"
 MAX_RECORD_BYTES = 10_000_000  # of train_results.json: it takes a few kB, and 200 bytes more with every epoch
 

@@ -16,27 +16,27 @@ import os
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import torch
 from msgspec.structs import astuple, replace
 
 from cluster.environment import HAS_BEGUN
+from cluster.network import LostNode, Node, SharedFailure
+from hogwild import SharedState
 from stage.dataset import batches_per_epoch
 from stage.files import FRESH_HINT, TRAIN_RESULTS
 from stage.images import Images, split_validation, to_tensors
 from stage.process import Failure, print_error, say
 from training import plan, settings
-from training.download import read_data
-from training.lock import volume_lock
+from training.checkpoint import Checkpoints, parse_checkpoint, restore
+from training.details.download import read_data
+from training.details.limits import check_limits
+from training.details.lock import volume_lock
 from training.record import LostWorker, Record
+from training.start import start_or_resume
 from training.stopping import Stopped, StopRequest
-
-if TYPE_CHECKING:  # torch takes a second to import
-    import torch
-
-    from cluster.network import Node
-    from hogwild import SharedState
-    from training.workers import Workers
+from training.workers import Workers
 
 STOP_SECONDS = 5  # from the first to the last of the signals that stop all nodes
 
@@ -46,8 +46,6 @@ def train_on_node(args: argparse.Namespace, requested: dict[str, Any], train: Ca
 
     Raise Failure for what torchrun is to try again: another node is lost, or the training fails on this one.
     """
-    from cluster.network import Node, SharedFailure
-
     if HAS_BEGUN not in os.environ:
         raise Failure("torchrun must start launch.py, not train.py: see docs/cluster.md", status=2)
     node = Node()
@@ -65,7 +63,7 @@ class Preparation:
     """What a node does until all are ready to train. Each step ends on all nodes before the next one begins."""
 
     def __init__(
-        self, node: "Node", args: argparse.Namespace, requested: dict[str, Any], lock: contextlib.ExitStack
+        self, node: Node, args: argparse.Namespace, requested: dict[str, Any], lock: contextlib.ExitStack
     ) -> None:
         self.node, self.args, self.requested, self.lock = node, args, requested, lock
         self.has_begun = Path(os.environ[HAS_BEGUN])
@@ -75,7 +73,7 @@ class Preparation:
         self.validation: Images
         self.started: tuple[Record, SharedState] | None = None
 
-    def prepare(self) -> "tuple[Record, SharedState] | None":
+    def prepare(self) -> tuple[Record, SharedState] | None:
         """Return the record and the shared state of this node, or None if there is nothing to do.
 
         Raise SharedFailure if the nodes cannot train together.
@@ -106,9 +104,6 @@ class Preparation:
 
     def decide(self, fresh: bool) -> bytes:
         """On node 0: decide what to do, as on one machine; return the checkpoint to start from, empty for nothing."""
-        from training.checkpoint import Checkpoints
-        from training.start import start_or_resume
-
         folder, world = self.args.folder, self.node.world
         if folder:
             folder.mkdir(parents=True, exist_ok=True)
@@ -118,7 +113,7 @@ class Preparation:
             plan.check_data(todo, self.data_sha256, folder)
             say(f"train: {todo.message}")
             return b""
-        settings.check_limits(todo.settings)
+        check_limits(todo.settings)
         todo = plan.with_data(todo, self.data_sha256, len(self.training[0]), folder)
         batches = batches_per_epoch(todo.settings.batch_size, todo.images or 0)
         if world > batches:
@@ -130,12 +125,9 @@ class Preparation:
 
     def follow(self, start: bytes) -> bytes:
         """On the other nodes: start from the checkpoint of node 0, which must be in the volume of this node too."""
-        from hogwild import SharedState
-        from training.checkpoint import parse_checkpoint, restore
-
         path = Path("the checkpoint that node 0 has sent")
         record, tensors = parse_checkpoint(start, path)
-        settings.check_limits(record.settings)
+        check_limits(record.settings)
         if self.args.folder:
             check_volume(self.args.folder, record, self.node)
         count = self.dry_run.images if self.dry_run else None
@@ -163,7 +155,7 @@ def check_same(descriptions: list[dict[str, dict[str, str]]], rank: int) -> byte
     return b""
 
 
-def check_volume(folder: Path, record: Record, node: "Node") -> None:
+def check_volume(folder: Path, record: Record, node: Node) -> None:
     """Raise Failure if train_results.json is not what node 0 has just written."""
     path, deadline = folder / TRAIN_RESULTS, time.monotonic() + node.timeout
     while not (path.exists() and path.read_bytes() == record.to_json().encode()):
@@ -183,9 +175,7 @@ class Nodes:
     parameters, and records with the same progress.
     """
 
-    def __init__(self, node: "Node", record: Record, shared: "SharedState") -> None:
-        import torch
-
+    def __init__(self, node: Node, record: Record, shared: SharedState) -> None:
         self.node, self.record, self.shared = node, record, shared
         self.rank, self.world = node.rank, node.world
         shared.peak_lr = record.settings.lr * node.world
@@ -200,14 +190,12 @@ class Nodes:
         """Return the batch before which the nodes synchronise next."""
         return min(end_of_epoch, self.record.batches + self.record.settings.sync_every * self.world)
 
-    def sync(self, workers: "Workers") -> bool:
+    def sync(self, workers: Workers) -> bool:
         """Wait for the other nodes, average the parameters, bring the record up to date.
 
         Return whether a node is asked to stop. Raise Stopped if this one is, and that takes too long, LostNode if
         another node does not come.
         """
-        import torch
-
         parameters, numbers, stopping = torch.split(self.sums, self.sizes)
         parameters.copy_(self.shared.parameters)
         numbers = numbers.zero_().view(self.world, -1, 6)
@@ -225,14 +213,12 @@ class Nodes:
         self.record.lost_workers += late
         return bool(stopping.item())
 
-    def news(self) -> "torch.Tensor":
+    def news(self) -> torch.Tensor:
         """Return what each worker of this node has done since the last time: float32 [workers, 6].
 
         That is images, steps, sum of losses, seconds waited, and the signal that killed it and the batch that it had,
         if it was killed. The batch, from 1, is counted from then, since float32 has no large integers.
         """
-        import torch
-
         now, known = (
             torch.tensor([astuple(worker)[1:] for worker in each]) for each in (self.record.workers, self.known)
         )
@@ -244,15 +230,13 @@ class Nodes:
             lost.rank += self.rank * len(numbers)
         return numbers
 
-    def sum(self, values: "torch.Tensor", workers: "Workers") -> "torch.Tensor":
+    def sum(self, values: torch.Tensor, workers: Workers) -> torch.Tensor:
         """Return the sums of the values over the nodes."""
         self.node.sum(values, workers.watch)
         return values
 
     def stopped(self, stop: StopRequest) -> Exception:
         """Return what ends this node, since one was asked to stop: Stopped if this one is asked too, else LostNode."""
-        from cluster.network import LostNode
-
         deadline = time.monotonic() + STOP_SECONDS
         while not stop.number and time.monotonic() < deadline:
             time.sleep(0.01)

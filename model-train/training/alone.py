@@ -1,14 +1,11 @@
 """What the nodes of a training do together, for a machine that trains alone: almost nothing."""
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 import torch
 
 from training.stopping import Stopped, StopRequest
-
-if TYPE_CHECKING:
-    from training.workers import Workers
+from training.workers import Workers
 
 
 class Alone:
@@ -20,11 +17,11 @@ class Alone:
         """Return the batch before which the nodes synchronise next."""
         return end_of_epoch
 
-    def sync(self, workers: "Workers") -> bool:
+    def sync(self, workers: Workers) -> bool:
         """Synchronise the nodes, whose workers are idle; return whether one of them is asked to stop."""
         return bool(workers.stop.number)
 
-    def sum(self, values: torch.Tensor, workers: "Workers") -> torch.Tensor:
+    def sum(self, values: torch.Tensor, workers: Workers) -> torch.Tensor:
         """Return the sums of the values over the nodes."""
         return values
 

@@ -24,7 +24,6 @@ The record is train_results.json.
 """
 
 import math
-import zipfile
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -44,7 +43,6 @@ from stage.files import (
     sha256_of_model,
 )
 from stage.process import Failure
-from training.lock import Busy
 from training.record import Record, read_record
 from training.settings import Settings, flag
 
@@ -157,14 +155,3 @@ def check_epochs(record: Record, requested: int, folder: Path) -> None:
             f"{requested} is too few: give a larger number than that, or omit it. {FRESH_HINT}",
             status=2,
         )
-
-
-def beside(busy: Busy, is_asked: bool, folder: Path) -> Plan:
-    """Return the plan while another training has the lock: do nothing, if nothing is asked and there is a model.
-
-    Otherwise raise the Failure. The other stages check the model themselves, so here it need only be a zip to its end.
-    """
-    model = folder / WEIGHTS
-    if is_asked or not (model.is_file() and zipfile.is_zipfile(model)):
-        raise busy
-    return Plan("nothing", f"{model} stays in use until {busy.holder} has finished", Settings())

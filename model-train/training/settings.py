@@ -1,6 +1,7 @@
 """The settings of a training, type, default, range and help of each in one place, and the command line of train."""
 
 import argparse
+import os
 import typing
 from functools import partial
 from typing import Annotated, Any, Literal
@@ -8,15 +9,9 @@ from typing import Annotated, Any, Literal
 import msgspec
 from msgspec import Meta
 
-from stage import flags, process
+from stage import flags
 from stage.dataset import DATA_SET
-from stage.process import say
 
-# The memory that train needs, in bytes: for torch and the images, per worker for torch's buffers, and per image of a
-# batch for what a step keeps of it (float32; measured with 1 to 64 workers and batches of 96 to 10,000).
-PARENT_MEMORY, WORKER_MEMORY, IMAGE_MEMORY = 225_000_000, 32_000_000, 150_000
-# Copies of the parameters in memory while a checkpoint is written or read: in all, and for each worker.
-PARENT_COPIES, WORKER_COPIES = 7, 5
 MAX_WORKERS = 64
 
 PASSES = "passes over the training images in total, earlier runs included"
@@ -100,6 +95,11 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         parser.add_argument(flag(name), type=partial(parse, name), metavar=metavar, help=text)
 
 
+def is_node() -> bool:
+    """Return whether torchrun has started this process, as one of several nodes."""
+    return "TORCHELASTIC_RUN_ID" in os.environ
+
+
 def parse_args() -> tuple[argparse.Namespace, dict[str, Any]]:
     """Parse the command line of train; return it, and the settings in it that were given, by name."""
     description = (
@@ -118,21 +118,3 @@ def parse_args() -> tuple[argparse.Namespace, dict[str, Any]]:
     args = parser.parse_args()
     args.folder = None if args.dry_run else args.model  # where to read and write, if anywhere
     return args, {name: getattr(args, name) for name in SETTINGS if getattr(args, name) is not None}
-
-
-def check_limits(wanted: Settings) -> None:
-    """Raise Failure if the container lacks memory or processes for the settings; warn if it has too few cores."""
-    workers = wanted.num_processes
-    check_memory(wanted)
-    process.check_threads(2 * workers + 2)  # the workers, as many threads for validation, and a margin
-    cores = process.count_cores()
-    if workers > cores:
-        say(f"train: warning: {workers} workers share {cores} core{'s' * (cores > 1)}, which slows training down")
-
-
-def check_memory(wanted: Settings, parameters: int = 0) -> None:
-    """Raise Failure if the container lacks memory for the settings and a network of so many parameters (float32)."""
-    workers, batch_size = wanted.num_processes, wanted.batch_size
-    needed = PARENT_MEMORY + workers * (WORKER_MEMORY + batch_size * IMAGE_MEMORY)
-    needed += 4 * parameters * (PARENT_COPIES + workers * WORKER_COPIES)
-    process.check_memory(needed, f"training with {workers} workers and batches of {batch_size:,} images")

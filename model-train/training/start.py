@@ -8,11 +8,11 @@ from msgspec.structs import replace
 from hogwild import PRECISION, SharedState
 from stage.files import CHECKPOINT, FRESH_HINT, TRAIN_RESULTS
 from stage.process import Failure, say
-from training import checks
 from training.checkpoint import read_checkpoint, restore
+from training.details import checks
+from training.details.limits import check_memory
 from training.plan import MAY_CHANGE, Plan
 from training.record import Record
-from training.settings import check_memory
 
 AUTOGRAD_NOTE = (
     "net.py differs from layers.py, so autograd computes the gradients: for MNIST's network in 10 ms a batch, not 4"
