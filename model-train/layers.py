@@ -1,8 +1,8 @@
 """The arithmetic of a training step: the loss of net.Net and its gradients, as a few matrix products.
 
 This is the network that net.py has for MNIST, once more; where net.py has been changed, is_network_of() says so, and
-autograd computes the gradients. For a batch of 96 that takes 2.7 times as long as this file takes in bfloat16, 1.8 times
-as long as in float32 (medians on one core of an AMD EPYC, Zen 5).
+autograd computes the gradients. A batch of 96 then takes 2.7 times as long as with this file in bfloat16, 1.8 times as
+long as in float32 (medians on one core of an AMD EPYC, Zen 5).
 
 Activations are laid out [height, channels, width, batch], so that operations run over long contiguous rows. Two
 neighbouring outputs in a row, which max-pooling joins, depend on a window of the input that is 6 wide; a matrix has
