@@ -66,8 +66,8 @@ class SharedState:
             parameter.data = view.copy_(parameter.data)
         # Each worker has its own velocity, shared only so that the parent can checkpoint it.
         self.velocities = shared_zeros(self.settings.num_processes, len(self.parameters))
-        # Each worker's sum of the parameters after those of its batches that are averaged, and the number of summands.
-        self.sums = shared_zeros(self.settings.num_processes, len(self.parameters) + 1)
+        # For --averaging: of each worker, the sum of the parameters after its last batches, and the number of summands.
+        self.parameter_sums = shared_zeros(self.settings.num_processes, len(self.parameters) + 1)
 
     def part_of_schedule(self, number: int) -> float:
         """Return how much of the schedule is over in the middle of a batch, between 0 and 1."""
@@ -82,7 +82,7 @@ class SharedState:
 
         Stochastic weight averaging (Izmailov et al. 2018), though over batches, not epochs.
         """
-        self.sums.zero_()[0].copy_(total)
+        self.parameter_sums.zero_()[0].copy_(total)
         if total[-1] > 0:
             self.parameters.copy_(total[:-1] / total[-1])
 
@@ -108,7 +108,7 @@ class Trainer:
 
     def __init__(self, rank: int, shared: SharedState) -> None:
         self.shared, self.settings = shared, shared.settings
-        self.velocity, self.own_sum = shared.velocities[rank], shared.sums[rank]
+        self.velocity, self.own_sum = shared.velocities[rank], shared.parameter_sums[rank]
         self.permutation_epoch, self.permutation = -1, torch.empty(0)
 
     def train_batch(self, number: int) -> tuple[int, float]:

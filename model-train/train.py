@@ -91,7 +91,7 @@ def train(
     record: Record, shared: SharedState, validation: Images, nodes: "Alone | Nodes", args: argparse.Namespace
 ) -> int:
     """Train, on one machine or together with other nodes; publish the model, and return the exit status."""
-    process.imports_done()
+    process.imports_done()  # before the workers are forked, which share what there is
     folder = args.folder if nodes.rank == 0 else None  # node 0 alone writes to the volume
     checkpoints = Checkpoints(folder, shared, record)
     progress = Progress(record, len(shared.images), args.log_interval, quiet=nodes.rank > 0)
@@ -102,8 +102,9 @@ def train(
         with Workers(shared, record, stop, nodes.rank, nodes.world) as workers:
             train_epochs(record, shared, validation, workers, nodes, checkpoints, progress)
     except Stopped as stopped:
-        hint = f". {RESUME_HINT}" if folder and nodes.world == 1 else ""  # cluster/launch.py has its own
-        print_error(f"train: {name}{stopped}{hint}")
+        hint = f". {RESUME_HINT}" if nodes.world == 1 else ""  # cluster/launch.py has its own
+        outcome = "a dry run saves nothing" if args.dry_run else f"{stopped.progress}{hint}"
+        print_error(f"train: {name}stopped by {process.signal_name(stopped.number)}; {outcome}")
         return 128 + stopped.number
     finally:
         progress.close()
@@ -145,9 +146,9 @@ def train_epochs(
                 workers.hand_out(nodes.next_sync(end_of_epoch))  # to train on while it is written
                 checkpoints.write(checkpoint)
         if epoch + 1 == record.settings.epochs:
-            shared.load_mean(nodes.sum(shared.sums.sum(0), workers))
-        own_images = [part[nodes.rank :: nodes.world] for part in validation]  # each node validates on a part
-        sums = nodes.sum(validate(shared.model, *own_images), workers)
+            shared.load_mean(nodes.sum(shared.parameter_sums.sum(0), workers))  # with --averaging
+        images, labels = (each[nodes.rank :: nodes.world] for each in validation)  # each node validates on a part
+        sums = nodes.sum(validate(shared.model, images, labels), workers)
         record.update(end_of_epoch, time.monotonic() - began)
         record.add_epoch(sums.tolist(), len(shared.images))
         progress.print_epoch()

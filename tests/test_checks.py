@@ -123,7 +123,7 @@ def test_the_checks_change_nothing(training):
     expected = net.Net().state_dict()
     assert all(tensor.equal(expected[name]) for name, tensor in shared.state_dict().items())
     assert not shared.velocities.any()
-    assert not shared.sums.any()
+    assert not shared.parameter_sums.any()
 
 
 def test_the_largest_checkpoint_of_a_network_is_under_the_limit(use, training, tmp_path):

@@ -60,7 +60,7 @@ def test_the_model_is_the_mean_over_the_last_batches_or_without_averaging_that_a
     for number in range(20):
         trainer.train_batch(number)
         after.append(trainer.shared.parameters.clone())
-    trainer.shared.load_mean(trainer.shared.sums.sum(0))
+    trainer.shared.load_mean(trainer.shared.parameter_sums.sum(0))
     torch.testing.assert_close(trainer.shared.parameters, torch.stack(after[12:]).mean(0) if averaging else after[-1])
     assert trainer.shared.parameters.equal(after[-1]) == (not averaging)
 
@@ -70,7 +70,7 @@ def test_a_worker_that_is_late_with_an_early_batch_leaves_the_sums_of_the_last_b
     workers = [hogwild.Trainer(rank, shared) for rank in range(2)]
     for number in (12, 13, 5, 14):
         workers[number % 2].train_batch(number)
-    assert shared.sums[:, -1].tolist() == [2, 1]
+    assert shared.parameter_sums[:, -1].tolist() == [2, 1]
 
 
 @pytest.mark.parametrize("longest", [0.5, 1e6], ids=["clipped", "not clipped"])

@@ -61,7 +61,7 @@ def test_a_training_goes_on_with_its_sum_of_parameters_but_not_with_another_numb
     folder, summed = request.getfixturevalue(state), torch.randn(21_841)
     stages.edit_checkpoint(folder, sum=lambda saved: summed)
     _, shared = resume(folder, **requested)
-    assert shared.sums.sum(0).equal(torch.zeros_like(summed) if requested else summed)
+    assert shared.parameter_sums.sum(0).equal(torch.zeros_like(summed) if requested else summed)
 
 
 @pytest.mark.parametrize("workers", [1, 2, 3])

@@ -39,6 +39,11 @@ class DataSet:
         return data / self.folder / next(iter(self.sha256), "train")
 
 
+def batches_per_epoch(batch_size: int, images: int) -> int:
+    """Return the number of batches in a pass over the images; the last one may be smaller."""
+    return math.ceil(images / batch_size)
+
+
 MNIST = DataSet(
     name="MNIST",
     classes=tuple("0123456789"),
@@ -85,18 +90,17 @@ KMNIST = DataSet(  # cursive Japanese characters
     },
     mirrors=("http://codh.rois.ac.jp/kmnist/dataset/kmnist/",),
 )
-EMNIST_LETTERS = (
-    DataSet(  # train downloads 560 MB; or unpack https://biometrics.nist.gov/cs_links/EMNIST/gzip.zip there
-        name="EMNIST",
-        classes=tuple("abcdefghijklmnopqrstuvwxyz"),
-        pixel_mean=0.1722,
-        pixel_std=0.3309,
-        min_accuracy=85.0,
-        sha256={f"emnist-letters-{name.replace('t10k', 'test')}": "" for name in RAW_FILES},
-        torchvision={"split": "letters"},
-        transposed=True,
-        first_label=1,
-    )
+# train downloads 560 MB; or unpack https://biometrics.nist.gov/cs_links/EMNIST/gzip.zip into the data folder.
+EMNIST_LETTERS = DataSet(
+    name="EMNIST",
+    classes=tuple("abcdefghijklmnopqrstuvwxyz"),
+    pixel_mean=0.1722,
+    pixel_std=0.3309,
+    min_accuracy=85.0,
+    sha256={f"emnist-letters-{name.replace('t10k', 'test')}": "" for name in RAW_FILES},
+    torchvision={"split": "letters"},
+    transposed=True,
+    first_label=1,
 )
 PICTURES = DataSet(  # your own, in data/pictures/train/CLASS/ and data/pictures/test/CLASS/
     name="pictures",
@@ -107,8 +111,3 @@ PICTURES = DataSet(  # your own, in data/pictures/train/CLASS/ and data/pictures
 )
 
 DATA_SET = MNIST
-
-
-def batches_per_epoch(batch_size: int, images: int) -> int:
-    """Return the number of batches in a pass over the images; the last one may be smaller."""
-    return math.ceil(images / batch_size)

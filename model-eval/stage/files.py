@@ -112,9 +112,8 @@ def publish(path: Path, content: bytes | bytearray) -> None:
 
     Raise Failure if that is not possible; an existing file is then unchanged.
     """
-    part = path.with_name(
-        f".{path.name}.part"
-    )  # always the same: a crash leaves at most one, which the next run removes
+    # Always the same name: a crash leaves at most one such file, which the next run removes.
+    part = path.with_name(f".{path.name}.part")
     try:
         try:
             remove(part)

@@ -47,6 +47,8 @@ def read_images(data: Path, split: Literal["train", "test"]) -> Images:
 def read_all(data: Path, hint: str = DATA_HINT) -> Split:
     """Read the training images, with the sha256 of all files. Raise Failure if a file is missing or invalid."""
     training, test = read_split(data, "train", hint), read_split(data, "test", hint)
+    if not test.labels:
+        raise Failure(f"{DATA_SET.name} in {data} has no test images. {hint if DATA_SET.sha256 else EDIT_HINT}")
     counts = Counter(training.labels)
     few = [name for label, name in enumerate(DATA_SET.classes) if counts[label] < 2]
     if few:  # one to train on, one for validation

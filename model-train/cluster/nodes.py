@@ -35,7 +35,7 @@ from training.details.limits import check_limits
 from training.details.lock import volume_lock
 from training.record import LostWorker, Record
 from training.start import start_or_resume
-from training.stopping import Stopped, StopRequest
+from training.stopping import SAVED, Stopped, StopRequest
 from training.workers import Workers
 
 STOP_SECONDS = 5  # from the first to the last of the signals that stop all nodes
@@ -133,7 +133,7 @@ class Preparation:
         count = self.dry_run.images if self.dry_run else None
         shared = SharedState(record, *(part[:count] for part in self.training))
         restore(shared, record, tensors, path)
-        shared.sums.zero_()  # node 0 has the sum of the parameters
+        shared.parameter_sums.zero_()  # node 0 has the sum of the parameters
         self.started = record, shared
         return b""
 
@@ -240,7 +240,7 @@ class Nodes:
         deadline = time.monotonic() + STOP_SECONDS
         while not stop.number and time.monotonic() < deadline:
             time.sleep(0.01)
-        return Stopped(stop.number, saved=True) if stop.number else LostNode("another node was stopped")
+        return Stopped(stop.number, SAVED) if stop.number else LostNode("another node was stopped")
 
     def publish(self, publish_model: Callable[[], None]) -> None:
         """Check that all nodes have the same parameters, publish the model of node 0, and disconnect.

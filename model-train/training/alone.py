@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import torch
 
-from training.stopping import Stopped, StopRequest
+from training.stopping import SAVED, Stopped, StopRequest
 from training.workers import Workers
 
 
@@ -27,7 +27,7 @@ class Alone:
 
     def stopped(self, stop: StopRequest) -> Exception:
         """Return what ends this node, since one was asked to stop; the progress must be saved."""
-        return Stopped(stop.number, saved=True)
+        return Stopped(stop.number, SAVED)
 
     def publish(self, publish_model: Callable[[], None]) -> None:
         """Publish the model."""

@@ -10,9 +10,10 @@ import torch
 import net
 from hogwild import SharedState
 from stage import weights
+from stage.code import MAX_RECORD_BYTES
 from stage.files import CHECKPOINT, FRESH_HINT, publish, read_limited
 from stage.process import Failure
-from training.record import MAX_BYTES, Record, parse_record
+from training.record import Record, parse_record
 from training.settings import MAX_WORKERS
 
 CHECKPOINT_SECONDS = 3  # between two checkpoints; saving takes 1 to 2 % of the time
@@ -32,7 +33,7 @@ class Checkpoints:
     def serialize(self) -> bytes:
         """Return the contents of a checkpoint. The workers must be idle."""
         shared, buffer = self.shared, io.BytesIO()
-        parts = {"model": shared.state_dict(), "velocities": shared.velocities, "sum": shared.sums.sum(0)}
+        parts = {"model": shared.state_dict(), "velocities": shared.velocities, "sum": shared.parameter_sums.sum(0)}
         torch.save(parts | {"results": self.record.to_json()}, buffer)
         return buffer.getvalue()
 
@@ -51,7 +52,8 @@ class Checkpoints:
 def read_checkpoint(path: Path) -> tuple[Record, dict[str, Any]]:
     """Read a checkpoint; return what parse_checkpoint() returns. Raise Failure if it is missing or damaged."""
     copies = MAX_WORKERS + 2  # the parameters, a velocity for each worker, and the sum of the parameters
-    return parse_checkpoint(read_limited(path, weights.max_file_bytes(net.Net(), copies) + MAX_BYTES, FRESH_HINT), path)
+    limit = weights.max_file_bytes(net.Net(), copies) + MAX_RECORD_BYTES
+    return parse_checkpoint(read_limited(path, limit, FRESH_HINT), path)
 
 
 def parse_checkpoint(file: bytes | bytearray, path: Path) -> tuple[Record, dict[str, Any]]:
@@ -84,4 +86,4 @@ def restore(shared: SharedState, old: Record, tensors: dict[str, Any], path: Pat
     kept = min(len(velocities), len(shared.velocities))
     shared.velocities[:kept].copy_(velocities[:kept])
     if old.settings.epochs == shared.settings.epochs:  # else the schedule is another, and so are the averaged batches
-        shared.sums[0].copy_(total)
+        shared.parameter_sums[0].copy_(total)

@@ -1,10 +1,7 @@
 """Ends train at once if there is nothing to do, before torch is imported, which takes a second."""
 
 import sys
-import zipfile
-from pathlib import Path
 
-from stage.files import WEIGHTS
 from stage.process import Failure, exit_on_failure, print_error, say
 from training import plan, settings
 from training.details.download import read_data
@@ -12,7 +9,7 @@ from training.details.lock import Busy, volume_lock
 
 
 def end_if_nothing_to_do() -> None:
-    """End the process if the volume has all that is requested, or if the request must be refused."""
+    """End the process if the volume has all that is requested, after a look at the data, or if it must be refused."""
     args, requested = settings.parse_args()
     if args.dry_run or settings.is_node():
         return
@@ -24,7 +21,7 @@ def end_if_nothing_to_do() -> None:
                 with volume_lock(args.model):
                     return  # main() locks it again
             except Busy as busy:
-                todo = beside(busy, bool(requested or args.fresh), args.model)
+                todo = plan.beside_another(busy, bool(requested or args.fresh), args.model)
         try:
             data = read_data(args.data)  # the next stages need the data but cannot write to its folder
         except Failure as failure:
@@ -33,14 +30,3 @@ def end_if_nothing_to_do() -> None:
             plan.check_data(todo, data.sha256, args.model)
         say(f"train: {todo.message}")
     sys.exit(0)
-
-
-def beside(busy: Busy, is_asked: bool, folder: Path) -> plan.Plan:
-    """Return the plan while another training has the lock: do nothing, if nothing is asked and there is a model.
-
-    Otherwise raise the Failure. The other stages check the model themselves, so here it need only be a zip to its end.
-    """
-    model = folder / WEIGHTS
-    if is_asked or not (model.is_file() and zipfile.is_zipfile(model)):
-        raise busy
-    return plan.Plan("nothing", f"{model} stays in use until {busy.holder} has finished", settings.Settings())

@@ -9,10 +9,11 @@
 | an unfinished training  | no more epochs than are done                 | refuse                               |
 | an unfinished training  | another number of workers                    | resume, and say what that changes    |
 | a finished model        | no settings, or no more epochs               | do nothing                           |
-| a finished model        | more epochs                                  | resume                               |
+| a finished model        | more epochs, perhaps other workers           | resume                               |
 | one that was deleted    | no settings, or the same                     | resume, which publishes it again     |
 | one that was replaced   | no settings; more epochs                     | do nothing; refuse                   |
-| either                  | other settings, or other data                | refuse, and name the difference      |
+| either                  | other settings than that, or other data      | refuse, and name the difference      |
+| either, of other code   | anything (stage/code.py says which code)     | refuse, and name what was edited     |
 | a model, no record      | no settings; any settings                    | do nothing; refuse                   |
 | a checkpoint, no record | anything                                     | refuse                               |
 | anything                | --fresh                                      | start                                |
@@ -24,9 +25,10 @@ The record is train_results.json.
 """
 
 import math
+import zipfile
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from msgspec import Struct
 from msgspec.structs import replace
@@ -43,22 +45,23 @@ from stage.files import (
     sha256_of_model,
 )
 from stage.process import Failure
+from training.details.lock import Busy
 from training.record import Record, read_record
 from training.settings import Settings, flag
 
-MAY_CHANGE = ("epochs", "num_processes")  # settings that an unfinished training may resume with other values of
+MAY_CHANGE = ("epochs", "num_processes")  # settings that may differ when a training goes on
 
 
 class Plan(Struct):
-    """What to do: `action` is "nothing", "start" or "resume"; `message` is shown to the user."""
+    """What to do, and the message about it for the user."""
 
-    action: str
+    action: Literal["nothing", "start", "resume"]
     message: str
     settings: Settings
     images: int | None = None  # to train on, the first ones; None: all
     nodes: int = 1  # machines that train together
     run: str = ""  # of the record to resume
-    data_sha256: dict[str, str] | None = None  # of the training in the volume, and later of the data that was read
+    data_sha256: dict[str, str] | None = None  # of the training in the volume, if any; then of the data that was read
 
 
 def dry_run(requested: dict[str, Any], nodes: int = 1) -> Plan:
@@ -112,7 +115,10 @@ def decide_on(record: Record, requested: dict[str, Any], model: Path) -> Plan:
 
 
 def check_same_training(record: Record, requested: dict[str, Any], folder: Path, may_change: tuple[str, ...]) -> None:
-    """Raise Failure if the training in the volume used other code, or other settings but these, than requested."""
+    """Raise Failure if the training in the volume used other code than this, or other settings than requested.
+
+    Those named in may_change may be other ones.
+    """
     now = code.sha256_by_part()
     changed = [name for name in sorted(now.keys() | record.code.keys()) if now.get(name) != record.code.get(name)]
     if changed:
@@ -155,3 +161,14 @@ def check_epochs(record: Record, requested: int, folder: Path) -> None:
             f"{requested} is too few: give a larger number than that, or omit it. {FRESH_HINT}",
             status=2,
         )
+
+
+def beside_another(busy: Busy, is_asked: bool, folder: Path) -> Plan:
+    """Return the plan while another training has the lock: do nothing, if nothing is asked and there is a model.
+
+    Otherwise raise the Failure. The other stages check the model themselves, so here it need only be a zip to its end.
+    """
+    model = folder / WEIGHTS
+    if is_asked or not (model.is_file() and zipfile.is_zipfile(model)):
+        raise busy
+    return Plan("nothing", f"{model} stays in use until {busy.holder} has finished", Settings())

@@ -17,7 +17,6 @@ from stage.process import Failure
 from training.settings import Settings
 
 VERSION = "2.3"  # of the pipeline
-MAX_BYTES = code.MAX_RECORD_BYTES
 
 Count = Annotated[int, Meta(ge=0, le=2**62)]
 Number = Annotated[float, Meta(ge=0, le=2**62)]
@@ -82,10 +81,12 @@ class Record(msgspec.Struct):
     versions: dict[str, str] = field(default_factory=lambda: package_versions())
 
     @classmethod
-    def new(cls, wanted: Settings, training_images: int = 0, data_sha256: dict[str, str] | None = None) -> "Record":
+    def new(
+        cls, wanted: Settings, training_images: int = 0, data_sha256: dict[str, str] | None = None, nodes: int = 1
+    ) -> "Record":
         """Return the record of a training that has not begun."""
         workers = [WorkerRecord(rank) for rank in range(wanted.num_processes)]
-        return cls(wanted, workers, training_images, data_sha256 or {}, code.sha256_by_part())
+        return cls(wanted, workers, training_images, data_sha256 or {}, code.sha256_by_part(), nodes=nodes)
 
     def to_json(self) -> str:
         """Return the text of train_results.json."""
@@ -137,7 +138,7 @@ def read_record(folder: Path) -> Record | None:
     if not path.exists():
         return None
     try:
-        return parse_record(read_limited(path, MAX_BYTES, FRESH_HINT))
+        return parse_record(read_limited(path, code.MAX_RECORD_BYTES, FRESH_HINT))
     except ValueError as error:
         raise Failure(f"{path} cannot be used: {error}. {FRESH_HINT}") from None
 

@@ -116,5 +116,5 @@ def parse_args() -> tuple[argparse.Namespace, dict[str, Any]]:
     parser.add_argument("--fresh", action="store_true", help=text)
     flags.add_folder_flags(parser)
     args = parser.parse_args()
-    args.folder = None if args.dry_run else args.model  # where to read and write, if anywhere
+    args.folder = None if args.dry_run else args.model  # the volume, if it is read and written at all
     return args, {name: getattr(args, name) for name in SETTINGS if getattr(args, name) is not None}

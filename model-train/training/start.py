@@ -15,7 +15,7 @@ from training.plan import MAY_CHANGE, Plan
 from training.record import Record
 
 AUTOGRAD_NOTE = (
-    "net.py differs from layers.py, so autograd computes the gradients: for MNIST's network in 10 ms a batch, not 4"
+    "net.py differs from layers.py, so autograd computes the gradients: a batch takes two to three times as long"
 )
 
 
@@ -28,16 +28,18 @@ def start_or_resume(
     """
     check_memory(plan.settings, checks.count_parameters(plan.settings.dropout))
     images, labels = images[: plan.images], labels[: plan.images]
-    old, tensors, path = Record.new(plan.settings, len(images), plan.data_sha256), None, folder and folder / CHECKPOINT
-    if path and plan.action == "resume":
+    old, path = None, (folder or Path()) / CHECKPOINT
+    if plan.action == "resume":
         old, tensors = read_checkpoint(path)
         changed = {name: getattr(plan.settings, name) for name in MAY_CHANGE}
         if old.run != plan.run or replace(old.settings, **changed) != plan.settings:
             raise Failure(f"{path} and {TRAIN_RESULTS} belong to different trainings. {FRESH_HINT}")
-    record = updated(old, plan)
+    record = Record.new(plan.settings, len(images), plan.data_sha256, plan.nodes)
+    if old:
+        record = resumed(old, record)
     shared = SharedState(record, images, labels)
     checks.check_training(record, shared)
-    if path and tensors:
+    if old:
         restore(shared, old, tensors, path)
         say_what_changes(old, record)
     record.precision = str(PRECISION if shared.uses_layers else torch.float32).removeprefix("torch.")
@@ -48,23 +50,22 @@ def start_or_resume(
     return record, shared
 
 
-def updated(record: Record, plan: Plan) -> Record:
-    """Return the record, updated for what is planned and for this machine."""
-    now = Record.new(plan.settings)
-    for place, worker in enumerate(record.workers):  # what those have done that are no longer there goes to the others
-        now.workers[place % len(now.workers)].add(worker.images, worker.steps, worker.loss_sum, worker.waited_seconds)
-    restarts = plan.settings.epochs > record.settings.epochs == len(record.history)  # the learning rate is down to 0
+def resumed(old: Record, new: Record) -> Record:
+    """Return the record of a training that goes on, from its checkpoint's and a new one, of this run and machine."""
+    for place, worker in enumerate(old.workers):  # the counts of workers that no longer exist go to the remaining ones
+        new.workers[place % len(new.workers)].add(worker.images, worker.steps, worker.loss_sum, worker.waited_seconds)
+    # A training that had ended is continued: its learning rate is down to 0, and starts again.
+    has_ended = len(old.history) == old.settings.epochs < new.settings.epochs
     return replace(
-        record,
-        settings=plan.settings,
-        workers=now.workers,
-        start=record.batches if restarts else record.start,
-        version=now.version,
-        host=now.host,
-        began=now.began,
-        finished=False,
-        nodes=plan.nodes,
-        versions=now.versions,
+        new,
+        run=old.run,
+        batches=old.batches,
+        start=old.batches if has_ended else old.start,
+        seconds=old.seconds,
+        images_per_second=old.images_per_second,
+        history=old.history,
+        lost_workers=old.lost_workers,
+        model_sha256=old.model_sha256,
     )
 
 

@@ -6,6 +6,8 @@ from types import FrameType
 from stage.process import command, signal_name
 
 STOP_SECONDS = 1.5  # for the batches that the workers have when the training is asked to stop
+SAVED = "progress saved"
+LOST = "a batch took too long, so progress since the last checkpoint is lost"
 RESUME_HINT = f"Resume with: {command('train')}"
 
 
@@ -33,12 +35,11 @@ class RunningClock:
 
 
 class Stopped(Exception):
-    """A signal has ended the training; its progress is saved, or could not be saved in time."""
+    """A signal has ended the training; `progress` says what has become of it."""
 
-    def __init__(self, number: int, saved: bool) -> None:
-        progress = "progress saved" if saved else "a batch took too long, so progress since the last checkpoint is lost"
+    def __init__(self, number: int, progress: str) -> None:
         super().__init__(f"stopped by {signal_name(number)}; {progress}")
-        self.number = number
+        self.number, self.progress = number, progress
 
 
 class StopRequest:

@@ -25,13 +25,14 @@ from hogwild import SharedState, Trainer
 from stage.files import FRESH_HINT
 from stage.process import STOP_SIGNALS, Failure, say, signal_name
 from training.record import LostWorker, Record, WorkerRecord
-from training.stopping import RESUME_HINT, RunningClock, Stopped, StopRequest
+from training.stopping import LOST, RESUME_HINT, RunningClock, Stopped, StopRequest
 
 LOOK_SECONDS = 0.004  # between two looks at the answers
 DRAIN_SECONDS = 0.0005  # the same, once all batches are sent
 # What a worker has ahead: enough to last until the next look, and no more: others redo it if the worker is killed.
 AHEAD_BATCHES, AHEAD_IMAGES = 6, 600
-HANG_SECONDS = 30  # between two checks while no answer comes; a busy worker that used no CPU since the last is killed
+# After so long without an answer CPU times are noted; after as long again, busy workers with the same time are killed.
+HANG_SECONDS = 30
 MAX_MESSAGE_BYTES = 1_000
 PR_SET_PDEATHSIG = 1  # from linux/prctl.h
 
@@ -168,7 +169,7 @@ class Workers:
             hint = "The last checkpoint is intact. If memory ran out, raise MNIST_MEMORY"
             raise Failure(f"all workers were killed. {hint}. {RESUME_HINT}")
         if self.stop.is_overdue():
-            raise Stopped(self.stop.number, saved=False)
+            raise Stopped(self.stop.number, LOST)
         if self.steps() > before:
             self.since_last_answer.reset()
         elif self.since_last_answer.seconds() > HANG_SECONDS:
