@@ -59,6 +59,14 @@ def test_a_finished_model_is_left_as_it_is_before_torch_is_even_imported(volume,
     assert {path: (path.stat().st_mtime_ns, stages.sha256(path)) for path in volume.iterdir()} == before
 
 
+def test_a_stopped_dry_run_does_not_say_that_it_has_saved_anything(tmp_path):
+    words = stages.command("train", "--dry-run", "--batch-size", "27000", model=tmp_path)
+    with stages.running(words) as process:
+        stages.wait_until(lambda: stages.workers(process))
+        assert "a dry run saves nothing" in stages.stop(process, signal.SIGTERM)
+    assert stages.contents(tmp_path) == {}
+
+
 def test_more_epochs_train_the_same_model_on(volume):
     before = stages.results(volume)
     stages.assert_succeeds(stages.run("train", "--epochs", "2", model=volume))

@@ -247,6 +247,9 @@ def test_folders_of_pictures_that_do_not_fit_the_classes_are_refused_in_one_line
     (tmp_path / "shapes/train" / SHAPES.classes[5]).mkdir()
     with pytest.raises(Failure, match=f"fewer than 2 images of: .*{SHAPES.classes[5]}"):
         download.read_data(tmp_path)
+    drawings.draw_folder(tmp_path / "shapes", SHAPES.classes, drawings.draw_shape, test=0)
+    with pytest.raises(Failure, match="no test images"):
+        download.read_data(tmp_path)
 
 
 @pytest.mark.parametrize("fault", ["damaged", "16 bits"])
