@@ -82,9 +82,8 @@ def test_what_is_no_readable_picture_is_named_not_to_be_removed_and_the_others_p
     wrong = (*files, "no/*.png", "scans", "*s", "MNIST", "x" * 300)
     result = infer(*wrong[:2], "photo.p*", *wrong[2:])
     assert result.returncode == 1
-    assert [line.split()[1].rstrip(":") for line in result.stderr.splitlines()] == [
-        f"{folder}/{name}" for name in wrong
-    ]
+    for line, name in zip(result.stderr.splitlines(), wrong, strict=True):
+        assert line.startswith(f"infer: {'no file matches ' if '*' in name else ''}{folder}/{name}")
     assert "rm" not in result.stderr.split()
     assert len(published(volume)[0]) == 1
 
@@ -97,6 +96,24 @@ def test_paths_may_start_with_data_and_names_have_any_characters_and_bytes(volum
     names += ["七.png", os.fsdecode(b"\xff" * 100 + b"*"), "my[[]1]/*"]
     stages.assert_succeeds(infer(*names))
     assert len(published(volume)[0]) == len(names)
+
+
+def test_names_may_be_typed_as_on_windows_and_wildcards_match_any_case(tmp_path):
+    (tmp_path / "scans").mkdir()
+    for name in ("IMG_1.JPG", "b.jpg", "scans/A.PNG", "'quoted'.png", "back\\slash.png"):
+        (tmp_path / name).touch()
+    for name, expected in {
+        "*.jpg": ["IMG_1.JPG", "b.jpg"],
+        "'img_?.jpg'": ["IMG_1.JPG"],
+        '"b.jpg"': ["b.jpg"],
+        "[h-j]*.[!q]pg": ["IMG_1.JPG"],
+        "scans\\*.png": ["scans/A.PNG"],
+        "'data\\scans\\A.PNG'": ["scans/A.PNG"],
+        "'quoted'.png": ["'quoted'.png"],
+        "back\\slash.png": ["back\\slash.png"],
+        "'*.gif'": ["'*.gif'"],  # which is refused later
+    }.items():
+        assert own.find_pictures([name], tmp_path, tmp_path / "own") == [tmp_path / match for match in expected]
 
 
 def test_a_picture_in_lab_colours_is_predicted_and_drawn(volume, folder, infer):

@@ -2,7 +2,9 @@
 
 import glob
 import os
+import re
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +20,7 @@ from stage.process import Failure, percent, print_error, say
 
 warnings.filterwarnings("ignore", message="Glyph")  # matplotlib's font lacks characters of some file names
 
+BRACKETS_OR_LETTER = r"\[!?\]?[^]]*\]|[^\W\d_]"
 MAX_PICTURES = 1_000
 MAX_PICTURE_BYTES = 200_000_000
 MEMORY = 1_000_000_000  # bytes that a run needs with the largest picture, an uncompressed TIFF; measured: 980 MB
@@ -58,16 +61,11 @@ def predict_pictures(names: list[str], data: Path, model: Path) -> int:
 def find_pictures(names: list[str], data: Path, results: Path) -> list[Path]:
     """Return the files in the data folder that the names stand for, each once.
 
-    A name may contain wildcards: outside the container, the user's shell cannot expand them. And it may start with
-    data/, which is what the folder is called outside. Raise Failure if there are too many files, or if one is in the
-    folder of the results, which is replaced.
+    Raise Failure if there are too many files, or if one is in the folder of the results, which is replaced.
     """
     paths: dict[Path, None] = {}
     for name in names:
-        if Path(name).parts[:1] == ("data",) and not os.path.exists(data / name):
-            name = str(Path(name).relative_to("data"))
-        matches = [] if os.path.exists(data / name) else sorted(glob.glob(name, root_dir=data))
-        found = [data / match for match in matches if not os.path.isdir(data / match)]
+        found = next(filter(None, (matches(spelling, data) for spelling in spellings(name))), [])
         paths |= dict.fromkeys(found or [data / name])  # a name without a match is refused later, like a missing file
     # Unlike Path.resolve(), realpath() does not fail for a loop of links, which is then refused like a missing file.
     if any(Path(os.path.realpath(path)).is_relative_to(os.path.realpath(results)) for path in paths):
@@ -77,8 +75,40 @@ def find_pictures(names: list[str], data: Path, results: Path) -> list[Path]:
     return [*paths]
 
 
+def spellings(name: str) -> Iterator[str]:
+    """Yield a name as it was typed, and then as it may have been meant.
+
+    Windows' cmd leaves quotes on and separates folders by backslashes; outside, the folder is called data/.
+    """
+    for spelling in (name, name.strip("'\"").replace("\\", "/")):
+        yield spelling
+        if Path(spelling).parts[:1] == ("data",):
+            yield str(Path(spelling).relative_to("data"))
+
+
+def matches(name: str, data: Path) -> list[Path]:
+    """Return the file with a name, or those that match its wildcards, in capitals or not.
+
+    Outside the container, the user's shell cannot expand wildcards.
+    """
+    if os.path.exists(data / name):
+        return [data / name]
+    found = glob.glob(re.sub(BRACKETS_OR_LETTER, any_case, name), root_dir=data) if glob.has_magic(name) else []
+    return [data / match for match in sorted(found) if not os.path.isdir(data / match)]
+
+
+def any_case(found: re.Match[str]) -> str:
+    """Return what matches the small and the capital letters of a letter, or of a set of characters in brackets."""
+    text = found[0]
+    if text.startswith("["):
+        return f"{text[:-1]}{text[1:-1].lstrip('!]').swapcase()}]"
+    return f"[{text}{text.swapcase()}]"
+
+
 def predict_picture(predictor: prediction.Predictor, path: Path) -> tuple[Result, bytes]:
     """Predict a picture and draw the result as a PNG. Raise Failure if the file cannot be read, or has no ink."""
+    if glob.has_magic(str(path)) and not os.path.lexists(path):
+        raise Failure(f"no file matches {path}. Name another.")
     if os.path.isdir(path):  # unlike Path.is_dir(), it is False for a name that is too long
         raise Failure(f"{path} is a folder. Name the pictures in it.")
     content = bytes(files.read_limited(path, MAX_PICTURE_BYTES, "Name another."))  # Pillow would copy a bytearray

@@ -11,6 +11,8 @@ Pixels are numbers of ink in here: 0 is background, 255 full ink, as in MNIST.
 """
 
 import io
+import subprocess
+import sys
 import warnings
 from contextlib import suppress
 from functools import reduce
@@ -18,8 +20,9 @@ from functools import reduce
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image, ImageFilter, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageChops, ImageFile, ImageFilter, ImageOps, UnidentifiedImageError
 
+from pictures import heic
 from stage import images
 from stage.dataset import DATA_SET
 from stage.process import Failure
@@ -31,8 +34,15 @@ LINE_BY_LINE = ("BMP", "DIB", "GIF", "ICO", "PCX", "PNG", "PPM", "SGI", "TGA", "
 FORMAT_BYTES = {"JPEG2000": 25, "WEBP": 18, "AVIF": 20, "JPEG": 5, "MPO": 5}
 MODE_BYTES = {"1": 4, "L": 4, "P": 8, "CMYK": 12, "I;16": 14, "I": 30, "F": 30}
 OTHER_BYTES = 10
-MAX_PIXELS = 50_000_000
-MEMORY = 400_000_000  # bytes for a picture, beside its file
+MAX_PIXELS = 60_000_000  # telephones make 50.1 million
+MEMORY = 400_000_000  # bytes for a picture, beside its file; and for the process that decodes a HEIC
+HEIC_SECONDS = 15  # to decode a HEIC, in a process of its own
+HEIC_REFUSALS = {
+    heic.TOO_LARGE: f"a picture of more than {MAX_PIXELS:,} pixels",
+    heic.NO_LIBRARY: "a HEIC, which takes libde265 to decode, not installed here. Use Docker, or save it as JPEG",
+}
+END_OF_JPEG = b"\xff\xd9"
+DAMAGED = "a damaged picture, which cannot be decoded"
 WORKING_SIDE = 1000  # pixels of the longer side, to which larger pictures are reduced
 GRID_SIDE = 100  # cells of the longer side of the grid on which light and connected pieces of ink are looked for
 
@@ -59,13 +69,14 @@ Box = tuple[int, int, int, int]  # top, left, bottom, right; the last two are ex
 
 
 def open_picture(content: bytes | bytearray) -> Image.Image:
-    """Return the picture in a file, upright, of one of the formats above; the first of several.
+    """Return the picture in a file, upright, of one of the formats above, or a HEIC; the first of several.
 
     Raise Failure if there is none, or it is damaged, or too large.
     """
     try:
         Image.init()
         formats = [name for name in Image.OPEN if name in LINE_BY_LINE or name in FORMAT_BYTES]
+        content = decode_heic(content) if is_heic(content) else content
         with Image.open(io.BytesIO(content), formats=formats) as image:
             pixels = image.width * image.height
             # Of a JPEG only as many pixels are decoded as will be looked at.
@@ -74,6 +85,8 @@ def open_picture(content: bytes | bytearray) -> Image.Image:
             if needed > MEMORY:
                 limits = f"takes {needed // 10**6:,} MB to decode, of at most {MEMORY // 10**6:,} MB"
                 raise Failure(f"too many pixels: this {image.format} ({image.mode}) {limits}")
+            if image.format in ("JPEG", "MPO"):
+                return upright(load_jpeg(image, content))
             image.load()
             return upright(image.getchannel("L") if image.mode == "LAB" else image)  # Pillow cannot convert Lab colours
     except Failure:
@@ -83,7 +96,44 @@ def open_picture(content: bytes | bytearray) -> Image.Image:
     except Image.DecompressionBombError:
         raise Failure(f"a picture of more than {MAX_PIXELS:,} pixels") from None
     except Exception:  # a damaged file ends Pillow's decoders in any of a dozen ways
-        raise Failure("a damaged picture, which cannot be decoded") from None
+        raise Failure(DAMAGED) from None
+
+
+def is_heic(content: bytes | bytearray) -> bool:
+    """Return whether a file is a HEIC, by its first box. An AVIF, which Pillow reads, has boxes too."""
+    brands = bytes(content[8:64])
+    return content[4:8] == b"ftyp" and b"avi" not in brands and any(name in brands for name in (b"hei", b"mif1"))
+
+
+def decode_heic(content: bytes | bytearray) -> bytes:
+    """Return a HEIC as a PPM, upright, decoded by a process of its own. Raise Failure if that is not possible."""
+    command = [sys.executable, "-I", heic.__file__, *map(str, (MAX_PIXELS, MEMORY, WORKING_SIDE))]
+    try:
+        result = subprocess.run(command, input=content, capture_output=True, timeout=HEIC_SECONDS)
+    except subprocess.TimeoutExpired:
+        raise Failure(f"a HEIC that takes more than {HEIC_SECONDS} s to decode") from None
+    if result.returncode != 0:
+        raise Failure(HEIC_REFUSALS.get(result.returncode, DAMAGED))
+    return result.stdout
+
+
+def load_jpeg(image: ImageFile.ImageFile, content: bytes | bytearray) -> Image.Image:
+    """Decode a JPEG, also one whose end is missing. Raise Failure if that is more than half."""
+    rows = image.height
+    try:
+        image.load()
+    except OSError:
+        image.fp = io.BytesIO(content + END_OF_JPEG)  # with which libjpeg takes what is missing for grey
+        image.load()
+        # The rows that end in that grey, at most a step from 127.5, are not all there; the one above has some of it.
+        ends = np.asarray(image.crop((image.width - 8, 0, image.width, rows)), dtype=np.float32).reshape(rows, -1)
+        last = int(np.nonzero((np.abs(ends - 127.5) > 1).any(1))[0].max(initial=0))
+        rows = last if last < rows - 1 else rows
+        if rows < image.height / 2:
+            raise Failure("a JPEG of which more than half is missing") from None
+    whole = image if rows == image.height else image.crop((0, 0, image.width, rows))
+    # Pillow takes CMYK for inverted, as Adobe's programs store it and say so.
+    return ImageChops.invert(whole) if whole.mode == "CMYK" and "adobe" not in image.info else whole
 
 
 def needed_memory(image: Image.Image, pixels: int) -> int:
@@ -137,11 +187,18 @@ def to_grey(image: Image.Image) -> Ink:
 
 
 def stretch(image: Image.Image) -> Image.Image:
-    """Scale a picture of 16 or 32 bits a pixel to 8 bits, from its darkest to its lightest pixel."""
+    """Scale a picture of 16 or 32 bits a pixel to 8 bits, from its darkest to its lightest level.
+
+    Only levels that two neighbours reach count, where there are any: a sensor may have single pixels that are stuck.
+    """
     values = np.asarray(image)
     if values.dtype.kind == "f":
         values = np.nan_to_num(values, posinf=0, neginf=0)
-    low, high = float(values.min()), float(values.max())
+    pairs = [pair for pair in ((values[1:], values[:-1]), (values[:, 1:], values[:, :-1])) if pair[0].size]
+    low = min((float(np.maximum(*pair).min()) for pair in pairs), default=0)
+    high = max((float(np.minimum(*pair).max()) for pair in pairs), default=0)
+    if low >= high:
+        low, high = float(values.min()), float(values.max())
     scaled = values.astype(np.float32)  # in place from here on: a picture may be large
     scaled -= low
     scaled *= 255 / max(high - low, 1e-9)

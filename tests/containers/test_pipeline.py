@@ -2,10 +2,13 @@
 
 import json
 import os
+import shutil
 import subprocess
 
+import pillow_heif
 import pytest
 import torch
+from PIL import Image
 
 import example
 from nodes import free_port
@@ -64,6 +67,19 @@ def test_the_pipeline_again_runs_one_stage_after_the_other_trains_nothing_and_le
             assert ended["evaluate"].ended <= ended["infer"].began
             assert len([*(volume / "results").iterdir()]) == 5
     assert identity(volume / "mnist_cnn.pt") == before
+
+
+def test_infer_reads_a_heic(volume, data, tmp_path):
+    folder = shutil.copytree(data / "MNIST", tmp_path / "data" / "MNIST").parent
+    image = Image.fromarray(255 - example.read_test_images(data)[0][0].numpy()).resize((280, 280))
+    image.save(folder / "photo.png")
+    pillow_heif.from_pillow(image).save(folder / "photo.heic", quality=90)
+    with Pipeline(volume, folder) as project:
+        words = ("run", "--rm", "-T", "--no-deps", "infer", "photo.png", "photo.heic")
+        assert_succeeds(project.compose(*words))
+    one, other = read_json(volume / "own" / "predictions.json")["predictions"]
+    assert one["prediction"] == other["prediction"] == 7
+    assert one["probabilities"] == pytest.approx(other["probabilities"], abs=0.02)
 
 
 def test_the_finished_model_is_evaluated_used_and_served_while_another_training_goes_on(volume):
