@@ -22,7 +22,7 @@ import sys
 
 import torch
 import uvicorn
-from uvicorn.protocols.http.h11_impl import H11Protocol
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from stage import flags
 from stage.process import exit_on_failure, say
@@ -38,8 +38,8 @@ STOP_SECONDS = 2  # for the requests in progress on a stop signal
 HOSTS = ("localhost", "serve")  # and every address; `serve` is its host name in Compose's network
 
 
-class Protocol(H11Protocol):
-    """Uvicorn's HTTP/1.1, with a limit to each step of a connection, and to their number.
+class Protocol(HttpToolsProtocol):
+    """Uvicorn's HTTP/1.1, with a limit to each step of a connection, to its headers, and to the number of connections.
 
     Uvicorn's only timer, between two requests, ends with any byte, and a client that does not read has no limit at all.
     A new connection beyond the limit takes the place of the one that has been idle the longest. There always is one:
@@ -50,6 +50,7 @@ class Protocol(H11Protocol):
         """Wait for the first request; if there are too many connections, close the one that is idle the longest."""
         super().connection_made(transport)
         self.timer: asyncio.TimerHandle | None = None
+        self.has_headers, self.header_bytes = False, 0  # of a request; the bytes received of incomplete ones
         self.limit(HEADER_SECONDS)
         if len(self.connections) > MAX_CONNECTIONS:
             oldest = min(self.connections, key=lambda connection: connection.idle_since)  # type: ignore[union-attr]
@@ -66,15 +67,24 @@ class Protocol(H11Protocol):
         """Handle data: the first after a response begins a request."""
         if self.timeout_keep_alive_task:
             self.limit(HEADER_SECONDS)
+        self.header_bytes += len(data)
         super().data_received(data)
+        if self.has_headers:
+            self.header_bytes = 0
+        elif self.header_bytes > MAX_HEADER_BYTES:
+            self.transport.abort()
 
-    def handle_events(self) -> None:
-        """Handle what has been received, which may complete the headers of a request."""
-        previous = self.cycle
-        super().handle_events()
-        if self.cycle is not previous:
-            self.limit(REQUEST_SECONDS)
-            self.idle_since = math.inf
+    def on_message_begin(self) -> None:
+        """Begin with the headers of a request."""
+        self.has_headers = False
+        super().on_message_begin()
+
+    def on_headers_complete(self) -> None:
+        """Begin with the response to a request, whose body may still be on its way."""
+        self.has_headers = True
+        super().on_headers_complete()
+        self.limit(REQUEST_SECONDS)
+        self.idle_since = math.inf
 
     def on_response_complete(self) -> None:
         """Wait for the next request; a client that has not read the response yet gets no more time for that."""
@@ -108,7 +118,6 @@ def main() -> int:
             access_log=False,
             proxy_headers=False,
             server_header=False,
-            h11_max_incomplete_event_size=MAX_HEADER_BYTES,
             timeout_keep_alive=KEEP_ALIVE_SECONDS,
             timeout_graceful_shutdown=STOP_SECONDS,
         )

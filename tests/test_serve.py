@@ -294,7 +294,7 @@ def test_a_hostile_body_is_refused_in_one_line(service, body):
         *((421, "GET", "/", {"Host": host}) for host in ("evil.example", "127.0.0.1.evil.example:80")),
         (421, "POST", "/predictions", {"Host": ""}),
         (415, "POST", "/predictions", {"Content-Type": "text/plain"}),
-        (413, "POST", "/predictions", {"Content-Length": "99999999999999999999"}),
+        (413, "POST", "/predictions", {"Content-Length": "9999999999"}),
         *(
             (404, "GET", f"/results/{name}", {})
             for name in ("../../etc/passwd", "%2e%2e%2fmnist_cnn.pt", "checkpoint.pt")

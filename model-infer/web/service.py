@@ -1,4 +1,4 @@
-"""Defines the service's endpoints: predictions as in Cog's API, the page, health, results, metrics."""
+"""Defines the service's endpoints: predictions, the page, health, results, metrics. api.py describes them."""
 
 import asyncio
 import binascii
@@ -12,25 +12,26 @@ import uuid
 from collections.abc import AsyncIterator, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, suppress
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any
 from urllib.parse import unquote_to_bytes
 
+import msgspec
 import torch
-from fastapi import FastAPI, HTTPException, Request, Response
-from fastapi import Path as InPath
-from fastapi.exceptions import RequestValidationError
 from PIL import Image
-from pydantic import BaseModel, ConfigDict, Field
-from starlette.exceptions import HTTPException as StarletteHTTPException
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
 
 from pictures.picture import open_picture, prepare
-from pictures.prediction import UNLIKE, Predictor
+from pictures.prediction import Predictor
 from stage.dataset import DATA_SET
 from stage.process import Failure
-from web import results
+from web import api, results
 from web.bounds import RETRY_SECONDS, Bounds
 from web.metrics import CONTENT_TYPE, Metrics
 from web.reload import ServedModel
@@ -40,8 +41,6 @@ WAIT_SECONDS = 20  # for a prediction, with its time in the queue
 POLL_SECONDS = 1  # between two checks for a new model
 PAGE = Path(__file__).parent / "page"
 PAGE_FILES = {"index.html": "text/html", "style.css": "text/css", "page.js": "text/javascript"}
-NAMES = ", ".join(DATA_SET.classes)
-SIZE = f"{DATA_SET.shape[2]} x {DATA_SET.shape[1]}"  # width and height
 # What the page needs to know, put into its <body>.
 TASK = {
     "name": DATA_SET.name,
@@ -49,149 +48,35 @@ TASK = {
     "size": DATA_SET.shape[:0:-1],
     "preparation": DATA_SET.preparation,
 }
-DATA_URL = "^[Dd][Aa][Tt][Aa]:[^,]{0,200};[Bb][Aa][Ss][Ee]64,"  # what is before the content, as in RFC 2397
 MAX_CODED = 1_000_000  # %-coded characters in a data URL: each takes 100 bytes of memory while they are decoded
-ID = "^[A-Za-z0-9._-]{1,80}$"
-INDEX = {
-    "docs_url": "/docs",
-    "openapi_url": "/openapi.json",
-    "healthcheck_url": "/health-check",
-    "predictions_url": "/predictions",
-    "predictions_idempotent_url": "/predictions/{prediction_id}",
-    "results_url": "/results",
-    "metrics_url": "/metrics",
-}
 
 
-# Requests and responses -----------------------------------------------------------------------------------------------
-
-
-class Input(BaseModel):
-    """The input of a prediction."""
-
-    model_config = ConfigDict(extra="forbid")
-    image: str = Field(
-        description="A picture, in any format that Pillow opens, as a base64 data URL. Other URLs are refused.",
-        json_schema_extra={
-            "pattern": DATA_URL,
-            "example": "data:image/png;base64,iVBORw0KG...",
-        },
-    )
-
-
-PredictionId = Annotated[str, Field(pattern=ID, description="An ID chosen by the client.")]
-
-
-class PredictionRequest(BaseModel):
-    """A request for a prediction. Other keys, such as Cog's created_at, are ignored."""
-
-    input: Input
-    id: PredictionId | None = None
-    webhook: None = Field(None, description="The service calls no other one.")
-
-
-class Output(BaseModel):
-    """The prediction of a picture."""
-
-    prediction: int | None = Field(
-        ge=0,
-        le=len(DATA_SET.classes) - 1,
-        description=f"The class, counted from 0; null if the confidence is `{UNLIKE}`.",
-    )
-    probabilities: list[float] = Field(
-        min_length=len(DATA_SET.classes),
-        max_length=len(DATA_SET.classes),
-        description=f"Of the classes, in order: {NAMES}.",
-    )
-    confidence: str = Field(json_schema_extra={"enum": ["sure", "unsure", UNLIKE]})
-    image: str = Field(description=f"The {SIZE} pixels that the network saw, as a data URL of a PNG.")
-
-
-class PredictionMetrics(BaseModel):
-    """The metrics of a prediction."""
-
-    predict_time: float = Field(description="Seconds to decode, prepare and predict the picture, without queueing.")
-
-
-class PredictionResponse(BaseModel):
-    """The response to a request for a prediction."""
-
-    id: str
-    status: Literal["succeeded"]
-    output: Output
-    logs: str = Field(description="Always empty.")
-    metrics: PredictionMetrics
-
-
-class Setup(BaseModel):
-    """The state of loading the model."""
-
-    started_at: str
-    completed_at: str | None
-    status: Literal["starting", "succeeded", "failed"]
-    logs: str = Field(description="Why the model in the volume is not served; empty if it is.")
-
-
-class ModelInfo(BaseModel):
-    """The served model."""
-
-    sha256: str
-    date: str = Field(description="When it was published, in ISO 8601.")
-    accuracy: float | None = Field(description="On the test images, in percent; null if it has not been evaluated.")
-
-
-class Health(BaseModel):
-    """The state of the service."""
-
-    status: Literal["STARTING", "READY", "BUSY", "SETUP_FAILED"]
-    setup: Setup
-    model: ModelInfo | None
-
-
-class Problem(BaseModel):
-    """Why a request was refused."""
-
-    detail: str
-
-
-Responses = dict[int | str, dict[str, Any]]
-REFUSALS: Responses = {
-    status: {"model": Problem, "description": description}
-    for status, description in {
-        400: "The body cannot be parsed.",
-        408: "The body arrived too slowly.",
-        413: "The body is too large.",
-        415: "The Content-Type is not application/json.",
-        421: "The host name is not allowed.",
-        422: "The request is invalid, or the picture is blank or cannot be read.",
-        503: "The service is busy or has no model yet. Try again after the seconds in Retry-After.",
-    }.items()
-}
-REFUSED_HOST: Responses = {421: REFUSALS[421]}
-
-
-def content_of(media_type: str) -> Responses:
-    """Return the OpenAPI responses of an endpoint whose content is not JSON."""
-    return {200: {"content": {media_type: {}}}} | REFUSED_HOST
-
-
-# Predicting -----------------------------------------------------------------------------------------------------------
-
-
-@dataclass
 class Service:
-    """What the endpoints share. A single thread predicts, so only one decoded picture is in memory at a time."""
+    """The endpoints that need the model. A single thread predicts, so one decoded picture is in memory at a time."""
 
-    model: ServedModel
-    metrics: Metrics
-
-    def __post_init__(self) -> None:
+    def __init__(self, model: ServedModel, metrics: Metrics) -> None:
+        self.model, self.metrics = model, metrics
         self.thread = ThreadPoolExecutor(1, initializer=torch.set_num_threads, initargs=(1,))
         self.waiting = 0
         self.started = now()
 
-    async def predict(self, request: PredictionRequest, prediction_id: str | None) -> Response:
-        """Respond to a request for a prediction. Raise HTTPException if the service is busy or refuses the picture."""
+    async def predict_picture(self, request: Request) -> Response:
+        """POST /predictions, PUT /predictions/{prediction_id}: respond with the prediction of a picture.
+
+        Raise HTTPException if the request is invalid, the service is busy, or the picture is refused.
+        """
+        body = parse(await request.body())
+        prediction_id = request.path_params.get("prediction_id", body.id)
+        if body.id not in (None, prediction_id):
+            raise HTTPException(422, "the id in the body differs from the one in the path. Leave it out of the body.")
+        if prediction_id is not None and not re.fullmatch(api.ID.rstrip("$"), prediction_id):
+            raise HTTPException(422, "id: 1 to 80 letters, digits, points, hyphens and underscores are allowed.")
+        output = await self.predict(body.input.image)
+        self.metrics.predictions.labels(output["output"]["confidence"]).inc()
+        return as_json({"id": prediction_id or uuid.uuid4().hex, "status": "succeeded", "logs": ""} | output)
+
+    async def predict(self, image: str) -> dict[str, Any]:
+        """Predict a picture, a data URL, in the thread. Raise HTTPException if the service is busy or refuses it."""
         served = self.model.served  # this request keeps it, even if a new model is loaded meanwhile
         if served is None:
             raise busy(self.model.problem)
@@ -199,10 +84,8 @@ class Service:
             raise busy("too many pictures are waiting. Try again.")
         self.waiting += 1
         try:
-            job = asyncio.get_running_loop().run_in_executor(
-                self.thread, predict, served.predictor, request.input.image
-            )
-            response = await asyncio.wait_for(job, WAIT_SECONDS)
+            job = asyncio.get_running_loop().run_in_executor(self.thread, predict, served.predictor, image)
+            return await asyncio.wait_for(job, WAIT_SECONDS)
         except TimeoutError:
             raise busy(f"the prediction took more than {WAIT_SECONDS} s. Try again.") from None
         except Failure as failure:
@@ -210,8 +93,10 @@ class Service:
             raise HTTPException(422, str(failure)) from None
         finally:
             self.waiting -= 1
-        self.metrics.predictions.labels(response["output"]["confidence"]).inc()
-        return as_json({"id": prediction_id or uuid.uuid4().hex} | response)
+
+    async def health_check(self, request: Request) -> Response:
+        """GET /health-check: respond with the state of the service."""
+        return as_json(self.health())
 
     def health(self) -> dict[str, Any]:
         """Return the state of the service, as Health describes it."""
@@ -230,22 +115,51 @@ class Service:
         }
         return {"status": status, "setup": setup, "model": model}
 
+    async def read_results(self, request: Request) -> Response:
+        """GET /results: respond with the pipeline's results, as they are in the volume now."""
+        sha256 = self.model.served.predictor.sha256 if self.model.served else None
+        content = await asyncio.to_thread(results.read_results, self.model.folder, sha256)
+        return as_json(content | {"model": self.health()["model"]})
+
+    async def read_result_picture(self, request: Request) -> Response:
+        """GET /results/{name}: respond with a picture of the pipeline's results."""
+        content = await asyncio.to_thread(results.read_picture, self.model.folder, request.path_params["name"])
+        if content is None:
+            raise HTTPException(404, "there is no such picture. GET /results lists them.")
+        return Response(content, headers={"Cache-Control": "no-cache"}, media_type="image/png")
+
+    async def read_metrics(self, request: Request) -> Response:
+        """GET /metrics: respond with the service's metrics in Prometheus' text format."""
+        return Response(self.metrics.as_text(), media_type=CONTENT_TYPE)
+
+
+# Predicting -----------------------------------------------------------------------------------------------------------
+
+
+def parse(body: bytes) -> api.PredictionRequest:
+    """Return the request in a body. Raise HTTPException if it is invalid."""
+    try:
+        return msgspec.json.decode(body, type=api.PredictionRequest)
+    except msgspec.ValidationError as error:
+        # It may have a key that the client sent: it is cut, and line breaks in it escaped.
+        raise HTTPException(422, ascii(str(error)[:200])[1:-1]) from None
+    except (msgspec.DecodeError, RecursionError, ValueError):
+        raise HTTPException(400, "the body is not valid JSON.") from None
+
 
 def predict(predictor: Predictor, image: str) -> dict[str, Any]:
-    """Predict a picture, a data URL, and return the response. Raise Failure if it cannot be read or is blank."""
+    """Predict a picture, a data URL; return output and metrics. Raise Failure if it cannot be read or is blank."""
     started = time.perf_counter()
     pixels = prepare(open_picture(decode(image)))
     return {
-        "status": "succeeded",
         "output": predictor.predict(pixels) | {"image": as_data_url(pixels)},
-        "logs": "",
         "metrics": {"predict_time": round(time.perf_counter() - started, 6)},
     }
 
 
 def decode(data_url: str) -> bytes:
     """Return the content of a base64 data URL. Raise Failure for anything else, such as an http URL."""
-    header = re.match(DATA_URL, data_url)
+    header = re.match(api.DATA_URL, data_url)
     if not header:
         raise Failure("image: not a base64 data URL. Send one such as data:image/png;base64,...")
     if data_url.count("%") > MAX_CODED:
@@ -285,49 +199,37 @@ def busy(reason: str) -> HTTPException:
 
 async def refuse(request: Request, error: Exception) -> Response:
     """Respond to a refused request, including unknown paths and methods, with the reason in one line."""
-    assert isinstance(error, StarletteHTTPException)
+    assert isinstance(error, HTTPException)
     return as_json({"detail": str(error.detail)}, error.status_code, dict(error.headers or {}))
-
-
-async def refuse_invalid(request: Request, error: Exception) -> Response:
-    """Respond to an invalid request with its first error. FastAPI's own response would repeat the client's input."""
-    assert isinstance(error, RequestValidationError)
-    first = error.errors()[0]
-    place = ".".join(str(part) for part in first["loc"])
-    # The place has keys that the client sent: they are cut, and line breaks in them escaped.
-    return as_json({"detail": ascii(f"{place}: {first['msg']}"[:200])[1:-1]}, 422)
 
 
 # Endpoints ------------------------------------------------------------------------------------------------------------
 
 
-def make_app(model: Path, data: Path, hosts: Iterable[str]) -> FastAPI:
+def make_app(model: Path, data: Path, hosts: Iterable[str]) -> Starlette:
     """Return the service for the folders of the model and the data; only requests to these hosts are accepted."""
     metrics = Metrics()
     service = Service(ServedModel(model, data, metrics), metrics)
 
     @asynccontextmanager
-    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+    async def lifespan(app: Starlette) -> AsyncIterator[None]:
         task = asyncio.create_task(watch(service.model))
         yield
         task.cancel()
         with suppress(asyncio.CancelledError):
             await task
 
-    app = FastAPI(
-        title=f"{DATA_SET.name} predictions",
-        description=f"Predicts which of these a picture shows: {NAMES}. The API follows Cog's (https://cog.run/http).",
-        version="1.0",
-        docs_url=None,  # FastAPI's own pages load scripts from another host
-        redoc_url=None,
-        lifespan=lifespan,
-        exception_handlers={StarletteHTTPException: refuse, RequestValidationError: refuse_invalid},
-    )
-    app.add_middleware(Bounds, hosts=hosts, metrics=metrics)
-    add_page(app)
-    add_predictions(app, service)
-    add_state(app, service)
-    return app
+    routes = [
+        *page_routes(),
+        Route("/predictions", service.predict_picture, methods=["POST"]),
+        Route("/predictions/{prediction_id}", service.predict_picture, methods=["PUT"]),
+        Route("/health-check", service.health_check),
+        Route("/results", service.read_results),
+        Route("/results/{name}", service.read_result_picture),
+        Route("/metrics", service.read_metrics),
+    ]
+    bounds = Middleware(Bounds, hosts=hosts, metrics=metrics)
+    return Starlette(routes=routes, middleware=[bounds], exception_handlers={HTTPException: refuse}, lifespan=lifespan)
 
 
 async def watch(model: ServedModel) -> None:
@@ -341,83 +243,35 @@ async def watch(model: ServedModel) -> None:
         model.report(f"looking for a new model failed ({error!r}). Restart the service.", failed=True)
 
 
-def add_page(app: FastAPI) -> None:
-    """Add the endpoints of the page. / and /docs return the same page; its script shows the requested view."""
+def page_routes() -> list[Route]:
+    """Return the endpoints of the page. / and /docs return the same page; its script shows the requested view."""
     files = {name: (PAGE / name).read_bytes() for name in PAGE_FILES}
     body = f'<body data-task="{html.escape(json.dumps(TASK))}">'
     files["index.html"] = files["index.html"].replace(b"<body>", body.encode())
+    description = api.describe()
 
     def page_file(name: str) -> Response:
         headers = {"Cache-Control": "no-cache", "Vary": "Accept"}
         return Response(files[name], headers=headers, media_type=f"{PAGE_FILES[name]}; charset=utf-8")
 
-    @app.get("/", responses=content_of("text/html"))
-    async def index(request: Request) -> dict[str, str]:
-        """Return the page to a browser, and the paths of the endpoints to other clients."""
+    async def index(request: Request) -> Response:
         if "text/html" in request.headers.get("accept", ""):
-            return page_file("index.html")  # type: ignore[return-value]
-        return as_json(INDEX, headers={"Vary": "Accept"})  # type: ignore[return-value]
+            return page_file("index.html")
+        return as_json(api.INDEX, headers={"Vary": "Accept"})
 
-    @app.get("/docs", include_in_schema=False)
-    async def docs() -> Response:
+    async def docs(request: Request) -> Response:
         return page_file("index.html")
 
-    @app.get("/style.css", include_in_schema=False)
-    async def style() -> Response:
-        return page_file("style.css")
+    async def page_part(request: Request) -> Response:
+        return page_file(request.url.path.rpartition("/")[2])
 
-    @app.get("/page.js", include_in_schema=False)
-    async def script() -> Response:
-        return page_file("page.js")
+    async def openapi(request: Request) -> Response:
+        return as_json(description)
 
-
-def add_predictions(app: FastAPI, service: Service) -> None:
-    """Add the endpoints that predict."""
-
-    @app.post("/predictions", response_model=PredictionResponse, responses=REFUSALS)
-    async def predict_picture(request: PredictionRequest) -> Response:
-        """Predict the class of a picture."""
-        return await service.predict(request, request.id)
-
-    @app.put("/predictions/{prediction_id}", response_model=PredictionResponse, responses=REFUSALS)
-    async def predict_picture_by_id(
-        prediction_id: Annotated[str, InPath(pattern=ID)], request: PredictionRequest
-    ) -> Response:
-        """Predict the class of a picture, with an ID chosen by the client."""
-        if request.id not in (None, prediction_id):
-            raise HTTPException(422, "the id in the body differs from the one in the path. Leave it out of the body.")
-        return await service.predict(request, prediction_id)
-
-
-def add_state(app: FastAPI, service: Service) -> None:
-    """Add the endpoints for the state of the service and the results of the pipeline."""
-    model = service.model
-
-    @app.get("/health-check", response_model=Health)
-    async def health_check() -> Response:
-        """Return the state of the service in `status`; the HTTP status is always 200."""
-        return as_json(service.health())
-
-    @app.get("/results", responses=REFUSED_HOST)
-    async def read_results() -> dict[str, Any]:
-        """Return the pipeline's results, as they are in the volume now."""
-        sha256 = model.served.predictor.sha256 if model.served else None
-        content = await asyncio.to_thread(results.read_results, model.folder, sha256)
-        return as_json(content | {"model": service.health()["model"]})  # type: ignore[return-value]
-
-    @app.get(
-        "/results/{name}",
-        response_class=Response,
-        responses=content_of("image/png") | {404: {"model": Problem}, 422: {"model": Problem}},
-    )
-    async def read_result_picture(name: Annotated[str, InPath(max_length=50)]) -> Response:
-        """Return a picture of the pipeline's results, such as mistakes.png or 3_12.png."""
-        content = await asyncio.to_thread(results.read_picture, model.folder, name)
-        if content is None:
-            raise HTTPException(404, "there is no such picture. GET /results lists them.")
-        return Response(content, headers={"Cache-Control": "no-cache"}, media_type="image/png")
-
-    @app.get("/metrics", response_class=Response, responses={200: {"content": {"text/plain": {}}}})
-    async def read_metrics() -> Response:
-        """Return the service's metrics in Prometheus' text format."""
-        return Response(service.metrics.as_text(), media_type=CONTENT_TYPE)
+    return [
+        Route("/", index),
+        Route("/docs", docs),
+        Route("/style.css", page_part),
+        Route("/page.js", page_part),
+        Route("/openapi.json", openapi),
+    ]
