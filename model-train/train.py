@@ -39,8 +39,8 @@ from stage.process import Failure, exit_on_failure, percent, print_error, say
 from training import plan, settings
 from training.alone import Alone
 from training.checkpoint import Checkpoints
+from training.data import read_data
 from training.details.curves import draw_curves
-from training.details.download import read_data
 from training.details.limits import check_limits
 from training.details.lock import volume_lock
 from training.details.progress import Progress

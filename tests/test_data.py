@@ -19,6 +19,7 @@ import corpus
 import fetch
 import stages
 from stage import dataset
+from training.data import read_data
 from training.details import download
 
 NOWHERE = "http://127.0.0.1:9/"  # nobody listens there
@@ -89,9 +90,9 @@ def mirrors_at(compressed, monkeypatch):
 
 DOWNLOAD = """
 import sys, pathlib, torchvision
-from training.details import download
+from training.data import read_data
 torchvision.datasets.MNIST.mirrors, torchvision.datasets.MNIST.resources = {mirrors}, {resources}
-download.read_data(pathlib.Path(sys.argv[1]))
+read_data(pathlib.Path(sys.argv[1]))
 """
 
 
@@ -132,7 +133,7 @@ def test_a_killed_download_leaves_no_truncated_file_and_the_next_one_is_whole(mi
             stages.wait_until(lambda: moments[moment]() or process.poll() is not None, moment)
         assert stages.contents(folder / stages.RAW).items() <= SHA256.items()
         mirrors_at(second)
-        assert download.read_data(folder).sha256 == SHA256
+        assert read_data(folder).sha256 == SHA256
     assert stages.contents(folder) == WHOLE
 
 
@@ -171,7 +172,7 @@ def test_files_that_were_put_there_by_hand_are_used(compressed, data, tmp_path, 
         shutil.copy(compressed / path.name if path.suffix == ".gz" else data / stages.RAW / name, path)
     mirrors_at(NOWHERE)
     if program == "train":
-        download.read_data(folder)
+        read_data(folder)
     else:
         assert run_fetch(folder) == 0
     assert WHOLE.items() <= stages.contents(folder).items()

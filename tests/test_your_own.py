@@ -17,6 +17,7 @@ import stages
 from stage import code, images
 from stage.dataset import EMNIST_LETTERS, FASHION_MNIST, KMNIST, MNIST, PICTURES
 from stage.process import Failure
+from training.data import read_data
 from training.details import download
 
 PACKAGED = Path("/usr/share/datasets/fashion-mnist")  # of Debian's package dataset-fashion-mnist
@@ -191,7 +192,7 @@ def write_raw(data, data_set, labels=None, count=78):
 def test_raw_files_whose_sha256_is_not_known_are_read_by_their_headers(choose, tmp_path, data_set, pixel):
     choose(data_set)
     write_raw(tmp_path, data_set)
-    read = download.read_data(tmp_path)
+    read = read_data(tmp_path)
     assert read.sha256 == {name: stages.sha256(tmp_path / data_set.folder / name) for name in data_set.sha256}
     pictures, labels = images.to_tensors(read)
     assert pictures.shape == (78, 28, 28)
@@ -221,7 +222,7 @@ def test_labels_that_do_not_fit_the_classes_are_refused_in_one_line(choose, tmp_
     choose(EMNIST_LETTERS)
     write_raw(tmp_path, EMNIST_LETTERS, labels)
     with pytest.raises(Failure, match=rf"{words}.*make copies"):
-        download.read_data(tmp_path)
+        read_data(tmp_path)
 
 
 def test_a_raw_file_of_another_size_of_images_is_refused(choose, tmp_path):
@@ -234,22 +235,22 @@ def test_a_raw_file_of_another_size_of_images_is_refused(choose, tmp_path):
 def test_a_data_set_that_torchvision_does_not_know_is_one_line_that_says_where_its_files_belong(choose, tmp_path):
     choose(dataclasses.replace(KMNIST, name="Unknown"))
     with pytest.raises(Failure, match=r"torchvision has no.*Unknown/raw/train-images-idx3-ubyte does not exist"):
-        download.read_data(tmp_path)
+        read_data(tmp_path)
 
 
 def test_folders_of_pictures_that_do_not_fit_the_classes_are_refused_in_one_line(choose, tmp_path):
     choose(SHAPES)
     with pytest.raises(Failure, match=r"shapes/train does not exist.*shapes/train/CLASS"):
-        download.read_data(tmp_path)
+        read_data(tmp_path)
     drawings.draw_folder(tmp_path / "shapes", SHAPES.classes[:5], drawings.draw_shape, train=2)
     with pytest.raises(Failure, match=r"folders named .*'red circle'.*make copies"):
-        download.read_data(tmp_path)
+        read_data(tmp_path)
     (tmp_path / "shapes/train" / SHAPES.classes[5]).mkdir()
     with pytest.raises(Failure, match=f"fewer than 2 images of: .*{SHAPES.classes[5]}"):
-        download.read_data(tmp_path)
+        read_data(tmp_path)
     drawings.draw_folder(tmp_path / "shapes", SHAPES.classes, drawings.draw_shape, test=0)
     with pytest.raises(Failure, match="no test images"):
-        download.read_data(tmp_path)
+        read_data(tmp_path)
 
 
 @pytest.mark.parametrize("fault", ["damaged", "16 bits"])
@@ -262,7 +263,7 @@ def test_a_picture_that_cannot_be_read_as_it_is_is_named(choose, tmp_path, fault
     else:
         Image.new("I;16", (32, 32), 40_000).save(broken)
     with pytest.raises(Failure, match=f"{broken} is not a picture that can be read"):
-        download.read_data(tmp_path)
+        read_data(tmp_path)
 
 
 def test_pictures_of_other_sizes_and_colours_become_those_of_the_data_set(choose, tmp_path):
@@ -298,6 +299,7 @@ TENS = {  # where 10 is not the number of classes
     "model-train/training/plan.py": "tenths of an epoch",
     "model-infer/infer.py": "pictures in a row, a font size",
     "model-infer/serve.py": "seconds",
+    "model-infer/pictures/heic.py": "the place of a byte",
     "model-infer/pictures/own.py": "inches",
     "model-infer/pictures/picture.py": "pixels, in the preparation of digits for MNIST",
     "model-infer/web/bounds.py": "seconds",

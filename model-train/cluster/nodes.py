@@ -30,7 +30,7 @@ from stage.images import Images, split_validation, to_tensors
 from stage.process import Failure, print_error, say
 from training import plan, settings
 from training.checkpoint import Checkpoints, parse_checkpoint, restore
-from training.details.download import read_data
+from training.data import read_data
 from training.details.limits import check_limits
 from training.details.lock import volume_lock
 from training.record import LostWorker, Record

@@ -4,7 +4,7 @@ import sys
 
 from stage.process import Failure, exit_on_failure, print_error, say
 from training import plan, settings
-from training.details.download import read_data
+from training.data import read_data
 from training.details.lock import Busy, volume_lock
 
 

@@ -1,4 +1,4 @@
-"""Reads the data set. Raw files that are missing or damaged are taken from files put there by hand, or downloaded."""
+"""Fetches raw files that are missing or damaged: from files put into the data folder by hand, or by a download."""
 
 import contextlib
 import gzip
@@ -11,22 +11,10 @@ from typing import IO
 
 from stage.dataset import DATA_SET
 from stage.files import DOWNLOAD_LOCK, file_lock, publish, remove
-from stage.images import MAX_FILE_BYTES, Split, problem_of, read_all, read_raw, size_by_header
+from stage.images import MAX_FILE_BYTES, problem_of, read_raw, size_by_header
 from stage.process import Failure, say
 
 DOWNLOAD_TIMEOUT = 60  # seconds without an answer from a mirror
-
-
-def read_data(data: Path) -> Split:
-    """Return the training images, with the sha256 of all files. Raise Failure if they cannot be read or downloaded."""
-    if not DATA_SET.sha256:
-        return read_all(data)  # pictures cannot be downloaded
-    try:
-        return read_all(data, "Try other sources with: make data")
-    except Failure as problem:
-        if invalid_names(data):  # else they do not fit DATA_SET, or another download has just ended
-            download(data, problem)
-    return read_all(data)
 
 
 def download(data: Path, problem: Failure) -> None:
