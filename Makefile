@@ -55,12 +55,13 @@ lint: .venv/for-tests ## format the code and report lint and type errors
 audit: .venv/for-tests ## look up known vulnerabilities of the pinned packages; needs network access
 	$(INSTALL) pip-audit==2.10.1
 	$(PYTHON) -m pip_audit --strict --disable-pip --require-hashes --requirement model-train/requirements.txt
-	$(PYTHON) -m pip_audit --strict --disable-pip --require-hashes --requirement model-infer/requirements-serve.txt
+	$(PYTHON) -m pip_audit --strict --disable-pip --require-hashes $(addprefix --requirement ,$(OWN))
 	$(PYTHON) -m pip_audit --strict --disable-pip --no-deps --requirement model-train/requirements-torch.txt
 
 # Each of these files is made last, so that what has failed is not taken for done. --clear: pip would keep a build of
 # torch that is of the right version, but cannot be imported.
-.venv/for-stages: model-train/requirements-torch.txt model-train/requirements.txt model-infer/requirements-serve.txt
+OWN = model-infer/requirements-serve.txt model-eval/requirements-export.txt
+.venv/for-stages: model-train/requirements-torch.txt model-train/requirements.txt $(OWN)
 	@$(CHECK_PYTHON)
 	$(PYTHON3) -m venv --clear .venv
 ifdef TORCH_INDEX
@@ -72,7 +73,7 @@ else
 		$(INSTALL) --requirement $<; }
 endif
 	$(INSTALL) --no-deps --require-hashes --requirement model-train/requirements.txt
-	$(INSTALL) --no-deps --require-hashes --requirement model-infer/requirements-serve.txt
+	$(INSTALL) --no-deps --require-hashes $(addprefix --requirement ,$(OWN))
 	@$(PYTHON) -c "import torch, torchvision" 2>.venv/error || { exec >&2; tail -n 1 .venv/error; \
 		echo "make: torch cannot be imported: $(or $(TORCH_INDEX),$(CPU_INDEX)) must serve its builds for the CPU"; exit 1; }
 	@touch $@

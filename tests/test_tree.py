@@ -91,7 +91,11 @@ def test_every_dependency_is_pinned():
 
 # Folders and imports --------------------------------------------------------------------------------------------------
 
-ROOMS = {"train": {"stage", "training", "cluster"}, "evaluate": {"stage"}, "infer": {"stage", "pictures", "web"}}
+ROOMS = {
+    "train": {"stage", "training", "cluster"},
+    "evaluate": {"stage", "export"},
+    "infer": {"stage", "pictures", "web"},
+}
 
 
 def imports(stage):
@@ -303,7 +307,7 @@ def test_an_index_for_torch_that_is_given_and_fails_is_named_and_no_other_is_use
     assert len(calls) == 1
 
 
-@pytest.mark.parametrize("fails", ["*requirements-serve.txt", "*import*torch*"])
+@pytest.mark.parametrize("fails", ["*requirements-serve.txt*", "*import*torch*"])
 def test_an_installation_that_failed_is_not_taken_for_done(make, fails):
     result, _ = make(fails, "TORCH_INDEX=https://mirror.example/whole")
     assert result.returncode != 0
