@@ -9,7 +9,7 @@ COPIES = net.py stage entrypoint.sh .dockerignore
 CHECK_PYTHON = $(PYTHON3) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	{ echo "make: Python 3.11 or newer is needed: make PYTHON3=python3.12 $(MAKECMDGOALS)" >&2; exit 1; }
 
-.PHONY: help test data local serve copies lint audit bench chaos cluster-test scaling
+.PHONY: help test data local serve copies lint audit bench chaos cluster-test tools-test scaling
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /make \1 - /p' $(MAKEFILE_LIST)
 
@@ -38,6 +38,9 @@ chaos: .venv/for-tests ## try failures at many moments, and all broken files (FL
 
 cluster-test: .venv/for-tests ## what faults do to a training on two nodes (FLAGS="-k network": some; takes 9 minutes)
 	REQUIRE_CONTAINERS=1 $(PYTHON) -m pytest tests/containers/cluster_faults.py tests/containers/slurm_faults.py $(FLAGS)
+
+tools-test: .venv/for-tests ## what dvc, MLflow and Prometheus make of the results (downloads the first two)
+	$(PYTHON) -m pytest tests/other_programs.py $(FLAGS)
 
 scaling: .venv/for-tests ## measure training on two nodes, simulate it on up to 64, and draw docs/scaling.png
 	$(PYTHON) tests/bench/scaling.py $(FLAGS)
