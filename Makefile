@@ -45,9 +45,11 @@ tools-test: .venv/for-tests ## what dvc, MLflow and Prometheus make of the resul
 scaling: .venv/for-tests ## measure training on two nodes, simulate it on up to 64, and draw docs/scaling.png
 	$(PYTHON) tests/bench/scaling.py $(FLAGS)
 
-copies: ## copy what the three images share from model-train to the others
+copies: ## copy what the three images share from model-train to the others, and the version to their labels
 	@for stage in $(STAGES); do \
 		rm -rf $$stage/stage && cp -r $(addprefix model-train/,$(COPIES)) model-train/requirements*.txt $$stage/; done
+	@version=$$(sed -n 's/^VERSION = "\(.*\)".*/\1/p' model-train/stage/__init__.py) && \
+		sed -i.old "s/\(image\.version=\)\"[^\"]*\"/\1\"$$version\"/" model-*/Dockerfile.* && rm model-*/*.old
 
 lint: .venv/for-tests ## format the code and report lint and type errors
 	$(PYTHON) -m ruff format .

@@ -28,6 +28,7 @@ from starlette.exceptions import HTTPException as StarletteHTTPException
 
 from pictures.picture import open_picture, prepare
 from pictures.prediction import UNLIKE, Predictor
+from stage import VERSION
 from stage.dataset import DATA_SET
 from stage.process import Failure
 from web import results
@@ -317,7 +318,7 @@ def make_app(model: Path, data: Path, hosts: Iterable[str]) -> FastAPI:
     app = FastAPI(
         title=f"{DATA_SET.name} predictions",
         description=f"Predicts which of these a picture shows: {NAMES}. The API follows Cog's (https://cog.run/http).",
-        version="1.0",
+        version=VERSION,
         docs_url=None,  # FastAPI's own pages load scripts from another host
         redoc_url=None,
         lifespan=lifespan,
