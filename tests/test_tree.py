@@ -171,6 +171,11 @@ def test_the_project_its_services_and_their_dockerfiles_have_the_names_that_are_
     assert not any("container_name" in service for service in compose["services"].values())
 
 
+def test_images_have_the_projects_name_or_one_that_is_given_for_build_and_pull(compose):
+    for stage, service in [*compose["services"].items(), ("infer", compose["serve"])]:
+        assert service["image"] == f"${{MNIST_IMAGES:-${{COMPOSE_PROJECT_NAME}}}}-{stage}:${{MNIST_TAG:-latest}}"
+
+
 def test_every_stage_waits_for_the_success_of_those_before_it(compose):
     needs = {stage: service.get("depends_on", {}) for stage, service in compose["services"].items()}
     success = {"condition": "service_completed_successfully"}
@@ -216,6 +221,7 @@ TOOLS = {
     "layout": ["ruff", "format", "--check", "--no-cache", "."],
     "Dockerfiles": ["hadolint", *DOCKERFILES.values(), stages.TREE / "tests/containers/Dockerfile.slurm"],
     "workflows": [*SCHEMA, "vendor.github-workflows", *(GITHUB / "workflows").glob("*.yml")],
+    "what workflows run": ["actionlint", *(GITHUB / "workflows").glob("*.yml")],
     "dependabot": [*SCHEMA, "vendor.dependabot", GITHUB / "dependabot.yml"],
 }
 
