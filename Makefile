@@ -9,7 +9,7 @@ COPIES = net.py stage entrypoint.sh .dockerignore
 CHECK_PYTHON = $(PYTHON3) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	{ echo "make: Python 3.11 or newer is needed: make PYTHON3=python3.12 $(MAKECMDGOALS)" >&2; exit 1; }
 
-.PHONY: help test data local serve copies lint audit bench chaos cluster-test scaling
+.PHONY: help test data local serve copies lint audit bench chaos cluster-test tools-test scaling
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /make \1 - /p' $(MAKEFILE_LIST)
 
@@ -39,12 +39,17 @@ chaos: .venv/for-tests ## try failures at many moments, and all broken files (FL
 cluster-test: .venv/for-tests ## what faults do to a training on two nodes (FLAGS="-k network": some; takes 9 minutes)
 	REQUIRE_CONTAINERS=1 $(PYTHON) -m pytest tests/containers/cluster_faults.py tests/containers/slurm_faults.py $(FLAGS)
 
+tools-test: .venv/for-tests ## what dvc, MLflow and Prometheus make of the results (downloads the first two)
+	$(PYTHON) -m pytest tests/other_programs.py $(FLAGS)
+
 scaling: .venv/for-tests ## measure training on two nodes, simulate it on up to 64, and draw docs/scaling.png
 	$(PYTHON) tests/bench/scaling.py $(FLAGS)
 
-copies: ## copy what the three images share from model-train to the others
+copies: ## copy what the three images share from model-train to the others, and the version to their labels
 	@for stage in $(STAGES); do \
 		rm -rf $$stage/stage && cp -r $(addprefix model-train/,$(COPIES)) model-train/requirements*.txt $$stage/; done
+	@version=$$(sed -n 's/^VERSION = "\(.*\)".*/\1/p' model-train/stage/__init__.py) && \
+		sed -i.old "s/\(image\.version=\)\"[^\"]*\"/\1\"$$version\"/" model-*/Dockerfile.* && rm model-*/*.old
 
 lint: .venv/for-tests ## format the code and report lint and type errors
 	$(PYTHON) -m ruff format .
@@ -55,12 +60,13 @@ lint: .venv/for-tests ## format the code and report lint and type errors
 audit: .venv/for-tests ## look up known vulnerabilities of the pinned packages; needs network access
 	$(INSTALL) pip-audit==2.10.1
 	$(PYTHON) -m pip_audit --strict --disable-pip --require-hashes --requirement model-train/requirements.txt
-	$(PYTHON) -m pip_audit --strict --disable-pip --require-hashes --requirement model-infer/requirements-serve.txt
+	$(PYTHON) -m pip_audit --strict --disable-pip --require-hashes $(addprefix --requirement ,$(OWN))
 	$(PYTHON) -m pip_audit --strict --disable-pip --no-deps --requirement model-train/requirements-torch.txt
 
 # Each of these files is made last, so that what has failed is not taken for done. --clear: pip would keep a build of
 # torch that is of the right version, but cannot be imported.
-.venv/for-stages: model-train/requirements-torch.txt model-train/requirements.txt model-infer/requirements-serve.txt
+OWN = model-infer/requirements-serve.txt model-eval/requirements-export.txt
+.venv/for-stages: model-train/requirements-torch.txt model-train/requirements.txt $(OWN)
 	@$(CHECK_PYTHON)
 	$(PYTHON3) -m venv --clear .venv
 ifdef TORCH_INDEX
@@ -72,7 +78,7 @@ else
 		$(INSTALL) --requirement $<; }
 endif
 	$(INSTALL) --no-deps --require-hashes --requirement model-train/requirements.txt
-	$(INSTALL) --no-deps --require-hashes --requirement model-infer/requirements-serve.txt
+	$(INSTALL) --no-deps --require-hashes $(addprefix --requirement ,$(OWN))
 	@$(PYTHON) -c "import torch, torchvision" 2>.venv/error || { exec >&2; tail -n 1 .venv/error; \
 		echo "make: torch cannot be imported: $(or $(TORCH_INDEX),$(CPU_INDEX)) must serve its builds for the CPU"; exit 1; }
 	@touch $@

@@ -4,6 +4,7 @@ Reads   DATA: the test images; MODEL/mnist_cnn.pt: the model
 Writes  MODEL/eval_results.json: test loss, accuracy, figures per class, confusion matrix, the model's sha256
         MODEL/confusion_matrix.png: the confusion matrix
         MODEL/mistakes.png: the 25 most confident mistakes
+        MODEL/export/: with --export, the model for other programs (export/exporter.py)
 
     docker compose run --rm evaluate
     python model-eval/evaluate.py --data data --model model --min-accuracy 99
@@ -58,6 +59,10 @@ def main() -> int:
     with exit_on_failure("evaluate"):
         process.check_threads(2 * process.count_cores() + 2)  # torch's, those of net.predict(), and a margin
         files.check_destinations(args.model, EVAL_RESULTS, CONFUSION_MATRIX, MISTAKES)
+        if args.export:
+            from export import exporter  # here, since it takes seconds and packages that nothing else needs
+
+            exporter.check_possible(args.model)
         torch.set_num_threads(process.count_cores())
         model = net.Net()
         sha256 = weights.load_model(model, args.model)
@@ -82,6 +87,8 @@ def main() -> int:
         with files.publishing(args.model):
             for name, content in contents.items():
                 publish(args.model / name, content)
+        if args.export:
+            exporter.export_model(args.model, sha256, model, images, log_probabilities, results)
     return 0
 
 
@@ -92,6 +99,8 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         "--min-accuracy", type=parse_percentage, default=DATA_SET.min_accuracy, metavar="PERCENT", help=text
     )
+    text = "also write the model as safetensors and ONNX, with a model card, to the folder export of the volume"
+    parser.add_argument("--export", action="store_true", help=text)
     flags.add_folder_flags(parser)
     return parser.parse_args()
 

@@ -27,8 +27,8 @@ from typing import Any, TypedDict
 
 import torch
 
-from pictures import folders, own, prediction
-from stage import figures, files, flags
+from pictures import own, prediction
+from stage import figures, files, flags, folders
 from stage.dataset import DATA_SET
 from stage.figures import as_png, new_figure
 from stage.files import PREDICTIONS, PREDICTIONS_SHEET, RESULTS, publish

@@ -14,7 +14,8 @@ import example
 import infer
 import net
 import stages
-from pictures import folders, prediction
+from pictures import prediction
+from stage import folders
 from stage.images import read_images
 from stage.process import Failure
 

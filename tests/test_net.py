@@ -1,7 +1,11 @@
 """net.py: the network, its input and its predictions, compared with those of PyTorch's example."""
 
+import io
+
+import onnx
 import pytest
 import torch
+from onnx.reference import ReferenceEvaluator
 
 import example
 import net
@@ -75,12 +79,29 @@ def test_the_input_is_to_the_bit_what_it_was_when_models_were_trained():
     assert net.to_input(images).equal(images.float().div_(255 * 0.3081).sub_(0.1307 / 0.3081).unsqueeze(1))
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")
-def test_the_network_can_be_exported_and_traced(images):
+def run_onnx(model, x, **options):
+    """What an ONNX file of the model gives for x, made from the first two of it for any number."""
+    file = io.BytesIO()
+    torch.onnx.export(model, (x[:2],), file, input_names=["x"], verbose=False, **options)
+    return ReferenceEvaluator(onnx.load_from_string(file.getvalue())).run(None, {"x": x.numpy()})[0]
+
+
+ANY = {0: torch.export.Dim("N")}
+EXPORTERS = {
+    "torch.export": lambda model, x: torch.export.export(model, (x[:2],), dynamic_shapes=(ANY,)).module()(x),
+    "torch.onnx": lambda model, x: run_onnx(model, x, dynamo=True, dynamic_shapes=(ANY,)),
+    "torch.onnx by tracing": lambda model, x: run_onnx(model, x, dynamo=False, dynamic_axes={"x": {0: "N"}}),
+    "torch.jit.trace": lambda model, x: torch.jit.trace(model, x[:2])(x),
+    "torch.compile": lambda model, x: torch.compile(model, fullgraph=True, backend="aot_eager")(x),  # without g++
+}
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+@pytest.mark.parametrize("name", EXPORTERS)
+def test_every_exporter_of_torch_takes_the_network_for_any_number_of_images(images, name):
     model, x = net.Net().eval(), net.to_input(images)
-    expected = model(x).detach()
-    for exported in (torch.export.export(model, (x,)).module(), torch.jit.trace(model, x)):
-        torch.testing.assert_close(exported(x).detach(), expected)
+    with torch.no_grad():
+        torch.testing.assert_close(torch.as_tensor(EXPORTERS[name](model, x)), model(x))
 
 
 def test_where_torch_lacks_onednn_the_predictions_are_the_same(images, monkeypatch):

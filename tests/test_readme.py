@@ -13,9 +13,9 @@ README = stages.TREE / "README.md"
 DOCUMENTS = [README, *sorted((stages.TREE / "docs").glob("*.md")), *(stages.TREE / "tests").rglob("README.md")]
 ALL = "\n".join(path.read_text() for path in DOCUMENTS)
 OF_TOOLS = """--abort-on-container-exit --abort-on-container-failure --all --attach-dependencies --build --build-arg
---cap-add --cpus --detach --entrypoint --exit-code-from --file --force --help --images --init --json --memory --mount
---name --network --no-deps --no-start --nodes --now --platform --profile --project-name --quiet --recursive
---remove-orphans --rm --signal --tag --time --type --user --volume --volumes --wait"""
+--cap-add --cpus --detach --entrypoint --exit-code-from --file --force --format --help --images --init --json --memory
+--mount --name --network --no-deps --no-start --nodes --now --platform --print --profile --project-name --quiet
+--recursive --remove-orphans --rm --signal --tag --time --type --user --volume --volumes --wait"""
 
 
 def flags_of(program):

@@ -91,7 +91,11 @@ def test_every_dependency_is_pinned():
 
 # Folders and imports --------------------------------------------------------------------------------------------------
 
-ROOMS = {"train": {"stage", "training", "cluster"}, "evaluate": {"stage"}, "infer": {"stage", "pictures", "web"}}
+ROOMS = {
+    "train": {"stage", "training", "cluster"},
+    "evaluate": {"stage", "export"},
+    "infer": {"stage", "pictures", "web"},
+}
 
 
 def imports(stage):
@@ -167,6 +171,11 @@ def test_the_project_its_services_and_their_dockerfiles_have_the_names_that_are_
     assert not any("container_name" in service for service in compose["services"].values())
 
 
+def test_images_have_the_projects_name_or_one_that_is_given_for_build_and_pull(compose):
+    for stage, service in [*compose["services"].items(), ("infer", compose["serve"])]:
+        assert service["image"] == f"${{MNIST_IMAGES:-${{COMPOSE_PROJECT_NAME}}}}-{stage}:${{MNIST_TAG:-latest}}"
+
+
 def test_every_stage_waits_for_the_success_of_those_before_it(compose):
     needs = {stage: service.get("depends_on", {}) for stage, service in compose["services"].items()}
     success = {"condition": "service_completed_successfully"}
@@ -212,6 +221,7 @@ TOOLS = {
     "layout": ["ruff", "format", "--check", "--no-cache", "."],
     "Dockerfiles": ["hadolint", *DOCKERFILES.values(), stages.TREE / "tests/containers/Dockerfile.slurm"],
     "workflows": [*SCHEMA, "vendor.github-workflows", *(GITHUB / "workflows").glob("*.yml")],
+    "what workflows run": ["actionlint", *(GITHUB / "workflows").glob("*.yml")],
     "dependabot": [*SCHEMA, "vendor.dependabot", GITHUB / "dependabot.yml"],
 }
 
@@ -303,7 +313,7 @@ def test_an_index_for_torch_that_is_given_and_fails_is_named_and_no_other_is_use
     assert len(calls) == 1
 
 
-@pytest.mark.parametrize("fails", ["*requirements-serve.txt", "*import*torch*"])
+@pytest.mark.parametrize("fails", ["*requirements-serve.txt*", "*import*torch*"])
 def test_an_installation_that_failed_is_not_taken_for_done(make, fails):
     result, _ = make(fails, "TORCH_INDEX=https://mirror.example/whole")
     assert result.returncode != 0

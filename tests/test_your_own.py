@@ -3,11 +3,13 @@
 import ast
 import dataclasses
 import gzip
+import json
 import shutil
 import struct
 import subprocess
 from pathlib import Path
 
+import onnx
 import pytest
 import torch
 from PIL import Image
@@ -104,6 +106,24 @@ def test_an_entry_is_all_that_another_data_set_needs(trial):
     assert {len(sample["probabilities"]) for sample in samples} == {len(classes)}
     names = {path.name for path in (folders["model"] / "results").iterdir()}
     assert names == {f"{sample['prediction']}_{sample['index']}.png" for sample in samples}
+
+
+@pytest.mark.parametrize("trial", ["letters", "shapes"], indirect=True)  # fashion's 10,000 images take a minute
+def test_an_export_follows_the_data_set(trial, tmp_path):
+    kind, folders = trial
+    volume = shutil.copytree(folders["model"], tmp_path / "volume")
+    stages.assert_succeeds(stages.run("evaluate", "--export", **folders | {"model": volume}))
+    file = onnx.load(volume / "export/model.onnx")
+    (images,), (output,) = (
+        [value.type.tensor_type.shape.dim for value in part] for part in (file.graph.input, file.graph.output)
+    )
+    shape = {"letters": [28, 28], "shapes": [32, 32, 3]}[kind]
+    classes = {"letters": drawings.LETTERS, "shapes": drawings.COLOURED_SHAPES}[kind]
+    assert [side.dim_value for side in images[1:]] == shape
+    assert output[1].dim_value == len(classes)
+    metadata = {entry.key: entry.value for entry in file.metadata_props}
+    assert (metadata["data_set"], json.loads(metadata["classes"])) == (kind, [*classes])
+    assert "Measured" not in (volume / "export/README.md").read_text()  # which is of digits
 
 
 def test_a_finished_training_is_left_as_it_is_until_its_data_change(trial):

@@ -7,6 +7,7 @@ import dataclasses
 import hashlib
 import json
 from pathlib import Path
+from typing import Any
 
 from stage.dataset import DATA_SET
 from stage.files import FRESH_HINT, TRAIN_RESULTS, WEIGHTS, read_limited
@@ -28,16 +29,20 @@ def sha256_by_part() -> dict[str, str]:
     return {name: hashlib.sha256(part).hexdigest() for name, part in (contents | {ENTRY: repr(entry).encode()}).items()}
 
 
-def check_same(model: Path, sha256: str) -> None:
-    """Raise Failure if train_results.json is that of the model with this sha256, and names other code than this."""
+def training_of(model: Path, sha256: str) -> dict[str, Any]:
+    """Return what train_results.json says of the model with this sha256; nothing if the model comes from elsewhere."""
     try:
         record = json.loads(read_limited(model / TRAIN_RESULTS, MAX_RECORD_BYTES, ""))
-        trained_with = dict(record["code"]) if record["model_sha256"] == sha256 else {}
+        return dict(record) if record["model_sha256"] == sha256 else {}
     except (Failure, ValueError, KeyError, TypeError, RecursionError):
-        return  # the model comes from elsewhere
-    here = sha256_by_part()
+        return {}
+
+
+def check_same(model: Path, sha256: str) -> None:
+    """Raise Failure if train_results.json is that of the model with this sha256, and names other code than this."""
+    trained_with, here = training_of(model, sha256).get("code"), sha256_by_part()
     for name in (*ALL_STAGES, ENTRY):
-        if trained_with and trained_with.get(name) != here[name]:
+        if trained_with and isinstance(trained_with, dict) and trained_with.get(name) != here[name]:
             raise Failure(
                 f"{model / WEIGHTS} was trained with another {name} than is in {TOP}. Copy that of model-train with: "
                 f"make copies (then build the images again). {FRESH_HINT}"

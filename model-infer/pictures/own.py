@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from PIL import Image
 
-from pictures import folders, picture, prediction
-from stage import figures, files, process
+from pictures import picture, prediction
+from stage import figures, files, folders, process
 from stage.dataset import DATA_SET
 from stage.figures import as_png, new_figure
 from stage.files import OWN_RESULTS, PREDICTIONS

@@ -6,12 +6,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from stage import files, process
+from stage import VERSION, files, process
 
 
 def new_parser(program: str, description: str) -> argparse.ArgumentParser:
     """Return a parser that refuses a wrong command line in one line."""
     parser = argparse.ArgumentParser(prog=program, description=description, allow_abbrev=False)
+    parser.add_argument("--version", action="version", version=f"{program} {VERSION}")
     parser.error = partial(process.refuse_flags, program)  # type: ignore[method-assign]
     return parser
 

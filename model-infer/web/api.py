@@ -6,6 +6,7 @@ import msgspec
 from msgspec import Meta, Struct
 
 from pictures.prediction import UNLIKE
+from stage import VERSION
 from stage.dataset import DATA_SET
 
 NAMES = ", ".join(DATA_SET.classes)
@@ -143,7 +144,7 @@ def describe() -> dict[str, Any]:
             "title": f"{DATA_SET.name} predictions",
             "description": f"Predicts which of these a picture shows: {NAMES}. "
             "The API follows Cog's (https://cog.run/http).",
-            "version": "1.0",
+            "version": VERSION,
         },
         "paths": {
             "/": {"get": operation(index, {json: {}, "text/html": {}}, (421,))},

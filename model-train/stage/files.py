@@ -26,6 +26,7 @@ RESULTS, PREDICTIONS, PREDICTIONS_SHEET = "results", "predictions.json", "predic
 TRAIN_LOCK, PUBLISH_LOCK, DOWNLOAD_LOCK = ".train.lock", ".publish.lock", ".download.lock"
 MAX_MODEL_BYTES = 4_000_000_000  # of any network; weights.py has the limit for this one
 OWN_RESULTS = "own"  # the pictures of infer and its predictions.json, for pictures of the user's own
+EXPORT = "export"  # what evaluate --export writes
 FRESH_HINT = f"To start over: {command('train', '--fresh')} (the old model stays until the new one is finished)"
 READ_HINT = f"Make it readable for uid {os.getuid()}: chmod -R a+rX data; or run this stage as its owner with --user."
 LINK_HINT = "Copy the files in its place: a container sees only the folders that are mounted into it."

@@ -10,13 +10,11 @@ from typing import Annotated
 import msgspec
 from msgspec import Meta, field
 
-from stage import code
+from stage import VERSION, code
 from stage.dataset import batches_per_epoch
 from stage.files import FRESH_HINT, TRAIN_RESULTS, publish, read_limited
 from stage.process import Failure
 from training.settings import Settings
-
-VERSION = "2.3"  # of the pipeline
 
 Count = Annotated[int, Meta(ge=0, le=2**62)]
 Number = Annotated[float, Meta(ge=0, le=2**62)]

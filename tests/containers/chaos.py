@@ -58,6 +58,11 @@ def test_a_training_on_a_full_disk_fails_and_succeeds_when_there_is_space_again(
     scenarios.fill_disk(volume, "train", left)
 
 
+@pytest.mark.timeout(0)
+def test_an_export_killed_at_20_moments_is_the_old_one_or_the_new_one(volume, tmp_path):
+    scenarios.kill_exports(volume, tmp_path)
+
+
 @pytest.mark.parametrize("case", corpus.cases(), ids=lambda case: case.name)
 def test_a_broken_file_is_named_in_one_line_with_what_fixes_it_and_harms_nothing(complete, tmp_path, case):
     corpus.check(case, complete, tmp_path, corpus.run_in_container)

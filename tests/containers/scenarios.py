@@ -103,3 +103,46 @@ def fill_disk(volume, stage, left):
         assert after == before
         stages.assert_whole(copy)
         stages.assert_succeeds(project.run(stage, *FLAGS[stage]))
+
+
+MOMENTS = 14  # of an export, besides those of its publication
+PARTS_OF_EXPORT = ["", *(f"/.{name}.part" for name in ("model.safetensors", "model.onnx", "README.md")), "/README.md"]
+READ_TEST = 'images, labels = read_images(args.data, "test")'
+
+
+def kill_exports(volume, folder):
+    """Kills exports at many moments: the volume must have the old export or the new one. Each is of other images."""
+
+    def project_of(count):
+        """A project whose evaluate reads only so many images: comparing all takes long."""
+        text = (stages.TREE / "model-eval/evaluate.py").read_text()
+        assert text.count(READ_TEST) == 1
+        program = folder / "evaluate.py"
+        program.write_text(text.replace(READ_TEST, f"images, labels = (p[:{count}] for p in {READ_TEST[17:]})"))
+        mount = {"volumes": [f"{program}:/opt/app/evaluate.py:ro"]}
+        return Pipeline(volume, evaluate=mount)
+
+    def count_exported():
+        card = (volume / "export/README.md").read_text()
+        return int(card.partition("On the ")[2].partition(" ")[0])
+
+    with project_of(20) as project:
+        first = project.run("evaluate", "--export", "--min-accuracy", "0")
+    stages.assert_succeeds(first)
+    names, found = {path.name for path in (volume / "export").iterdir()}, [20]
+    moments = [first.seconds * (number + 0.5) / MOMENTS for number in range(MOMENTS)]
+    for count, moment in enumerate([*moments, *PARTS_OF_EXPORT, "/model.onnx"], 21):
+        with project_of(count) as project:
+            container = project.start("evaluate", "--export", "--min-accuracy", "0")
+            if isinstance(moment, float):
+                time.sleep(moment)
+                container.send(SIGKILL)
+            else:
+                assert kill_once_there_is(container, project, f".export.new{moment}")
+            assert container.end().returncode in (0, 128 + SIGKILL)
+        assert {path.name for path in (volume / "export").iterdir()} == names
+        assert count_exported() in (found[-1], count)
+        found.append(count_exported())
+        for path in (volume / "export").glob("model.*"):
+            assert path.stat().st_size > 80_000
+    return found

@@ -1,4 +1,4 @@
-"""Publishes a folder of pictures atomically: until all files are written, the old ones stay.
+"""Publishes a folder of files atomically: until all files are written, the old ones stay.
 
 Only renaming a folder replaces all of its files at once.
 """
@@ -14,7 +14,7 @@ from stage.process import Failure
 def check_destination(folder: Path) -> None:
     """Raise Failure if something else, such as a file, has the name of a folder to be published."""
     if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
-        raise Failure(f"{folder} is not a folder, but pictures must be written there. {removal_hint(folder)}")
+        raise Failure(f"{folder} is not a folder, but files must be written there. {removal_hint(folder)}")
 
 
 def replace_folder(folder: Path, files: dict[str, bytes]) -> None:

@@ -1,0 +1,58 @@
+"""What cyclonedx-py finds in the images, as a software bill of materials (SBOM): the pinned packages, and no others."""
+
+import json
+import re
+import subprocess
+
+import pytest
+
+from environments import make_environment
+from pipeline import docker, image, output_of
+from stages import FOLDERS, STAGES, TREE
+
+LAYERS = {"evaluate": "/opt/export", "infer": "/opt/serve"}  # packages that only one image has
+VENV = "/opt/venv/lib/python3.11/site-packages"
+
+
+@pytest.fixture(scope="module")
+def cyclonedx(tmp_path_factory):
+    requirements = TREE / "tests/containers/requirements-cyclonedx.txt"
+    return make_environment(tmp_path_factory.mktemp("cyclonedx"), requirements).with_name("cyclonedx-py")
+
+
+def copy_packages(stage, folder):
+    """Copies the folders with packages out of a stage's image, and returns the copies."""
+    container = output_of("create", image(stage)).strip()
+    try:
+        sources = [VENV, LAYERS[stage]] if stage in LAYERS else [VENV]
+        copies = [folder / str(number) for number, _ in enumerate(sources)]
+        for source, copy in zip(sources, copies, strict=True):
+            output_of("cp", f"{container}:{source}", copy)
+    finally:
+        docker("rm", container)
+    return copies
+
+
+def pinned(stage):
+    """The names and versions in a stage's requirements, as a package index writes them."""
+    lines = [
+        line for path in (TREE / FOLDERS[stage]).glob("requirements*.txt") for line in path.read_text().split("\n")
+    ]
+    found = [line.split()[0].split("==") for line in lines if "==" in line and not line.startswith("#")]
+    return {(re.sub(r"[-_.]+", "-", name).lower(), version) for name, version in found}
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_the_sbom_of_an_image_lists_the_pinned_packages_and_no_others(cyclonedx, tmp_path, stage):
+    # cyclonedx-py asks a Python for its folders: this one names those of the image.
+    python = tmp_path / "python"
+    python.write_text(f"#!/bin/sh\necho '{json.dumps([str(path) for path in copy_packages(stage, tmp_path)])}'\n")
+    python.chmod(0o755)
+    words = [cyclonedx, "environment", "--validate", "--output-reproducible", "--output-format", "JSON", python]
+    done = subprocess.run(words, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    bill = json.loads(done.stdout)
+    assert bill["bomFormat"] == "CycloneDX"
+    found = {(re.sub(r"[-_.]+", "-", part["name"]).lower(), part["version"]) for part in bill["components"]}
+    assert {(name, version.removesuffix("+cpu")) for name, version in found} == pinned(stage)
+    assert all(part["purl"].startswith("pkg:pypi/") for part in bill["components"])

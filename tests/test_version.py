@@ -1,0 +1,34 @@
+"""The version of the pipeline: its one home is stage/__init__.py."""
+
+import re
+
+import pytest
+
+import stages
+from stage import VERSION
+from web.service import make_app
+
+
+@pytest.mark.parametrize("program", [*stages.STAGES, "serve"])
+def test_every_program_tells_the_version(tmp_path, program):
+    result = stages.run(program, "--version", model=tmp_path)
+    stages.assert_succeeds(result)
+    assert result.stdout == f"{program} {VERSION}\n"
+
+
+@pytest.mark.parametrize("stage", stages.STAGES)
+def test_the_labels_of_the_images_tell_it(stage):
+    (dockerfile,) = (stages.TREE / stages.FOLDERS[stage]).glob("Dockerfile.*")
+    found = re.findall(r'org\.opencontainers\.image\.version="(.*)"', dockerfile.read_text())
+    assert found == [VERSION], "run: make copies"
+
+
+def test_a_training_and_the_api_tell_it(trained, data):
+    assert stages.results(trained)["version"] == VERSION
+    assert make_app(trained, data, set()).version == VERSION
+
+
+def test_the_changelog_tells_what_is_new_in_it():
+    versions = re.findall(r"^## \[(.*)\] - \d{4}-\d\d-\d\d$", (stages.TREE / "CHANGELOG.md").read_text(), re.MULTILINE)
+    assert versions[0] == VERSION
+    assert versions == sorted(versions, key=lambda text: [*map(int, text.split("."))], reverse=True)
