@@ -33,22 +33,13 @@ from stage.files import CONFUSION_MATRIX, EVAL_RESULTS, MISTAKES, WEIGHTS, publi
 from stage.images import read_images
 from stage.process import Failure, exit_on_failure, percent, say
 
-
-class ClassResult(TypedDict):
-    """Precision, recall, and F1, their harmonic mean, of a class; `count` is the number of its test images."""
-
-    digit: int
-    precision: float
-    recall: float
-    f1: float
-    count: int
-
-
+# Precision, recall, and F1, their harmonic mean, of the class of a name; "count" is the number of its test images.
+ClassResult = TypedDict("ClassResult", {"class": str, "precision": float, "recall": float, "f1": float, "count": int})
 # eval_results.json without the sha256. "Test loss" is the mean negative log-likelihood, "Accuracy" is percent. Row t,
 # column p of the confusion matrix counts the images of class t that were predicted as p.
 EvalResults = TypedDict(
     "EvalResults",
-    {"Test loss": float, "Accuracy": float, "digits": list[ClassResult], "confusion_matrix": list[list[int]]},
+    {"Test loss": float, "Accuracy": float, "classes": list[ClassResult], "confusion_matrix": list[list[int]]},
 )
 
 
@@ -117,20 +108,20 @@ def parse_percentage(text: str) -> float:
 
 def evaluate(log_probabilities: torch.Tensor, labels: torch.Tensor) -> EvalResults:
     """Return the results for log-probabilities, float32 [N, classes], and labels, int64 [N]."""
-    predictions, classes = log_probabilities.argmax(1), len(DATA_SET.classes)
-    matrix = torch.bincount(classes * labels + predictions, minlength=classes**2).view(classes, classes)
-    digits: list[ClassResult] = []
-    for digit in range(classes):
+    predictions, size = log_probabilities.argmax(1), len(DATA_SET.classes)
+    matrix = torch.bincount(size * labels + predictions, minlength=size**2).view(size, size)
+    classes: list[ClassResult] = []
+    for label, name in enumerate(DATA_SET.classes):
         correct, predicted, count = (
-            int(n) for n in (matrix[digit, digit], matrix[:, digit].sum(), matrix[digit].sum())
+            int(n) for n in (matrix[label, label], matrix[:, label].sum(), matrix[label].sum())
         )
         precision, recall = correct / max(1, predicted), correct / max(1, count)
         f1 = 2 * correct / max(1, predicted + count)
-        digits.append({"digit": digit, "precision": precision, "recall": recall, "f1": f1, "count": count})
+        classes.append({"class": name, "precision": precision, "recall": recall, "f1": f1, "count": count})
     return {
         "Test loss": F.nll_loss(log_probabilities, labels).item(),
         "Accuracy": 100 * matrix.trace().item() / len(labels),
-        "digits": digits,
+        "classes": classes,
         "confusion_matrix": matrix.tolist(),
     }
 
@@ -139,10 +130,10 @@ def as_table(results: EvalResults) -> str:
     """Format the results as a table."""
     width = max(5, *map(len, DATA_SET.classes))
     lines = [f"evaluate: {'class':{width}}  precision  recall     F1  count"]
-    for digit in results["digits"]:
-        name = f"evaluate: {DATA_SET.classes[digit['digit']]:>{width}}"
-        lines.append(name + "  {precision:9.4f}  {recall:6.4f} {f1:6.4f} {count:6}".format(**digit))
-    images = sum(digit["count"] for digit in results["digits"])
+    for line in results["classes"]:
+        name = f"evaluate: {line['class']:>{width}}"
+        lines.append(name + "  {precision:9.4f}  {recall:6.4f} {f1:6.4f} {count:6}".format(**line))
+    images = sum(line["count"] for line in results["classes"])
     lines.append(
         f"evaluate: accuracy {percent(results['Accuracy'])}, loss {results['Test loss']:.4f} on {images:,} test images"
     )
@@ -161,7 +152,7 @@ def draw_confusion_matrix(matrix: list[list[int]]) -> bytes:
             if count and len(matrix) <= 40:  # more would not be readable
                 weight = "bold" if true == predicted else "normal"
                 axes.text(predicted, true, str(count), ha="center", va="center", fontsize=9, fontweight=weight)
-    names, correct = DATA_SET.classes, sum(matrix[digit][digit] for digit in range(len(matrix)))
+    names, correct = DATA_SET.classes, sum(row[label] for label, row in enumerate(matrix))
     axes.set_xticks(range(len(names)), names, rotation=0 if max(map(len, names)) < 3 else 90)
     axes.set_yticks(range(len(names)), names)
     axes.set(xlabel="predicted class", ylabel="true class")

@@ -67,8 +67,8 @@ def test_dvc_plots_the_figures_of_the_classes(tools, out):
     run("dvc init --no-scm", tools)
     plot = json.loads(run(f"{documented('dvc plots show')} --show-vega", tools))
     values = plot["data"]["values"]
-    results = stages.read_json(out / "eval_results.json")["digits"]
-    assert [(value["digit"], value["f1"]) for value in values] == [(row["digit"], row["f1"]) for row in results]
+    results = stages.read_json(out / "eval_results.json")["classes"]
+    assert [(value["class"], value["f1"]) for value in values] == [(row["class"], row["f1"]) for row in results]
 
 
 def test_mlflow_logs_the_results(tools, out, tmp_path):

@@ -25,11 +25,11 @@ def test_all_figures_are_those_of_a_computation_by_hand():
     loss = -sum(row[label] for row, label in zip(rows, labels, strict=True)) / len(rows)
     assert results["Test loss"] == pytest.approx(loss, rel=1e-5)
     assert results["Accuracy"] == pytest.approx(100 * sum(label == predicted for label, predicted in pairs) / len(rows))
-    for digit, figures in enumerate(results["digits"]):
+    for digit, figures in enumerate(results["classes"]):
         right, predicted, count = pairs.count((digit, digit)), predictions.count(digit), labels.count(digit)
         precision, recall = right / predicted if predicted else 0, right / count if count else 0
         f1 = 2 * precision * recall / (precision + recall) if right else 0
-        expected = {"digit": digit, "precision": precision, "recall": recall, "f1": f1, "count": count}
+        expected = {"class": str(digit), "precision": precision, "recall": recall, "f1": f1, "count": count}
         assert figures == pytest.approx(expected)
         assert results["confusion_matrix"][digit] == [pairs.count((digit, other)) for other in range(10)]
 

@@ -6,7 +6,7 @@ import pytest
 
 import stages
 from stage import VERSION
-from web.service import make_app
+from web import api
 
 
 @pytest.mark.parametrize("program", [*stages.STAGES, "serve"])
@@ -23,9 +23,9 @@ def test_the_labels_of_the_images_tell_it(stage):
     assert found == [VERSION], "run: make copies"
 
 
-def test_a_training_and_the_api_tell_it(trained, data):
+def test_a_training_and_the_api_tell_it(trained):
     assert stages.results(trained)["version"] == VERSION
-    assert make_app(trained, data, set()).version == VERSION
+    assert api.describe()["info"]["version"] == VERSION
 
 
 def test_the_changelog_tells_what_is_new_in_it():

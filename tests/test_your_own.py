@@ -97,7 +97,7 @@ def test_an_entry_is_all_that_another_data_set_needs(trial):
     kind, folders = trial
     classes = {"fashion": FASHION_MNIST.classes, "letters": drawings.LETTERS, "shapes": drawings.COLOURED_SHAPES}[kind]
     results = stages.read_json(folders["model"] / "eval_results.json")
-    assert len(results["digits"]) == len(results["confusion_matrix"]) == len(classes)
+    assert len(results["classes"]) == len(results["confusion_matrix"]) == len(classes)
     assert results["Accuracy"] < 100
     images_of = {"fashion": (55_000, 10_000), "letters": (26 * (60 - 9 - 5), 26 * 9), "shapes": (6 * 55, 60)}[kind]
     assert stages.results(folders["model"])["training_images"] == images_of[0]

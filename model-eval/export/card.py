@@ -23,7 +23,7 @@ def model_card(
     channels, height, width = DATA_SET.shape
     names = [name.replace("|", "\\|") for name in DATA_SET.classes]
     keys = ("precision", "recall", "f1")
-    digits = [(*(f"{digit[key]:.4f}" for key in keys), digit["count"]) for digit in results["digits"]]
+    classes = [(*(f"{line[key]:.4f}" for key in keys), line["count"]) for line in results["classes"]]
     recorded = {name: training[name] for name in OF_TRAINING if name in training}
     values = {
         "name": f"{DATA_SET.name.lower()}-cnn",
@@ -33,9 +33,9 @@ def model_card(
         "images": f"[N, {height}, {width}{', 3' if channels == 3 else ''}]",
         "ratio": round(results["Accuracy"] / 100, 6),
         "loss": f"{results['Test loss']:.4f}",
-        "test_images": f"{sum(digit['count'] for digit in results['digits']):,}",
+        "test_images": f"{sum(line['count'] for line in results['classes']):,}",
         "difference": f"{difference:.1g}",
-        "digits": as_rows(names, digits),
+        "classes": as_rows(names, classes),
         "columns": as_rows([""], [names]) + "\n|" + " --- |" * (1 + len(names)),
         "matrix": as_rows(names, results["confusion_matrix"]),
         "training": f"```json\n{json.dumps(recorded, indent=1)}\n```"
