@@ -26,7 +26,8 @@ from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field
 from starlette.exceptions import HTTPException as StarletteHTTPException
 
-from pictures.picture import open_picture, prepare
+from pictures import reading
+from pictures.picture import open_picture
 from pictures.prediction import UNLIKE, Predictor
 from stage.dataset import DATA_SET
 from stage.process import Failure
@@ -90,21 +91,44 @@ class PredictionRequest(BaseModel):
     webhook: None = Field(None, description="The service calls no other one.")
 
 
+# What the output of several digits differs in.
+OF_SEVERAL = (
+    (", or if there are several digits", "; as the confidence, of the least sure of several digits", ", side by side")
+    if DATA_SET.preparation == "digit"
+    else ("", "", "")
+)
+
+
+class Digit(BaseModel):
+    """A digit on a picture, or something else that was written."""
+
+    prediction: int | None = Field(ge=0, le=9, description=f"The digit; null if the confidence is `{UNLIKE}`.")
+    probabilities: list[float] = Field(min_length=10, max_length=10, description="Of the digits 0 to 9.")
+    confidence: str = Field(json_schema_extra={"enum": ["sure", "unsure", UNLIKE]})
+    box: list[int] = Field(
+        min_length=4,
+        max_length=4,
+        description="Top, left, bottom and right in pixels of the picture, upright; the last two are excluded.",
+    )
+
+
 class Output(BaseModel):
     """The prediction of a picture."""
 
     prediction: int | None = Field(
         ge=0,
         le=len(DATA_SET.classes) - 1,
-        description=f"The class, counted from 0; null if the confidence is `{UNLIKE}`.",
+        description=f"The class, counted from 0; null if the confidence is `{UNLIKE}`{OF_SEVERAL[0]}.",
     )
     probabilities: list[float] = Field(
         min_length=len(DATA_SET.classes),
         max_length=len(DATA_SET.classes),
-        description=f"Of the classes, in order: {NAMES}.",
+        description=f"Of the classes, in order: {NAMES}{OF_SEVERAL[1]}.",
     )
     confidence: str = Field(json_schema_extra={"enum": ["sure", "unsure", UNLIKE]})
-    image: str = Field(description=f"The {SIZE} pixels that the network saw, as a data URL of a PNG.")
+    image: str = Field(description=f"The {SIZE} pixels that the network saw{OF_SEVERAL[2]}, as a data URL of a PNG.")
+    if DATA_SET.preparation == "digit":
+        digits: list[Digit] = Field(min_length=1, max_length=reading.MAX_DIGITS, description="From left to right.")
 
 
 class PredictionMetrics(BaseModel):
@@ -234,10 +258,10 @@ class Service:
 def predict(predictor: Predictor, image: str) -> dict[str, Any]:
     """Predict a picture, a data URL, and return the response. Raise Failure if it cannot be read or is blank."""
     started = time.perf_counter()
-    pixels = prepare(open_picture(decode(image)))
+    output, pixels = reading.read(open_picture(decode(image)), predictor)
     return {
         "status": "succeeded",
-        "output": predictor.predict(pixels) | {"image": as_data_url(pixels)},
+        "output": {**output, "image": as_data_url(pixels)},
         "logs": "",
         "metrics": {"predict_time": round(time.perf_counter() - started, 6)},
     }
