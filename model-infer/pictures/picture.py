@@ -33,10 +33,10 @@ MODE_BYTES = {"1": 4, "L": 4, "P": 8, "CMYK": 12, "I;16": 14, "I": 30, "F": 30}
 OTHER_BYTES = 10
 MAX_PIXELS = 50_000_000
 MEMORY = 400_000_000  # bytes for a picture, beside its file
-WORKING_SIDE = 500  # pixels of the longer side, to which larger pictures are reduced
+WORKING_SIDE = 1000  # pixels of the longer side, to which larger pictures are reduced
 MIN_SIDE = 10  # pixels of the square that a digit is put in, at least (Yadav and Bottou)
 BOX_LEVEL = 0.05  # of full ink, averaged over a twentieth of the digit: what belongs to its tight box
-THIN, NORMAL = 0.05, 0.09  # of a digit's longer side: thinner strokes than the first are made as wide as the second
+THIN, NORMAL = 0.04, 0.09  # of a digit's longer side: thinner strokes than the first are made as wide as the second
 
 # A picture may claim any size; beyond twice this number Pillow refuses to decode it, in whatever part of a file it is.
 Image.MAX_IMAGE_PIXELS = MAX_PIXELS // 2
@@ -167,12 +167,14 @@ def widen(ink: Ink) -> Ink:
 
     Their mean width is twice the ink divided by the length of its edges, which is the sum of the steps across them.
     """
-    edges = float(np.abs(np.diff(ink, axis=0)).sum() + np.abs(np.diff(ink, axis=1)).sum())
-    width, side = 2 * float(ink.sum()) / max(edges, 1e-9), max(ink.shape)
+    side = max(ink.shape)
+    factor = 1 + side // 100
+    cells = average(ink, factor)
+    edges = float(np.abs(np.diff(cells, axis=0)).sum() + np.abs(np.diff(cells, axis=1)).sum())
+    width = 2 * factor * float(cells.sum()) / max(edges, 1e-9)
     if width >= THIN * side:
         return ink
-    factor = 1 + side // 100
-    cells = np.pad(largest(ink, factor), max(ink.shape) // (20 * factor))
+    cells = np.pad(largest(ink, factor), side // (20 * factor))
     return window_max(cells, max(1, round((NORMAL * side - width) / factor / 2) - (factor > 1)))
 
 

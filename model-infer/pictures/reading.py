@@ -6,6 +6,8 @@ whose images are nearest to the training images is taken, and the first one that
 """
 
 from collections.abc import Iterator
+from functools import reduce
+from operator import itemgetter
 from typing import NamedTuple, NotRequired
 
 import numpy as np
@@ -18,12 +20,14 @@ from pictures.prediction import UNLIKE, Prediction, Predictor
 from stage.dataset import DATA_SET
 from stage.process import Failure
 
+SEARCH_SIDE = 500  # pixels of the longer side of the picture on which digits are looked for
 GRID_SIDE = 100  # cells of the longer side of the grid on which uneven light is looked for
 PIECE_SIDE = 200  # the same for connected pieces of ink
 MAX_PIECES = 40  # of ink that are looked at: the largest
 MAX_DIGITS = 20  # on a picture; with more, it is a texture
 BACKGROUND_WINDOW = 0.2  # of the longer side: what is narrower may be ink, what is wider is background
 MIN_CONTRAST = 20  # grey levels between ink and background; with less, a picture is blank
+NOISE_SHARE = 0.35  # of the standard deviation that is left in means of 4 x 4 pixels: with less, there is only noise
 NOISE_FACTOR = 6  # standard deviations of the background's noise that ink must exceed
 FAINT = (0.35, 0.65)  # of full ink: lines on the paper are at most as dark as that
 PIECE_LEVEL = 0.25  # of full ink, in the darkest pixel of a grid's cell: what belongs to a piece of ink
@@ -84,11 +88,10 @@ def read(image: Image.Image, predictor: Predictor) -> tuple[Reading, torch.Tenso
     grey = to_grey(image)
     candidates = find_digits(grey, predictor)
     scale = image.info.get("longer_side", max(image.size)) / max(grey.shape)
-    digits: list[Digit] = []
-    for candidate in candidates:
-        top, left, bottom, right = (round(scale * side) for side in candidate.box)
-        prediction = candidate.prediction or predictor.predict(candidate.pixels)
-        digits.append({**prediction, "box": (top, left, bottom, right)})
+    digits: list[Digit] = [
+        {**(candidate.prediction or predictor.predict(candidate.pixels)), "box": scaled(candidate.box, scale)}
+        for candidate in candidates
+    ]
     return as_reading(digits), torch.cat([candidate.pixels for candidate in candidates], 1)
 
 
@@ -105,23 +108,48 @@ def as_reading(digits: list[Digit]) -> Reading:
 
 
 def find_digits(grey: Ink, predictor: Predictor) -> list[Candidate]:
-    """Return the digits of a picture, from left to right, under the hypothesis that makes them the likeliest."""
-    best: list[Candidate] = []
-    lowest, enough = float("inf"), predictor.like / predictor.unlike
+    """Return the digits of a picture, from left to right. Raise Failure if it is blank.
+
+    They are looked for on a smaller picture, and then again in the part of the picture itself where they are.
+    """
+    factor = 1 + (max(grey.shape) - 1) // SEARCH_SIDE
+    cost, digits = search(average(grey, factor), predictor)
+    if not digits:
+        raise Failure("blank: there is nothing to read on it")
+    if factor > 1:
+        top, left, bottom, right = scaled(reduce(union, (digit.box for digit in digits)), factor)
+        margin = (bottom - top) // 2
+        top, left = max(0, top - margin), max(0, left - margin)
+        part = grey[top : bottom + margin, left : right + margin]
+        if max(part.shape) <= SEARCH_SIDE:
+            closer, found = search(part, predictor)
+            if len(found) == len(digits) and closer <= 1:
+                return [one._replace(box=scaled(one.box, 1, top, left)) for one in found]
+    return [one._replace(box=scaled(one.box, factor)) for one in digits]
+
+
+def search(grey: Ink, predictor: Predictor) -> tuple[float, list[Candidate]]:
+    """Return how unlike digits what is on a picture is (1 is UNLIKE), and the digits, under the likeliest hypothesis."""
+    best: tuple[float, list[Candidate]] = (float("inf"), [])
+    if average(grey, 4).std() <= NOISE_SHARE * grey.std():
+        return best
+    found = []
     for ink, full, raw in inks(grey):
-        if not best:
+        if not found:
             whole = all_as_one(ink, full)
             prediction = predictor.predict(whole.pixels)
-            best = [whole._replace(prediction=prediction)]
+            best = (float("inf"), [whole._replace(prediction=prediction)])
             if prediction["confidence"] == "sure" and not has_gap(ink, full, whole.box):
-                break
-        cost, digits = divide(ink, full, raw, predictor)
-        if cost < lowest:
-            best, lowest = digits, cost
-        if lowest <= (1 if raw is ink else enough):
-            break
-    if not best:
-        raise Failure("blank: there is nothing to read on it")
+                return 0.0, best[1]
+        found.append((ink, full, raw))
+        best = min(best, divide(ink, full, raw, predictor), key=itemgetter(0))
+        if best[0] <= (1 if raw is ink else predictor.like / predictor.unlike):
+            return best
+    for share in FAINT if found else ():
+        if best[0] > 1:
+            ink, full, raw = found[0]
+            ink = (ink - share * full).clip(0)
+            best = min(best, divide(ink, full * (1 - share), raw, predictor), key=itemgetter(0))
     return best
 
 
@@ -141,23 +169,20 @@ def inks(grey: Ink) -> Iterator[tuple[Ink, float, Ink]]:
         even = [grey if grey[0, 0] > 127 else dark]  # the other one has been found
     else:
         # As a share of the light that the paper gets: so a shadow vanishes.
-        uneven = (255 - 255 * grey / background(grey).clip(64), dark), (grey + background(dark) - 255, grey)
+        paper = background(grey)
+        uneven = ((paper - grey) * (255 / paper.clip(128)), dark), (grey + background(dark) - 255, grey)
         found = [(*ink, raw) for values, raw in uneven if (ink := level(values))]
         even = [dark, grey]
     yield from found
     if not found:
         return
-    yield from ((*ink, raw) for raw in even if (ink := level(raw)))
-    ink, full, raw = found[0]
-    for share in FAINT:
-        yield (ink - share * full).clip(0), full * (1 - share), raw
+    yield from ((*ink, raw) for raw in even if (ink := level(raw - raw.min())))
 
 
 def level(ink: Ink) -> tuple[Ink, float] | None:
     """Return ink with background 0, and the level of full ink; None if there is only noise."""
-    ink = ink - ink.min()
     rest = ink[ink <= ink.max() / 2]  # which is mostly background, even where most of the picture is ink
-    ink -= median(rest)
+    ink = ink - median(rest)
     noise = 1.4826 * median(np.abs(rest - median(rest)))  # the standard deviation, if it is normally distributed
     full = float(average(ink, 2).max())
     if full < max(MIN_CONTRAST, NOISE_FACTOR * noise):
@@ -302,6 +327,11 @@ def find_parts(cells: Ink, pieces: Pieces, boxes: list[Box]) -> list[Part]:
 def numbers_of(parts: list[Part]) -> list[int]:
     """Return the numbers of all pieces of some parts."""
     return [number for part in parts for number in part.numbers]
+
+
+def scaled(box: Box, factor: float, top: int = 0, left: int = 0) -> Box:
+    """Return a box in a picture that is so many times as large, and begins so far below and right of it."""
+    return top + round(factor * box[0]), left + round(factor * box[1]), top + round(factor * box[2]), left + round(factor * box[3])
 
 
 def union(one: Box, other: Box) -> Box:
