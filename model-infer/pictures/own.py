@@ -140,7 +140,9 @@ def draw(name: str, image: Image.Image, pixels: torch.Tensor, result: Result) ->
     for axes in (left, middle):
         axes.set(xticks=[], yticks=[])
     percentages = [100 * probability for probability in probabilities]
-    bars = right.barh(range(len(names)), percentages, color=[figures.BLUE if one else figures.GREY for one in predicted])
+    bars = right.barh(
+        range(len(names)), percentages, color=[figures.BLUE if one else figures.GREY for one in predicted]
+    )
     right.bar_label(bars, [f"{percentage:.1f}" for percentage in percentages], padding=3, fontsize=9)
     right.set_yticks(range(len(names)), names, parse_math=False)
     # Up to 118: the label of a bar of 100 % needs some room.

@@ -21,7 +21,6 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from stage import images
-from stage.dataset import DATA_SET
 from stage.process import Failure
 
 # Other formats are not opened: some are programs, or contain a picture of any format and size.

@@ -25,8 +25,8 @@ from stage.process import Failure, percent
 MAX_RESULTS_BYTES = 1_000_000  # eval_results.json takes 4 kB
 KNOWN_IMAGES = 11_000  # training images, at most, that an image is compared with
 MAX_FEATURES = 256  # of a linear layer whose outputs are compared
-FLAGGED_FRACTION = 0.0075  # of the validation images, at most, are predicted as UNLIKE
-LIKE_FRACTION = 0.9  # of the validation images are near enough to the training images for a prediction to be sure
+FLAGGED_FRACTION = 0.01  # of the validation images, at most, are predicted as UNLIKE
+LIKE_FRACTION = 0.97  # of the validation images are so near to the training images that they may be sure
 SURE_PROBABILITY = 0.9  # a prediction is sure from this probability on
 
 Confidence = Literal["sure", "unsure", "no digit", "out of distribution"]
@@ -50,8 +50,8 @@ class Predictor:
     sha256: str  # of the model's file
     accuracy: float | None = None  # on the test images, in percent; None if it has not been evaluated
     known: torch.Tensor | None = None  # the features of training images, float32 [N, F]; None: no image is UNLIKE
-    like: float = 0.0  # an image is like the training images up to this distance
-    unlike: float = 1.0  # beyond this distance an image is UNLIKE
+    like: float = 1.0  # the distance up to which a prediction may be sure
+    unlike: float = 1.0  # the cosine distance beyond which an image is UNLIKE
 
     def __post_init__(self) -> None:
         self.model.eval()
@@ -61,7 +61,7 @@ class Predictor:
                 module.register_forward_hook(lambda module, inputs, output: self.outputs.append(output))
 
     def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the log-probabilities, float32 [N, classes], and features, float32 [N, F], of images, uint8 [N, H, W...].
+        """Return the log-probabilities, float32 [N, classes], and features, float32 [N, F], of images, uint8 [N, ...].
 
         The features are the outputs of the linear layers, those of each scaled to length 1. Raise Failure if the
         log-probabilities are not finite: huge weights, finite themselves, overflow.
@@ -78,32 +78,29 @@ class Predictor:
         return log_probabilities, features
 
     def distances(self, features: torch.Tensor) -> torch.Tensor:
-        """Return the distances, float32 [N], of features, float32 [N, F], from the nearest training image: 0 to 1.
+        """Return the distances, float32 [N], of features, float32 [N, F], from the nearest training image.
 
-        This is half of 1 minus the cosine of their angle, after Sun et al. (2022), "Out-of-Distribution Detection with
-        Deep Nearest Neighbors".
+        It is 1 minus the cosine of their angle, relative to the distance beyond which an image is UNLIKE, after Sun et
+        al. (2022), "Out-of-Distribution Detection with Deep Nearest Neighbors".
         """
         if self.known is None:
             return torch.zeros(len(features))
-        return (1 - (features @ self.known.T).max(1).values / (features[0] @ features[0])) / 2
-
-    def distances_of(self, images: torch.Tensor) -> torch.Tensor:
-        """Return the distances of images, uint8 [N, H, W...], as distances() does of their features."""
-        return self.distances(self.forward(images)[1])
+        return (1 - (features @ self.known.T).max(1).values / (features[0] @ features[0])) / self.unlike
 
     def predict(self, image: torch.Tensor) -> Prediction:
         """Predict an image, uint8 [H, W] or [H, W, C]."""
+        return self.assess(image)[0]
+
+    def assess(self, image: torch.Tensor) -> tuple[Prediction, float]:
+        """Predict an image, uint8 [H, W] or [H, W, C], and return also its distance from the training images."""
         log_probabilities, features = self.forward(image[None])
         distance = self.distances(features).item()
         probabilities = log_probabilities[0].exp().tolist()
         prediction = probabilities.index(max(probabilities))
-        is_sure = probabilities[prediction] >= SURE_PROBABILITY and (self.known is None or distance <= self.like)
-        confidence: Confidence = UNLIKE if distance > self.unlike else "sure" if is_sure else "unsure"
-        return {
-            "prediction": None if confidence == UNLIKE else prediction,
-            "probabilities": probabilities,
-            "confidence": confidence,
-        }
+        is_sure = probabilities[prediction] >= SURE_PROBABILITY and distance <= self.like
+        confidence: Confidence = UNLIKE if distance > 1 else "sure" if is_sure else "unsure"
+        known = None if confidence == UNLIKE else prediction
+        return {"prediction": known, "probabilities": probabilities, "confidence": confidence}, distance
 
     def evaluation(self) -> str:
         """Return a sentence on how good the model is."""
@@ -141,8 +138,8 @@ def learn_likeness(predictor: Predictor, training: torch.Tensor, validation: tor
     predictor.known = features(training[:: -(-len(training) // KNOWN_IMAGES)])
     parts = [predictor.distances(part) for part in torch.split(features(validation), 500)]
     distances = torch.cat(parts).sort().values.tolist()
-    predictor.like = distances[int(LIKE_FRACTION * (len(distances) - 1))]
-    predictor.unlike = distances[-1 - int(FLAGGED_FRACTION * len(distances))]
+    predictor.unlike = max(distances[-1 - int(FLAGGED_FRACTION * len(distances))], 1e-6)
+    predictor.like = distances[int(LIKE_FRACTION * (len(distances) - 1))] / predictor.unlike
 
 
 def read_accuracy(path: Path, sha256: str) -> float | None:

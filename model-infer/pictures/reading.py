@@ -8,7 +8,7 @@ whose images are nearest to the training images is taken, and the first one that
 from collections.abc import Iterator
 from functools import reduce
 from operator import itemgetter
-from typing import NamedTuple, NotRequired
+from typing import NamedTuple, NotRequired, cast
 
 import numpy as np
 import torch
@@ -39,8 +39,12 @@ SPECK = 0.03  # of the area of the largest piece: what is smaller is dropped
 SMALL = 0.4  # of the length of the largest piece: what is shorter is no digit, and dropped unless it is near one
 NEAR = 0.15  # of the length of the largest piece
 JOINED = 0.3  # of the same length: how far apart two parts of a digit may be
-DENSE = 0.35
-OTHERS = 0.7  # of the distance that is UNLIKE: the cost where everything else is as dark as the digits
+DENSE = 75  # grey levels of an image's mean: above that of nearly all of MNIST's
+OTHERS = 0.7  # of the distance that is UNLIKE: the cost where all around the digits is as dark as they are
+CLOSE, NOT_ALONE = 0.15, 0.25  # if more than this share of what is so close, in lengths, is as dark: parts of something
+GOOD = 0.4  # of that distance: as near as 90 % of the validation images
+STRICT = 0.8  # of that distance: nearer than that must be each digit under a hypothesis that is not the first
+LATER = 0.15  # of that distance: what such a hypothesis must make up for
 EACH = 0.1  # of the distance that is UNLIKE: what another digit must make up for
 
 Mask = NDArray[np.bool_]  # [height, width]
@@ -62,11 +66,21 @@ class Reading(Prediction):
     digits: NotRequired[list[Digit]]  # from left to right; only where the data set's images are digits
 
 
+class Hypothesis(NamedTuple):
+    """What may be the ink of a picture."""
+
+    ink: Ink  # 0 where there is none
+    full: float  # the level of full ink
+    raw: Ink  # the picture's own levels, such that ink has more than its surroundings
+    enough: float = 0.0  # not tried if what has been found is less unlike digits than that
+
+
 class Candidate(NamedTuple):
     """What may be a digit."""
 
     box: Box
     pixels: torch.Tensor  # uint8 [28, 28]
+    distance: float = 0.0  # from the training images; 1 is UNLIKE
     prediction: Prediction | None = None  # once it is known
 
 
@@ -84,7 +98,7 @@ def read(image: Image.Image, predictor: Predictor) -> tuple[Reading, torch.Tenso
     """
     if DATA_SET.preparation == "resize":
         pixels = resize(image)
-        return {**predictor.predict(pixels)}, pixels
+        return cast(Reading, predictor.predict(pixels)), pixels
     grey = to_grey(image)
     candidates = find_digits(grey, predictor)
     scale = image.info.get("longer_side", max(image.size)) / max(grey.shape)
@@ -113,7 +127,7 @@ def find_digits(grey: Ink, predictor: Predictor) -> list[Candidate]:
     They are looked for on a smaller picture, and then again in the part of the picture itself where they are.
     """
     factor = 1 + (max(grey.shape) - 1) // SEARCH_SIDE
-    cost, digits = search(average(grey, factor), predictor)
+    digits = search(average(grey, factor), predictor)[1]
     if not digits:
         raise Failure("blank: there is nothing to read on it")
     if factor > 1:
@@ -129,66 +143,66 @@ def find_digits(grey: Ink, predictor: Predictor) -> list[Candidate]:
 
 
 def search(grey: Ink, predictor: Predictor) -> tuple[float, list[Candidate]]:
-    """Return how unlike digits what is on a picture is (1 is UNLIKE), and the digits, under the likeliest hypothesis."""
+    """Return how unlike digits is what is on a picture, 1 for UNLIKE, and the digits, by the likeliest hypothesis."""
     best: tuple[float, list[Candidate]] = (float("inf"), [])
     if average(grey, 4).std() <= NOISE_SHARE * grey.std():
         return best
-    found = []
-    for ink, full, raw in inks(grey):
-        if not found:
-            whole = all_as_one(ink, full)
-            prediction = predictor.predict(whole.pixels)
-            best = (float("inf"), [whole._replace(prediction=prediction)])
-            if prediction["confidence"] == "sure" and not has_gap(ink, full, whole.box):
-                return 0.0, best[1]
-        found.append((ink, full, raw))
-        best = min(best, divide(ink, full, raw, predictor), key=itemgetter(0))
-        if best[0] <= (1 if raw is ink else predictor.like / predictor.unlike):
-            return best
-    for share in FAINT if found else ():
-        if best[0] > 1:
-            ink, full, raw = found[0]
-            ink = (ink - share * full).clip(0)
-            best = min(best, divide(ink, full * (1 - share), raw, predictor), key=itemgetter(0))
+    for number, hypothesis in enumerate(hypotheses(grey)):
+        if number == 0:
+            whole = all_as_one(hypothesis)
+            prediction, distance = predictor.assess(whole.pixels)
+            best = float("inf"), [whole._replace(prediction=prediction)]
+            if distance <= GOOD and not has_gap(hypothesis, whole.box):
+                return distance, best[1]
+        elif best[0] <= hypothesis.enough:
+            break
+        cost, digits = divide(hypothesis, predictor)
+        if number == 0 or all(digit.distance <= STRICT for digit in digits):
+            best = min(best, (cost + LATER * (number > 0), digits), key=itemgetter(0))
     return best
 
 
 # What is ink ----------------------------------------------------------------------------------------------------------
 
 
-def inks(grey: Ink) -> Iterator[tuple[Ink, float, Ink]]:
-    """Yield what may be the ink of a picture, 0 where there is none, and the level of full ink; the likeliest first.
-
-    Yield also the picture, its levels such that ink has more than its surroundings.
-    """
+def hypotheses(grey: Ink) -> Iterator[Hypothesis]:
+    """Yield what may be the ink of a picture, the likeliest first; nothing if the picture is blank."""
     dark = 255 - grey
     if has_flat_background(grey):
         ink = np.abs(grey - grey[0, 0])
-        full = float(average(ink, 2).max())
-        found = [(ink, full, ink)] if full >= MIN_CONTRAST else []
+        enough = 1.0
+        found = [Hypothesis(ink, full, ink)] if (full := full_level(ink)) >= MIN_CONTRAST else []
         even = [grey if grey[0, 0] > 127 else dark]  # the other one has been found
     else:
-        # As a share of the light that the paper gets: so a shadow vanishes.
+        enough = GOOD
         paper = background(grey)
+        # As a share of the light that the paper gets: so a shadow vanishes.
         uneven = ((paper - grey) * (255 / paper.clip(128)), dark), (grey + background(dark) - 255, grey)
-        found = [(*ink, raw) for values, raw in uneven if (ink := level(values))]
+        found = [one for values, raw in uneven if (one := level(values, raw))]
         even = [dark, grey]
-    yield from found
-    if not found:
-        return
-    yield from ((*ink, raw) for raw in even if (ink := level(raw - raw.min())))
+    if found:
+        found += [one for raw in even if (one := level(raw - np.float32(raw.min()), raw))]
+        yield from (one._replace(enough=enough) for one in found)
+        ink, full, raw, _ = found[0]
+        for share in FAINT:
+            yield Hypothesis((ink - share * full).clip(0), full * (1 - share), raw, 1.0)
 
 
-def level(ink: Ink) -> tuple[Ink, float] | None:
-    """Return ink with background 0, and the level of full ink; None if there is only noise."""
+def level(ink: Ink, raw: Ink) -> Hypothesis | None:
+    """Return ink with background 0; None if there is only noise."""
     rest = ink[ink <= ink.max() / 2]  # which is mostly background, even where most of the picture is ink
     ink = ink - median(rest)
     noise = 1.4826 * median(np.abs(rest - median(rest)))  # the standard deviation, if it is normally distributed
-    full = float(average(ink, 2).max())
+    full = full_level(ink)
     if full < max(MIN_CONTRAST, NOISE_FACTOR * noise):
         return None
     ink[ink < NOISE_FACTOR / 2 * noise] = 0
-    return ink.clip(0, full), full
+    return Hypothesis(ink.clip(0, full), full, raw)
+
+
+def full_level(ink: Ink) -> float:
+    """Return the level of full ink: the highest one, but for single pixels."""
+    return float(average(ink, 2).max())
 
 
 def has_flat_background(grey: Ink) -> bool:
@@ -225,61 +239,80 @@ def grid_factor(values: Ink, side: int) -> int:
 # What is a digit ------------------------------------------------------------------------------------------------------
 
 
-def all_as_one(ink: Ink, full: float) -> Candidate:
+def all_as_one(hypothesis: Hypothesis) -> Candidate:
     """Return all ink as one digit."""
+    ink, full, *_ = hypothesis
     box = top, left, bottom, right = bounds(ink >= PIECE_LEVEL * full)
     margin = 1 + max(bottom - top, right - left) // 16  # the strokes' edges are lighter
     inside = ink[max(0, top - margin) : bottom + margin, max(0, left - margin) : right + margin]
     return Candidate(box, torch.from_numpy(to_mnist(inside, full)))
 
 
-def has_gap(ink: Ink, full: float, box: Box) -> bool:
+def has_gap(hypothesis: Hypothesis, box: Box) -> bool:
     """Return whether a column without ink divides the ink in a box."""
-    return bool((ink[box[0] : box[2], box[1] : box[3]].max(0) < PIECE_LEVEL * full).any())
+    inside = hypothesis.ink[box[0] : box[2], box[1] : box[3]]
+    return bool((inside.max(0) < PIECE_LEVEL * hypothesis.full).any())
 
 
-def divide(ink: Ink, full: float, grey: Ink, predictor: Predictor) -> tuple[float, list[Candidate]]:
-    """Return how unlike digits the ink is, on average (1 is UNLIKE), and its best division into digits.
-
-    Up to three neighbouring parts may be one digit. The best division is found by dynamic programming.
-    """
+def divide(hypothesis: Hypothesis, predictor: Predictor) -> tuple[float, list[Candidate]]:
+    """Return how unlike digits the ink is, on average (1 is UNLIKE), and its likeliest digits, from left to right."""
+    ink, full, raw, _ = hypothesis
     factor = grid_factor(ink, PIECE_SIDE)
     cells = largest(ink, factor)
     pieces, boxes = find_pieces(cells >= PIECE_LEVEL * full)
     parts = find_parts(cells, pieces, boxes)
-    longest = max((max(part.box[2] - part.box[0], part.box[3] - part.box[1]) for part in parts), default=0)
     if not 0 < len(parts) <= MAX_DIGITS:
         return float("inf"), []
-    spans: list[tuple[int, int]] = []
+    chosen, levels = np.isin(pieces, numbers_of(parts)), average(raw, factor)
+    if others(levels, chosen, CLOSE) > NOT_ALONE:
+        return float("inf"), []
+    spans = find_spans(parts)
+    candidates = [cut_out(ink, full, np.isin(pieces, numbers_of(parts[a:b])), pieces > 0, factor) for a, b in spans]
+    images = torch.stack([candidate.pixels for candidate in candidates])
+    distances = predictor.distances(predictor.forward(images)[1])
+    distances[images.float().mean((1, 2)) > DENSE] = 9.0
+    cost, digits = best_division(spans, candidates, distances.tolist())
+    return cost / len(parts) + OTHERS * others(levels, chosen, 1), digits
+
+
+def find_spans(parts: list[Part]) -> list[tuple[int, int]]:
+    """Return which parts, from one to before another, may be a digit together: up to three that are close."""
+    longest = max(max(part.box[2] - part.box[0], part.box[3] - part.box[1]) for part in parts)
+    spans = []
     for end in range(1, len(parts) + 1):
         start = end - 1
         spans.append((start, end))
         while start > max(0, end - 3) and gap(parts[start - 1].box, parts[start].box) <= JOINED * longest:
             start -= 1
             spans.append((start, end))
-    candidates = [cut_out(ink, full, np.isin(pieces, numbers_of(parts[a:b])), pieces > 0, factor) for a, b in spans]
-    costs = (predictor.distances_of(torch.stack([one.pixels for one in candidates])) / predictor.unlike).tolist()
-    costs = [9.0 if one.pixels.float().mean() > DENSE * 255 else cost for one, cost in zip(candidates, costs)]
+    return spans
+
+
+def best_division(
+    spans: list[tuple[int, int]], candidates: list[Candidate], distances: list[float]
+) -> tuple[float, list[Candidate]]:
+    """Return the least cost of dividing all parts into digits, and these digits, by dynamic programming."""
     best: list[tuple[float, list[Candidate]]] = [(0.0, [])]  # of the first parts: none, one, two ...
-    for (start, end), one, cost in zip(spans, candidates, costs, strict=True):
-        way = best[start][0] + (end - start) * cost + EACH, [*best[start][1], one]
+    for (start, end), candidate, distance in zip(spans, candidates, distances, strict=True):
+        cost = best[start][0] + (end - start) * distance + EACH
         if end == len(best):
-            best.append(way)
-        elif way[0] < best[end][0]:
-            best[end] = way
-    return best[-1][0] / len(parts) + OTHERS * others(average(grey, factor), np.isin(pieces, numbers_of(parts))), best[-1][1]
+            best.append((float("inf"), []))
+        if cost < best[end][0]:
+            best[end] = cost, [*best[start][1], candidate._replace(distance=distance)]
+    return best[-1]
 
 
-def others(grey: Ink, chosen: Mask) -> float:
-    """Return how much of the surroundings of the chosen cells is as dark as they are, or as light: 0 to 1.
+def others(raw: Ink, chosen: Mask, reach: float) -> float:
+    """Return how much of what is around the chosen cells is as dark as they are, or as light: 0 to 1.
 
-    It is much where what was chosen is not ink, but paper between strokes.
+    It is much where what was chosen is not ink, but paper between strokes. Around is what is within their length, times
+    reach.
     """
     top, left, bottom, right = bounds(chosen)
-    margin = max(bottom - top, right - left)
+    margin = 1 + int(reach * max(bottom - top, right - left))
     rows, columns = slice(max(0, top - margin), bottom + margin), slice(max(0, left - margin), right + margin)
-    chosen, grey = chosen[rows, columns], grey[rows, columns]
-    return float((grey[~chosen] >= np.quantile(grey[chosen], 0.25)).mean()) if not chosen.all() else 0.0
+    chosen, raw = chosen[rows, columns], raw[rows, columns]
+    return float((raw[~chosen] >= np.quantile(raw[chosen], 0.25)).mean()) if not chosen.all() else 0.0
 
 
 def cut_out(ink: Ink, full: float, chosen: Mask, inked: Mask, factor: int) -> Candidate:
@@ -331,7 +364,12 @@ def numbers_of(parts: list[Part]) -> list[int]:
 
 def scaled(box: Box, factor: float, top: int = 0, left: int = 0) -> Box:
     """Return a box in a picture that is so many times as large, and begins so far below and right of it."""
-    return top + round(factor * box[0]), left + round(factor * box[1]), top + round(factor * box[2]), left + round(factor * box[3])
+    return (
+        top + round(factor * box[0]),
+        left + round(factor * box[1]),
+        top + round(factor * box[2]),
+        left + round(factor * box[3]),
+    )
 
 
 def union(one: Box, other: Box) -> Box:

@@ -18,9 +18,17 @@ from PIL import Image, ImageDraw
 TREE = Path(__file__).parents[2]
 sys.path[:0] = [str(TREE / "model-infer"), str(TREE / "tests")]
 
+import torch
+
+import infer
 import rendering
 import strokes
+from pictures import prediction, reading
+from pictures.picture import open_picture
+from stage.images import read_images, split_validation
+from stage.process import Failure
 
+OUTCOMES = ("no digit", "blank", "unsure", "sure")
 COUNT = 300  # pictures a row
 SIDE = 200  # pixels of a test image, enlarged
 
@@ -106,9 +114,6 @@ def axes(digit, rng):
 
 def result(digit, rng):
     """A result picture of infer."""
-    import infer
-    import torch
-
     label = int(rng.integers(10))
     probabilities = [0.0] * 10
     probabilities[label] = 1.0
@@ -119,12 +124,9 @@ def result(digit, rng):
 def table(digit, rng):
     """A digit on paper beside the dark edge of a table, on any side."""
     ink = on_paper(digit, rng)
-    pixels = np.full(ink.shape, 235, np.float32)
-    edge = int(rng.integers(20, 100))
-    dark = rng.uniform(10, 40)
-    pixels = np.pad(235 - 175 * ink, edge if False else 0)
+    edge, dark = int(rng.integers(20, 100)), rng.uniform(10, 40)
     sides = [(edge, 0, 0, 0), (0, edge, 0, 0), (0, 0, edge, 0), (0, 0, 0, edge)][rng.integers(4)]
-    pixels = np.pad(pixels, (sides[:2], sides[2:]), constant_values=dark)
+    pixels = np.pad(235 - 175 * ink, (sides[:2], sides[2:]), constant_values=dark)
     return noisy(pixels, rng)
 
 
@@ -147,8 +149,6 @@ def noisy(pixels, rng):
 
 def rendered(digit, rng):
     """A digit as rendering.py renders it."""
-    from pictures.picture import open_picture
-
     return open_picture(rendering.render(digit, rng))
 
 
@@ -191,7 +191,9 @@ def stroke_digits(width, side=600):
 X = [[(0, 0), (1, 1)], [(1, 0), (0, 1)]]
 TICK = [[(0, 0.6), (0.35, 1), (1, 0)]]
 ANGLES = np.linspace(0, 2 * np.pi, 60)
-HEART = [[(np.sin(a) ** 3, -(13 * np.cos(a) - 5 * np.cos(2 * a) - 2 * np.cos(3 * a) - np.cos(4 * a)) / 16) for a in ANGLES]]
+HEART = [
+    [(np.sin(a) ** 3, -(13 * np.cos(a) - 5 * np.cos(2 * a) - 2 * np.cos(3 * a) - np.cos(4 * a)) / 16) for a in ANGLES]
+]
 CIRCLE = [(np.cos(a), np.sin(a)) for a in ANGLES]
 FACE = [CIRCLE, [(-0.4, -0.4), (-0.4, -0.25)], [(0.4, -0.4), (0.4, -0.25)], [(-0.5, 0.3), (0, 0.6), (0.5, 0.3)]]
 
@@ -235,48 +237,37 @@ def rows(images, labels):
         yield name, shapes(shape)
 
 
+def outcome(predictor, truth, image):
+    """Return whether a picture is read right, whether its best guess is right, and the confidence."""
+    try:
+        output = reading.read(image, predictor)[0]
+    except Failure:
+        return False, False, "blank"
+    digits = output["digits"]
+    read = "".join("?" if digit["prediction"] is None else str(digit["prediction"]) for digit in digits)
+    guess = "".join(str(np.argmax(digit["probabilities"])) for digit in digits)
+    return read == truth, guess == truth, output["confidence"]
+
+
 def main():
-    """Print, for each row, how many are read right, called no digit, and sure but wrong."""
+    """Print, for each row, how many pictures are read right, called no digit, sure, and sure but wrong."""
     parser = argparse.ArgumentParser(description="Measures how well pictures of the kinds that people make are read.")
     parser.add_argument("--model", type=Path, default=TREE / "model", help="folder of the model (default: %(default)s)")
-    parser.add_argument("--split", choices=("test", "validation"), default="test", help="images to make them of")
-    parser.add_argument("--rows", default="", help="only rows whose name starts so")
-    parser.add_argument("--count", type=int, default=COUNT, help="pictures a row (default: %(default)s)")
+    parser.add_argument("--split", choices=("test", "validation"), default="test", help="images (default: %(default)s)")
+    parser.add_argument("--rows", default="", help="only rows whose name starts so; several, separated by commas")
     args = parser.parse_args()
-    globals()["COUNT"] = args.count
-    import time
-
-    import torch
-
-    from pictures import prediction, reading
-    from stage.images import read_images, split_validation
-    from stage.process import Failure
-
     torch.set_num_threads(1)
     predictor = prediction.load_predictor(args.model, TREE / "data")
     split = read_images(TREE / "data", "train" if args.split == "validation" else "test")
     images, labels = split_validation(*split)[1] if args.split == "validation" else split
     for name, pictures in rows(images.numpy(), labels.numpy()):
-        if not name.startswith(tuple(args.rows.split(","))):
-            continue
-        found, seconds = [], 0.0
-        for truth, image in pictures:
-            started = time.perf_counter()
-            try:
-                output = reading.read(image, predictor)[0]
-                digits = output["digits"]
-                text = "".join("?" if digit["prediction"] is None else str(digit["prediction"]) for digit in digits)
-                best = "".join(str(np.argmax(digit["probabilities"])) for digit in digits)
-            except Failure:
-                output, text, best = {"confidence": "blank"}, "blank", ""
-            seconds += time.perf_counter() - started
-            found.append((text == truth, best == truth, output["confidence"], text))
-        right, guess = (sum(one[i] for one in found) / len(found) for i in (0, 1))
-        unlike = sum(one[2] == prediction.UNLIKE for one in found) / len(found)
-        sure = sum(one[2] == "sure" for one in found) / len(found)
-        wrong = sum(one[2] == "sure" and not one[0] for one in found) / len(found)
-        blank = sum(one[2] == "blank" for one in found) / len(found)
-        print(f"{name:20} right {right:6.1%}  best guess {guess:6.1%}  no digit {unlike:6.1%} sure {sure:6.1%} sure, wrong {wrong:6.1%}  blank {blank:5.1%}  {1000*seconds/len(found):6.2f} ms", flush=True)
+        if name.startswith(tuple(args.rows.split(","))):
+            found = [outcome(predictor, truth, image) for truth, image in pictures]
+            right, guess = (sum(one[index] for one in found) / len(found) for index in (0, 1))
+            shares = [f"{sum(one[2] == kind for one in found) / len(found):6.1%} {kind}" for kind in OUTCOMES]
+            wrong = sum(one[2] == "sure" and not one[0] for one in found) / len(found)
+            shares.append(f"{wrong:6.1%} sure and wrong")
+            print(f"{name:20} right {right:6.1%}, best guess {guess:6.1%},", ", ".join(shares), flush=True)
 
 
 if __name__ == "__main__":
