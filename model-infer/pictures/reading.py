@@ -181,11 +181,11 @@ def hypotheses(grey: Ink) -> Iterator[Hypothesis]:
         found = [one for values, raw in uneven if (one := level(values, raw))]
         even = [dark, grey]
     if found:
-        found += [one for raw in even if (one := level(raw - np.float32(raw.min()), raw))]
+        found += [one for raw in even if (one := level(raw - raw.min(), raw))]  # type: ignore[arg-type]
         yield from (one._replace(enough=enough) for one in found)
         ink, full, raw, _ = found[0]
         for share in FAINT:
-            yield Hypothesis((ink - share * full).clip(0), full * (1 - share), raw, 1.0)
+            yield Hypothesis((ink - share * full).clip(0), full * (1 - share), raw, 0.8)
 
 
 def level(ink: Ink, raw: Ink) -> Hypothesis | None:
@@ -312,7 +312,7 @@ def others(raw: Ink, chosen: Mask, reach: float) -> float:
     margin = 1 + int(reach * max(bottom - top, right - left))
     rows, columns = slice(max(0, top - margin), bottom + margin), slice(max(0, left - margin), right + margin)
     chosen, raw = chosen[rows, columns], raw[rows, columns]
-    return float((raw[~chosen] >= np.quantile(raw[chosen], 0.25)).mean()) if not chosen.all() else 0.0
+    return float((raw[~chosen] >= np.quantile(raw[chosen], 0.5)).mean()) if not chosen.all() else 0.0
 
 
 def cut_out(ink: Ink, full: float, chosen: Mask, inked: Mask, factor: int) -> Candidate:
