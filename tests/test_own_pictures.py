@@ -153,7 +153,7 @@ def other(monkeypatch):
 
     def choose(**changes):
         data_set = dataclasses.replace(DATA_SET, preparation="resize", **changes)
-        for module in (images, picture, reading, own):
+        for module in (images, reading, own):
             monkeypatch.setattr(module, "DATA_SET", data_set, raising=False)
 
     return choose

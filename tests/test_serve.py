@@ -593,7 +593,7 @@ def test_the_page_is_told_of_the_data_set(letters, service):
 
 def test_the_image_in_an_answer_is_coloured_where_the_data_set_is(monkeypatch):
     data_set = dataclasses.replace(dataset.DATA_SET, shape=(3, 32, 48), preparation="resize")
-    for module in ("stage.images", "pictures.picture", "pictures.reading"):
+    for module in ("stage.images", "pictures.reading"):
         monkeypatch.setattr(f"{module}.DATA_SET", data_set)
     predictor = SimpleNamespace(predict=lambda pixels: {"prediction": 1})
     flat = as_file(Image.new("RGB", (480, 320), (10, 200, 30)))

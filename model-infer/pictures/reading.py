@@ -177,15 +177,16 @@ def hypotheses(grey: Ink) -> Iterator[Hypothesis]:
         enough = GOOD
         paper = background(grey)
         # As a share of the light that the paper gets: so a shadow vanishes.
-        uneven = ((paper - grey) * (255 / paper.clip(128)), dark), (grey + background(dark) - 255, grey)
+        shares: Ink = np.asarray((paper - grey) * (255 / paper.clip(128)), dtype=np.float32)
+        uneven = (shares, dark), (grey + background(dark) - 255, grey)
         found = [one for values, raw in uneven if (one := level(values, raw))]
         even = [dark, grey]
     if found:
-        found += [one for raw in even if (one := level(raw - raw.min(), raw))]  # type: ignore[arg-type]
+        found += [one for raw in even if (one := level(raw - raw.min(), raw))]
         yield from (one._replace(enough=enough) for one in found)
         ink, full, raw, _ = found[0]
         for share in FAINT:
-            yield Hypothesis((ink - share * full).clip(0), full * (1 - share), raw, 0.8)
+            yield Hypothesis((ink - share * full).clip(0), full * (1 - share), raw, STRICT)
 
 
 def level(ink: Ink, raw: Ink) -> Hypothesis | None:
