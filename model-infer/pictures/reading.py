@@ -443,4 +443,5 @@ def is_frame(inside: Mask, box: Box, shape: tuple[int, ...]) -> bool:
         return True
     margin = 1 + max(inside.shape) // 20
     strips = inside[:margin], inside[-margin:], inside[:, :margin].T, inside[:, -margin:].T
-    return max(inside.shape) > shape[0] / 4 and all(one.any(0).mean() > 0.8 for one in strips)
+    is_hollow = inside.mean() < 0.5  # unlike a straight 1
+    return is_hollow and max(inside.shape) > shape[0] / 4 and all(one.any(0).mean() > 0.8 for one in strips)
