@@ -6,8 +6,8 @@ Writes  MODEL/results/{predicted}_{index}.png: a picture of each sample; those o
         MODEL/predictions.png: all samples on one sheet
 
 With pictures, by their paths in DATA, it reads those and the training images, and writes instead:
-        MODEL/own/{predicted}_{stem}.png: a picture of each prediction; those of earlier runs are removed
-        MODEL/own/predictions.json: file, prediction, probabilities and confidence of each; the model and its accuracy
+        MODEL/own/{number}_{stem}.png: a picture of each prediction; those of earlier runs are removed
+        MODEL/own/predictions.json: file, digits, probabilities and confidence of each; the model and its accuracy
 
     docker compose run --rm infer
     docker compose run --rm infer photo.png 'scans/*.jpg'
@@ -68,7 +68,7 @@ def parse_args() -> argparse.Namespace:
     """Parse the command line."""
     description = "Predicts random test images, or your own pictures, with the trained model."
     parser = flags.new_parser("infer", description)
-    text = "picture of one digit, by its path in the data folder; * and ? match any characters (default: test images)"
+    text = "picture of digits, by its path in the data folder; * and ? match any characters (default: test images)"
     parser.add_argument("pictures", nargs="*", metavar="PICTURE", help=text)
     text = f"number of test images (1 to {MAX_SAMPLES}; default: {SAMPLES})"
     parser.add_argument("--samples", type=flags.integer(1, MAX_SAMPLES), metavar="N", help=text)

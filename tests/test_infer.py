@@ -12,7 +12,6 @@ from PIL import Image
 
 import example
 import infer
-import net
 import stages
 from pictures import prediction
 from stage import folders
@@ -138,31 +137,47 @@ def test_probabilities_agree_with_the_examples_network(predictor, trained, data)
     torch.testing.assert_close(actual, expected, atol=1e-5, rtol=1e-4)
 
 
-def test_the_energy_is_that_of_the_logits(predictor, data):
-    images = example.read_test_images(data)[0][:50]
-    log_probabilities, energies = predictor.forward(images)
-    with torch.inference_mode():
-        logits = predictor.model.logits(net.to_input(images))
-    # log_softmax() subtracts the logsumexp from the logits, which is the energy.
-    torch.testing.assert_close(logits - energies[:, None], log_probabilities)
+def test_the_distance_is_that_of_the_linear_layers_outputs_from_the_nearest_training_image(predictor, data):
+    images = read_images(data, "train")[0]
+    log_probabilities, features = predictor.forward(images[:50])
+    logits = features[:, -10:]  # scaled to length 1
+    torch.testing.assert_close(logits.argsort(), log_probabilities.argsort())
+    assert features.shape == (50, 60)
+    distances = predictor.distances(features)
+    assert distances[::5].max() < 1e-3  # every fifth training image is one of those that images are compared with
+    assert distances.max() > 1e-2
+    cosines = torch.nn.functional.cosine_similarity(features[1], predictor.known)
+    assert distances[1].item() == pytest.approx((1 - cosines.max().item()) / predictor.unlike, abs=1e-3)
+
+
+def test_a_network_without_a_linear_layer_is_compared_by_its_logits(monkeypatch):
+    class Mean(torch.nn.Module):
+        def logits(self, x):
+            return x.flatten(1)[:, 300:310]
+
+    predictor = prediction.Predictor(Mean(), "sha256")
+    images = torch.randint(0, 256, (30, 28, 28), generator=torch.Generator().manual_seed(1), dtype=torch.uint8)
+    prediction.learn_likeness(predictor, images[:20], images[20:])
+    assert predictor.known.shape == (20, 10)
+    assert predictor.predict(images[3])["confidence"] != "no digit"
 
 
 def test_at_most_one_percent_of_the_validation_images_are_flagged(predictor, data):
     images = read_images(data, "train")[0][-5000:]
     flagged = sum(predictor.predict(image)["confidence"] == "no digit" for image in images)
-    assert 25 <= flagged <= 50
+    assert 40 <= flagged <= 50
 
 
-def test_confidence_depends_on_probability_and_energy(predictor, data):
+def test_confidence_depends_on_probability_and_likeness(predictor, data):
     seen = set()
     for image in example.read_test_images(data)[0][:2000]:
         result = predictor.predict(image)
         best = max(result["probabilities"])
-        energy = predictor.forward(image[None])[1].item()
-        if energy < predictor.threshold:
+        distance = predictor.distances(predictor.forward(image[None])[1]).item()
+        if distance > 1:
             assert (result["confidence"], result["prediction"]) == ("no digit", None)
         else:
-            assert result["confidence"] == ("sure" if best >= 0.9 else "unsure")
+            assert result["confidence"] == ("sure" if best >= 0.9 and distance <= predictor.like else "unsure")
             assert result["prediction"] == result["probabilities"].index(best)
         seen.add(result["confidence"])
     assert seen == {"sure", "unsure", "no digit"}
@@ -189,7 +204,7 @@ def test_the_accuracy_is_read_only_if_it_is_of_this_model(volume, content, accur
     assert prediction.load_predictor(volume).accuracy == accuracy
 
 
-def test_missing_training_images_are_an_error_unless_no_threshold_is_wanted(trained, tmp_path):
-    assert prediction.load_predictor(trained).threshold is None
+def test_missing_training_images_are_an_error_unless_nothing_is_compared_with_them(trained, tmp_path):
+    assert prediction.load_predictor(trained).known is None
     with pytest.raises(Failure, match="train-images"):
         prediction.load_predictor(trained, tmp_path)

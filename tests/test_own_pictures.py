@@ -2,17 +2,19 @@
 
 import dataclasses
 import io
+import json
 import os
 import shutil
 from itertools import pairwise
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
 
 import example
 import stages
-from pictures import own, picture, prediction
+from pictures import own, picture, prediction, reading
 from stage import figures, images
 from stage.dataset import DATA_SET
 
@@ -71,8 +73,24 @@ def test_a_file_gets_the_same_probabilities_as_its_prepared_pixels(volume, folde
     path = folder / "scans/photo.jpg"
     stages.assert_succeeds(infer("scans/photo.jpg"))
     (entry,) = published(volume)[1]
-    digit = picture.prepare(picture.open_picture(path.read_bytes()))
-    assert entry == {"file": str(path)} | prediction.load_predictor(volume, folder).predict(digit)
+    predictor = prediction.load_predictor(volume, folder)
+    read, pixels = reading.read(picture.open_picture(path.read_bytes()), predictor)
+    assert entry == json.loads(json.dumps({"file": str(path)} | read))
+    assert predictor.predict(pixels).items() <= entry.items()
+
+
+def test_numbers_are_read_from_left_to_right_and_name_the_result(volume, folder, infer, data):
+    digits = [255 - example.read_test_images(data)[0][index].numpy() for index in (2, 0, 2, 4)]  # 1, 7, 1, 4
+    Image.fromarray(np.concatenate(digits, axis=1)).resize((1120, 280), Image.Resampling.BICUBIC).save(folder / "n.png")
+    stages.assert_succeeds(infer("n.png"))
+    names, (entry,) = published(volume)
+    assert names == {"1714_n.png"}
+    assert entry["prediction"] is None
+    assert [digit["prediction"] for digit in entry["digits"]] == [1, 7, 1, 4]
+    for number, digit in enumerate(entry["digits"]):
+        top, left, bottom, right = digit["box"]
+        assert 280 * number <= left < right <= 280 * (number + 1)
+        assert 180 <= bottom - top <= 220  # a digit of MNIST is 20 of its image's 28 pixels high
 
 
 def test_what_is_no_readable_picture_is_named_not_to_be_removed_and_the_others_predicted(volume, folder, infer):
@@ -152,7 +170,7 @@ def other(monkeypatch):
 
     def choose(**changes):
         data_set = dataclasses.replace(DATA_SET, preparation="resize", **changes)
-        for module in (images, picture, own):
+        for module in (images, reading, own):
             monkeypatch.setattr(module, "DATA_SET", data_set, raising=False)
 
     return choose
@@ -168,20 +186,20 @@ def test_fashion_mnists_own_test_images_as_files_are_predicted_as_their_raw_pixe
     other()
     predictor = prediction.load_predictor(trained, None)  # of any network: only the pixels must be the same
     for pixels in stages.read_fashion_images(200):
-        prepared = picture.prepare(picture.open_picture(as_png(Image.fromarray(pixels.numpy()))))
-        assert prepared.equal(pixels)
-        assert predictor.predict(prepared) == predictor.predict(pixels)
+        read, seen = reading.read(picture.open_picture(as_png(Image.fromarray(pixels.numpy()))), predictor)
+        assert seen.equal(pixels)
+        assert read == predictor.predict(pixels)
 
 
 def test_coloured_images_as_files_are_their_own_pixels_and_larger_ones_are_reduced_to_them(other):
     other(shape=(3, 24, 32))
     pixels = torch.randint(0, 256, (24, 32, 3), dtype=torch.uint8)
     image = Image.fromarray(pixels.numpy())
-    assert picture.prepare(picture.open_picture(as_png(image))).equal(pixels)
+    assert picture.resize(picture.open_picture(as_png(image))).equal(pixels)
     enlarged = image.resize((32 * 9, 24 * 9), Image.Resampling.NEAREST)
     flat = Image.new("RGB", (2000, 900), (10, 200, 30))
-    assert picture.prepare(enlarged).shape == (24, 32, 3)
-    assert picture.prepare(flat).flatten(0, 1).unique(dim=0).tolist() == [[10, 200, 30]]
+    assert picture.resize(enlarged).shape == (24, 32, 3)
+    assert picture.resize(flat).flatten(0, 1).unique(dim=0).tolist() == [[10, 200, 30]]
 
 
 @pytest.mark.parametrize("channels", [1, 3])
@@ -190,7 +208,7 @@ def test_coloured_images_as_files_are_their_own_pixels_and_larger_ones_are_reduc
 )
 def test_a_picture_of_any_mode_is_resized(other, mode, channels):
     other(shape=(channels, 32, 16))
-    prepared = picture.prepare(Image.new(mode, (50, 40)))
+    prepared = picture.resize(Image.new(mode, (50, 40)))
     assert prepared.shape == ((32, 16) if channels == 1 else (32, 16, 3))
     assert prepared.dtype == torch.uint8
 

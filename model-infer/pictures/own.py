@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from pictures import picture, prediction
+from pictures import picture, prediction, reading
 from stage import figures, files, folders, process
 from stage.dataset import DATA_SET
 from stage.figures import as_png, new_figure
@@ -26,8 +26,8 @@ MAX_PICTURE_BYTES = 200_000_000
 MEMORY = 1_000_000_000  # bytes that a run needs with the largest picture, an uncompressed TIFF; measured: 980 MB
 
 
-class Result(prediction.Prediction):
-    """The prediction of a picture, with the path of its file."""
+class Result(reading.Reading):
+    """What is written on a picture, with the path of its file."""
 
     file: str
 
@@ -114,16 +114,17 @@ def predict_picture(predictor: prediction.Predictor, path: Path) -> tuple[Result
     content = bytes(files.read_limited(path, MAX_PICTURE_BYTES, "Name another."))  # Pillow would copy a bytearray
     try:
         image = picture.open_picture(content)
-        pixels = picture.prepare(image)
+        read, pixels = reading.read(image, predictor)
     except Failure as failure:
         raise Failure(f"{path}: {failure}") from None
-    result: Result = {"file": str(path), **predictor.predict(pixels)}
+    result: Result = {"file": str(path), **read}
     return result, draw(path.name, image, pixels, result)
 
 
 def new_name(result: Result, taken: dict[str, bytes]) -> str:
     """Return the name of a picture's result, {predicted}_{stem}.png, with a number if that name is taken."""
-    predicted = "none" if result["prediction"] is None else str(result["prediction"])
+    predictions = [part["prediction"] for part in result.get("digits", [result])]
+    predicted = "".join(str(one) for one in predictions if one is not None) or "none"
     stem = os.fsencode(Path(result["file"]).stem).decode(errors="replace")  # names need not be UTF-8
     stem = stem.encode()[:200].decode(errors="ignore")  # a name has at most 255 bytes
     names = (f"{predicted}_{stem}{suffix}.png" for suffix in ["", *(f"-{n}" for n in range(2, MAX_PICTURES + 1))])
@@ -133,6 +134,10 @@ def new_name(result: Result, taken: dict[str, bytes]) -> str:
 def as_text(result: Result) -> str:
     """Format a prediction for the terminal."""
     best = max(result["probabilities"])
+    parts = result.get("digits", [])
+    if len(parts) > 1:
+        doubt = {"sure": "", "unsure": ", not sure"}.get(result["confidence"], ", ? does not look like a digit")
+        return f"predicted {''.join(map(name_of, parts))} (each at least {percent(100 * best, 1)}){doubt}"
     most_likely = f"{DATA_SET.classes[result['probabilities'].index(best)]} ({percent(100 * best, 1)})"
     if result["confidence"] == prediction.UNLIKE:
         unlike = (
@@ -142,10 +147,21 @@ def as_text(result: Result) -> str:
     return f"predicted {most_likely}" + (", not sure" if result["confidence"] == "unsure" else "")
 
 
+def name_of(part: prediction.Prediction) -> str:
+    """Return the name of the predicted class, or "?"."""
+    return "?" if part["prediction"] is None else DATA_SET.classes[part["prediction"]]
+
+
 def draw(name: str, image: Image.Image, pixels: torch.Tensor, result: Result) -> bytes:
     """Draw a picture, the network's input for it, uint8 [H, W] or [H, W, 3], and the probabilities, as a PNG."""
-    classes = range(len(DATA_SET.classes))
-    figure = new_figure(10, max(3.8, 1 + 0.22 * len(classes)), layout="constrained")
+    parts = result.get("digits", [])
+    if len(parts) > 1:  # the best class of each
+        names, probabilities = [name_of(part) for part in parts], [max(part["probabilities"]) for part in parts]
+        predicted = [part["prediction"] is not None for part in parts]
+    else:
+        names, probabilities = list(DATA_SET.classes), result["probabilities"]
+        predicted = [index == result["prediction"] for index in range(len(names))]
+    figure = new_figure(10, max(3.8, 1 + 0.22 * len(names)), layout="constrained")
     left, middle, right = figure.subplots(1, 3, width_ratios=(1, 1, 1.25))
     left.imshow(np.asarray(thumbnail(image)))
     left.set_title(printable(name), parse_math=False)
@@ -153,11 +169,12 @@ def draw(name: str, image: Image.Image, pixels: torch.Tensor, result: Result) ->
     middle.set_title(f"what the network sees, {pixels.shape[1]} x {pixels.shape[0]}")
     for axes in (left, middle):
         axes.set(xticks=[], yticks=[])
-    percentages = [100 * probability for probability in result["probabilities"]]
-    colors = [figures.BLUE if index == result["prediction"] else figures.GREY for index in classes]
-    bars = right.barh(classes, percentages, color=colors)
+    percentages = [100 * probability for probability in probabilities]
+    bars = right.barh(
+        range(len(names)), percentages, color=[figures.BLUE if one else figures.GREY for one in predicted]
+    )
     right.bar_label(bars, [f"{percentage:.1f}" for percentage in percentages], padding=3, fontsize=9)
-    right.set_yticks(classes, DATA_SET.classes, parse_math=False)
+    right.set_yticks(range(len(names)), names, parse_math=False)
     # Up to 118: the label of a bar of 100 % needs some room.
     right.set(xlim=(0, 118), xticks=range(0, 101, 25), xlabel="probability in percent", ylabel="class")
     right.invert_yaxis()

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Literal, TypedDict
 
 import torch
+import torch.nn.functional as F
 
 import net
 from stage import code, files, weights
@@ -22,7 +23,10 @@ from stage.images import read_images, split_validation
 from stage.process import Failure, percent
 
 MAX_RESULTS_BYTES = 1_000_000  # eval_results.json takes 4 kB
+KNOWN_IMAGES = 11_000  # training images, at most, that an image is compared with
+MAX_FEATURES = 256  # of a linear layer whose outputs are compared
 FLAGGED_FRACTION = 0.01  # of the validation images, at most, are predicted as UNLIKE
+LIKE_FRACTION = 0.97  # of the validation images are so near to the training images that they may be sure
 SURE_PROBABILITY = 0.9  # a prediction is sure from this probability on
 
 Confidence = Literal["sure", "unsure", "no digit", "out of distribution"]
@@ -45,33 +49,58 @@ class Predictor:
     model: net.Net
     sha256: str  # of the model's file
     accuracy: float | None = None  # on the test images, in percent; None if it has not been evaluated
-    threshold: float | None = None  # an image with a lower energy is UNLIKE; None: no image is
+    known: torch.Tensor | None = None  # the features of training images, float32 [N, F]; None: no image is UNLIKE
+    like: float = 1.0  # the distance up to which a prediction may be sure
+    unlike: float = 1.0  # the cosine distance beyond which an image is UNLIKE
 
     def __post_init__(self) -> None:
         self.model.eval()
+        self.outputs: list[torch.Tensor] = []  # of the linear layers, in the last forward pass
+        for module in self.model.modules():
+            if isinstance(module, torch.nn.Linear):
+                module.register_forward_hook(lambda module, inputs, output: self.outputs.append(output))
 
     def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the log-probabilities, float32 [N, classes], and energies, float32 [N], of images, uint8 [N, H, W...].
+        """Return the log-probabilities, float32 [N, classes], and features, float32 [N, F], of images, uint8 [N, ...].
 
-        Raise Failure if they are not finite: huge weights, finite themselves, overflow.
+        The features are the outputs of the linear layers, those of each scaled to length 1. Raise Failure if the
+        log-probabilities are not finite: huge weights, finite themselves, overflow.
         """
         torch.set_num_threads(1)  # applies to the calling thread; with more, the last bits differ, and it is slower
+        self.outputs.clear()
         with torch.inference_mode():
             logits = self.model.logits(net.to_input(images))
             log_probabilities = logits.log_softmax(1)
+            layers = [output for output in self.outputs if output.dim() == 2 and output.shape[1] <= MAX_FEATURES]
+            features = torch.cat([F.normalize(layer) for layer in layers or [logits]], 1)
         if not log_probabilities.isfinite().all():
             raise Failure(f"the model's output is not finite. {files.FRESH_HINT}")
-        return log_probabilities, energy(logits)
+        return log_probabilities, features
+
+    def distances(self, features: torch.Tensor) -> torch.Tensor:
+        """Return the distances, float32 [N], of features, float32 [N, F], from the nearest training image.
+
+        It is 1 minus the cosine of their angle, relative to the distance beyond which an image is UNLIKE, after Sun et
+        al. (2022), "Out-of-Distribution Detection with Deep Nearest Neighbors".
+        """
+        if self.known is None:
+            return torch.zeros(len(features))
+        return (1 - (features @ self.known.T).max(1).values / (features[0] @ features[0])) / self.unlike
 
     def predict(self, image: torch.Tensor) -> Prediction:
         """Predict an image, uint8 [H, W] or [H, W, C]."""
-        log_probabilities, energies = self.forward(image[None])
+        return self.assess(image)[0]
+
+    def assess(self, image: torch.Tensor) -> tuple[Prediction, float]:
+        """Predict an image, uint8 [H, W] or [H, W, C], and return also its distance from the training images."""
+        log_probabilities, features = self.forward(image[None])
+        distance = self.distances(features).item()
         probabilities = log_probabilities[0].exp().tolist()
         prediction = probabilities.index(max(probabilities))
-        confidence: Confidence = "sure" if probabilities[prediction] >= SURE_PROBABILITY else "unsure"
-        if self.threshold is not None and energies.item() < self.threshold:
-            return {"prediction": None, "probabilities": probabilities, "confidence": UNLIKE}
-        return {"prediction": prediction, "probabilities": probabilities, "confidence": confidence}
+        is_sure = probabilities[prediction] >= SURE_PROBABILITY and distance <= self.like
+        confidence: Confidence = UNLIKE if distance > 1 else "sure" if is_sure else "unsure"
+        known = None if confidence == UNLIKE else prediction
+        return {"prediction": known, "probabilities": probabilities, "confidence": confidence}, distance
 
     def evaluation(self) -> str:
         """Return a sentence on how good the model is."""
@@ -85,17 +114,8 @@ class Predictor:
         return json.dumps(content, indent=1).encode()
 
 
-def energy(logits: torch.Tensor) -> torch.Tensor:
-    """Return the energies, float32 [N], for logits, float32 [N, classes]: high for images like the training images.
-
-    This is the negative free energy, at temperature 1, of Liu et al. (2020), "Energy-based Out-of-distribution
-    Detection".
-    """
-    return logits.logsumexp(1)
-
-
 def load_predictor(model_folder: Path, data_folder: Path | None = None) -> Predictor:
-    """Load the model from the volume; with a data folder, find its threshold on the validation images.
+    """Load the model from the volume; with a data folder, find what the training images are like.
 
     Raise Failure if the model is missing, damaged or of another network, or if the training images cannot be read.
     """
@@ -104,16 +124,22 @@ def load_predictor(model_folder: Path, data_folder: Path | None = None) -> Predi
     code.check_same(model_folder, sha256)
     predictor = Predictor(model, sha256, read_accuracy(model_folder / EVAL_RESULTS, sha256))
     if data_folder is not None:
-        _, (validation, _) = split_validation(*read_images(data_folder, "train"))
-        predictor.threshold = find_threshold(predictor, validation)
+        (training, _), (validation, _) = split_validation(*read_images(data_folder, "train"))
+        learn_likeness(predictor, training, validation)
     return predictor
 
 
-def find_threshold(predictor: Predictor, images: torch.Tensor) -> float:
-    """Return the energy below which fewer than FLAGGED_FRACTION of the images, uint8 [N, H, W] or [N, H, W, C], lie."""
-    energies = torch.cat([predictor.forward(batch)[1] for batch in torch.split(images, 500)])
-    # One image fewer than the fraction: in batches, energies differ in the last bits from those of single images.
-    return energies.sort().values[max(0, int(FLAGGED_FRACTION * len(images)) - 1)].item()
+def learn_likeness(predictor: Predictor, training: torch.Tensor, validation: torch.Tensor) -> None:
+    """Set what images, uint8 [N, H, W] or [N, H, W, C], are compared with, and which distances are like and unlike."""
+
+    def features(images: torch.Tensor) -> torch.Tensor:
+        return torch.cat([predictor.forward(batch)[1] for batch in torch.split(images, 500)])
+
+    predictor.known = features(training[:: -(-len(training) // KNOWN_IMAGES)])
+    parts = [predictor.distances(part) for part in torch.split(features(validation), 500)]
+    distances = torch.cat(parts).sort().values.tolist()
+    predictor.unlike = max(distances[-1 - int(FLAGGED_FRACTION * len(distances))], 1e-6)
+    predictor.like = distances[int(LIKE_FRACTION * (len(distances) - 1))] / predictor.unlike
 
 
 def read_accuracy(path: Path, sha256: str) -> float | None:

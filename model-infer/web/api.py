@@ -5,6 +5,7 @@ from typing import Annotated, Any, Literal
 import msgspec
 from msgspec import Meta, Struct
 
+from pictures import reading
 from pictures.prediction import UNLIKE
 from stage import VERSION
 from stage.dataset import DATA_SET
@@ -45,23 +46,55 @@ class PredictionRequest(Struct):
     webhook: Annotated[None, Meta(description="The service calls no other one.")] = None
 
 
+# What the output of several digits differs in.
+OF_SEVERAL = (
+    (", or if there are several digits", "; as the confidence, of the least sure of several digits", ", side by side")
+    if DATA_SET.preparation == "digit"
+    else ("", "", "")
+)
+
+
+class Digit(Struct):
+    """A digit on a picture, or something else that was written."""
+
+    prediction: Annotated[
+        Annotated[int, Meta(ge=0, le=9)] | None, Meta(description=f"The digit; null if the confidence is `{UNLIKE}`.")
+    ]
+    probabilities: Annotated[list[float], Meta(min_length=10, max_length=10, description="Of the digits 0 to 9.")]
+    confidence: Annotated[str, Meta(extra_json_schema={"enum": ["sure", "unsure", UNLIKE]})]
+    box: Annotated[
+        list[int],
+        Meta(
+            min_length=4,
+            max_length=4,
+            description="Top, left, bottom and right in pixels of the picture, upright; the last two are excluded.",
+        ),
+    ]
+
+
 class Output(Struct):
     """The prediction of a picture."""
 
     prediction: Annotated[
         Annotated[int, Meta(ge=0, le=len(DATA_SET.classes) - 1)] | None,
-        Meta(description=f"The class, counted from 0; null if the confidence is `{UNLIKE}`."),
+        Meta(description=f"The class, counted from 0; null if the confidence is `{UNLIKE}`{OF_SEVERAL[0]}."),
     ]
     probabilities: Annotated[
         list[float],
         Meta(
             min_length=len(DATA_SET.classes),
             max_length=len(DATA_SET.classes),
-            description=f"Of the classes, in order: {NAMES}.",
+            description=f"Of the classes, in order: {NAMES}{OF_SEVERAL[1]}.",
         ),
     ]
     confidence: Annotated[str, Meta(extra_json_schema={"enum": ["sure", "unsure", UNLIKE]})]
-    image: Annotated[str, Meta(description=f"The {SIZE} pixels that the network saw, as a data URL of a PNG.")]
+    image: Annotated[
+        str, Meta(description=f"The {SIZE} pixels that the network saw{OF_SEVERAL[2]}, as a data URL of a PNG.")
+    ]
+    if DATA_SET.preparation == "digit":
+        digits: Annotated[
+            list[Digit], Meta(min_length=1, max_length=reading.MAX_DIGITS, description="From left to right.")
+        ]
 
 
 class PredictionMetrics(Struct):

@@ -27,7 +27,8 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from pictures.picture import open_picture, prepare
+from pictures import reading
+from pictures.picture import open_picture
 from pictures.prediction import Predictor
 from stage.dataset import DATA_SET
 from stage.process import Failure
@@ -150,9 +151,9 @@ def parse(body: bytes) -> api.PredictionRequest:
 def predict(predictor: Predictor, image: str) -> dict[str, Any]:
     """Predict a picture, a data URL; return output and metrics. Raise Failure if it cannot be read or is blank."""
     started = time.perf_counter()
-    pixels = prepare(open_picture(decode(image)))
+    output, pixels = reading.read(open_picture(decode(image)), predictor)
     return {
-        "output": predictor.predict(pixels) | {"image": as_data_url(pixels)},
+        "output": {**output, "image": as_data_url(pixels)},
         "metrics": {"predict_time": round(time.perf_counter() - started, 6)},
     }
 

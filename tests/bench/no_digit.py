@@ -21,7 +21,7 @@ sys.path.insert(0, str(TREE / "model-infer"))
 import torch
 from matplotlib import get_data_path
 
-from pictures import picture, prediction
+from pictures import prediction, reading
 from stage.images import read_images
 from stage.process import Failure
 
@@ -60,7 +60,7 @@ def main():
 def outcome(predictor, image):
     """Return the confidence of a picture's prediction, or "blank" if it is refused."""
     try:
-        return predictor.predict(picture.prepare(image))["confidence"]
+        return reading.read(image, predictor)[0]["confidence"]
     except Failure:
         return "blank"
 

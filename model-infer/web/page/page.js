@@ -39,7 +39,7 @@ if (!CAN_DRAW) byId("name").textContent = TASK.name;
 
 const EMPTY = { strokes: [], picture: null }; // a stroke is a list of points [x, y]; a picture is { url, image, name }
 const PEN = 0.03; // width of the pen on the canvas
-const SENT_SIDE = 80; // pixels of the digit's longer side in the picture that is sent
+const SENT_SIDE = 80; // pixels of a digit's longer side in the picture that is sent
 const SENT_PEN = 0.14; // width of its pen, as a fraction of that side: gives as much ink as MNIST has on average
 const MIN_SIZE = 0.03; // strokes smaller than this are a dot, not a digit: nothing is requested
 const MAX_PICTURE_BYTES = 20_000_000; // the service's limit
@@ -106,26 +106,30 @@ function trace(target, strokes, place) {
   }
 }
 
-/** Return the centre of the strokes' bounding box, and the length of its longer side: -1 without strokes. */
+/**
+ * Return the centre, width and height of the strokes' bounding box, and the size of a digit, -1 without strokes: there
+ * may be several side by side, each as long as the box is high, or as its longest stroke.
+ */
 function measure(strokes) {
   const bounds = (values) => values.reduce(([low, high], v) => [Math.min(low, v), Math.max(high, v)], [1, 0]);
-  const points = strokes.flat();
-  const [left, right] = bounds(points.map((point) => point[0]));
-  const [top, bottom] = bounds(points.map((point) => point[1]));
-  return { x: (left + right) / 2, y: (top + bottom) / 2, size: Math.max(right - left, bottom - top) };
+  const ends = (points, axis) => bounds(points.map((point) => point[axis]));
+  const length = ([low, high]) => high - low;
+  const [across, down] = [ends(strokes.flat(), 0), ends(strokes.flat(), 1)];
+  const size = Math.max(length(down), ...strokes.map((points) => length(ends(points, 0))));
+  return { x: (across[0] + across[1]) / 2, y: (down[0] + down[1]) / 2, width: length(across), height: length(down), size };
 }
 
 /** Return the strokes as a data URL for the service: black on white, the pen width relative to the digit's size. */
 function renderStrokes(strokes) {
-  const { x, y, size } = measure(strokes);
+  const { x, y, width, height, size } = measure(strokes);
   const scale = (SENT_SIDE * (1 - SENT_PEN)) / size;
-  const side = Math.ceil(1.4 * SENT_SIDE); // with a margin
-  const picture = element("canvas", { width: side, height: side });
+  const [across, down] = [width, height].map((length) => Math.ceil(0.5 * SENT_SIDE + scale * length)); // with a margin
+  const picture = element("canvas", { width: across, height: down });
   const target = picture.getContext("2d");
   target.fillStyle = "white";
-  target.fillRect(0, 0, side, side);
+  target.fillRect(0, 0, across, down);
   target.lineWidth = SENT_PEN * SENT_SIDE;
-  trace(target, strokes, (p) => [side / 2 + scale * (p[0] - x), side / 2 + scale * (p[1] - y)]);
+  trace(target, strokes, (p) => [across / 2 + scale * (p[0] - x), down / 2 + scale * (p[1] - y)]);
   return picture.toDataURL("image/png");
 }
 
@@ -356,12 +360,14 @@ async function request(image) {
 
 /** Show a prediction, the service's output; null clears it. */
 function showAnswer(output) {
-  const { prediction = null, probabilities = [], confidence = "none", image } = output ?? {};
-  const name = TASK.classes[prediction] ?? "?";
-  byId("answer").dataset.confidence = prediction === null && output ? "unlike" : confidence;
+  const { probabilities = [], confidence = "none", image } = output ?? {};
+  const digits = output?.digits ?? [output ?? {}]; // those of other data sets have one class
+  const name = digits.map(({ prediction }) => TASK.classes[prediction] ?? "?").join("");
+  const isUnlike = output && !["sure", "unsure"].includes(confidence);
+  byId("answer").dataset.confidence = isUnlike ? "unlike" : confidence;
   byId("digit").textContent = output ? name : "–";
   byId("digit").style.setProperty("--length", name.length);
-  const text = verdict(confidence, prediction, probabilities);
+  const text = verdict(confidence, probabilities, digits.length);
   byId("verdict").textContent = text;
   const largest = probabilities.indexOf(Math.max(...probabilities)); // -1 without any
   bars.forEach(({ row, bar, cell }, i) => {
@@ -373,15 +379,17 @@ function showAnswer(output) {
   byId("unseen").hidden = Boolean(image);
   if (image) byId("seen").src = image;
   byId("seen").alt = image ? `${CAN_DRAW ? "The drawing" : "The picture"}, scaled to ${SIZE} pixels` : "";
-  announce(output ? `${prediction === null ? "" : `${name}. `}${text}` : "", 600);
+  announce(output ? `${name === "?" ? "" : `${name}. `}${text}` : "", 600);
 }
 
-function verdict(confidence, prediction, probabilities) {
+/** Return a sentence on how sure a prediction is; of several digits, on the least sure one. */
+function verdict(confidence, probabilities, count) {
   if (confidence === "none") return CAN_DRAW ? "Nothing drawn yet" : "No picture yet";
-  if (prediction === null) {
-    return CAN_DRAW ? "This does not look like a digit" : "This is unlike the images the network was trained on";
+  if (confidence === "sure") return `Sure: ${percent(Math.max(...probabilities))}${count > 1 ? " each, or more" : ""}`;
+  if (confidence !== "unsure") {
+    const subject = count > 1 ? "A part of this" : "This";
+    return CAN_DRAW ? `${subject} does not look like a digit` : "This is unlike the images the network was trained on";
   }
-  if (confidence === "sure") return `Sure: ${percent(probabilities[prediction])}`;
   const order = [...probabilities.keys()].sort((a, b) => probabilities[b] - probabilities[a]);
   return `Not sure: ${TASK.classes[order[0]]} or ${TASK.classes[order[1]]}`;
 }
