@@ -138,7 +138,8 @@ def learn_likeness(predictor: Predictor, training: torch.Tensor, validation: tor
     predictor.known = features(training[:: -(-len(training) // KNOWN_IMAGES)])
     parts = [predictor.distances(part) for part in torch.split(features(validation), 500)]
     distances = torch.cat(parts).sort().values.tolist()
-    predictor.unlike = max(distances[-1 - int(FLAGGED_FRACTION * len(distances))], 1e-6)
+    # One image fewer than the fraction: in batches, distances differ in the last bits from those of single images.
+    predictor.unlike = max(distances[-max(1, int(FLAGGED_FRACTION * len(distances)))], 1e-6)
     predictor.like = distances[int(LIKE_FRACTION * (len(distances) - 1))] / predictor.unlike
 
 
