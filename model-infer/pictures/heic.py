@@ -3,7 +3,7 @@
 picture.py runs this as a process of its own, with its limits as arguments. Before it looks at the file it gives up what
 it does not need, so that a hostile file can open no other and no connection. Only the pixels, in HEVC, are decoded by a
 library in C, libde265; the boxes around them (ISO/IEC 14496-12 and 23008-12) are read here. Of a large picture only as
-many pixels are kept as will be looked at.
+many pixels are kept as will be looked at; standard error has the factor by which it was reduced.
 """
 
 import ctypes
@@ -235,7 +235,9 @@ def main() -> None:
     # No more memory than this, no other files or sockets, and, unless this is root, no other processes.
     for limit, value in (("AS", memory), ("NOFILE", 0), ("NPROC", 0), ("FSIZE", 0), ("CORE", 0)):
         resource.setrlimit(getattr(resource, f"RLIMIT_{limit}"), (value, value))
-    Decoder(library, Items(sys.stdin.buffer.read())).decode(max_pixels, side).save(sys.stdout.buffer, "PPM")
+    decoder = Decoder(library, Items(sys.stdin.buffer.read()))
+    decoder.decode(max_pixels, side).save(sys.stdout.buffer, "PPM")
+    sys.stderr.write(str(decoder.factor))
 
 
 if __name__ == "__main__":

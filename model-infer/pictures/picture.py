@@ -63,10 +63,10 @@ def open_picture(content: bytes | bytearray) -> Image.Image:
     try:
         Image.init()
         formats = [name for name in Image.OPEN if name in LINE_BY_LINE or name in FORMAT_BYTES]
-        content = decode_heic(content) if is_heic(content) else content
+        content, factor = decode_heic(content) if is_heic(content) else (content, 1)
         with Image.open(io.BytesIO(content), formats=formats) as image:
             pixels = image.width * image.height
-            image.info["longer_side"] = max(image.size)  # which draft() may reduce
+            image.info["longer_side"] = factor * max(image.size)  # which draft() may reduce
             # Of a JPEG only as many pixels are decoded as will be looked at.
             image.draft(None, (WORKING_SIDE, WORKING_SIDE))
             needed = needed_memory(image, pixels)
@@ -93,8 +93,11 @@ def is_heic(content: bytes | bytearray) -> bool:
     return content[4:8] == b"ftyp" and b"avi" not in brands and any(name in brands for name in (b"hei", b"mif1"))
 
 
-def decode_heic(content: bytes | bytearray) -> bytes:
-    """Return a HEIC as a PPM, upright, decoded by a process of its own. Raise Failure if that is not possible."""
+def decode_heic(content: bytes | bytearray) -> tuple[bytes, int]:
+    """Return a HEIC as a PPM, upright, decoded by a process of its own, and the factor by which it was reduced.
+
+    Raise Failure if that is not possible.
+    """
     command = [sys.executable, "-I", heic.__file__, *map(str, (MAX_PIXELS, MEMORY, WORKING_SIDE))]
     try:
         result = subprocess.run(command, input=content, capture_output=True, timeout=HEIC_SECONDS)
@@ -102,7 +105,7 @@ def decode_heic(content: bytes | bytearray) -> bytes:
         raise Failure(f"a HEIC that takes more than {HEIC_SECONDS} s to decode") from None
     if result.returncode != 0:
         raise Failure(HEIC_REFUSALS.get(result.returncode, DAMAGED))
-    return result.stdout
+    return result.stdout, int(result.stderr)
 
 
 def load_jpeg(image: ImageFile.ImageFile, content: bytes | bytearray) -> Image.Image:
