@@ -89,6 +89,7 @@ class Part(NamedTuple):
 
     numbers: list[int]
     box: Box
+    at_edge: bool  # of the picture, where others are not: more likely what lies beside the paper than a digit
 
 
 def read(image: Image.Image, predictor: Predictor) -> tuple[Reading, torch.Tensor]:
@@ -186,7 +187,8 @@ def hypotheses(grey: Ink) -> Iterator[Hypothesis]:
         yield from (one._replace(enough=enough) for one in found)
         ink, full, raw, _ = found[0]
         for share in FAINT:
-            yield Hypothesis((ink - share * full).clip(0), full * (1 - share), raw, STRICT)
+            rest = full * (1 - share) / 3  # so that strokes, whose edges are lighter, do not become much thinner
+            yield Hypothesis((ink - share * full).clip(0, rest), rest, raw, STRICT)
 
 
 def level(ink: Ink, raw: Ink) -> Hypothesis | None:
@@ -264,11 +266,18 @@ def divide(hypothesis: Hypothesis, predictor: Predictor) -> tuple[float, list[Ca
     parts = find_parts(cells, pieces, boxes)
     if not 0 < len(parts) <= MAX_DIGITS:
         return float("inf"), []
+
+    def cut_parts(some: list[Part]) -> Candidate:
+        return cut_out(ink, full, np.isin(pieces, numbers_of(some)), pieces > 0, factor)
+
+    parts = [part for part in parts if not part.at_edge or predictor.assess(cut_parts([part]).pixels)[1] <= STRICT]
+    if not parts:
+        return float("inf"), []
     chosen, levels = np.isin(pieces, numbers_of(parts)), average(raw, factor)
     if others(levels, chosen, CLOSE) > NOT_ALONE:
         return float("inf"), []
     spans = find_spans(parts)
-    candidates = [cut_out(ink, full, np.isin(pieces, numbers_of(parts[a:b])), pieces > 0, factor) for a, b in spans]
+    candidates = [cut_parts(parts[start:end]) for start, end in spans]
     images = torch.stack([candidate.pixels for candidate in candidates])
     distances = predictor.distances(predictor.forward(images)[1])
     distances[images.float().mean((1, 2)) > DENSE] = 9.0
@@ -332,17 +341,13 @@ def cut_out(ink: Ink, full: float, chosen: Mask, inked: Mask, factor: int) -> Ca
 def find_parts(cells: Ink, pieces: Pieces, boxes: list[Box]) -> list[Part]:
     """Return parts of digits, each the numbers of its pieces, from left to right: no frames, shadows and specks."""
     areas = np.bincount(pieces.ravel())[1:]
-    numbers = [int(number) for number in 1 + np.argsort(-areas)[:MAX_PIECES]]
-    box = dict(enumerate(boxes, 1))
+    largest_first = [int(number) for number in 1 + np.argsort(-areas)[:MAX_PIECES]]
+    box = {n: boxes[n - 1] for n in largest_first}
+    numbers, edge = inner_pieces(pieces, box)
+    peak = {n: cells[box[n][0] : box[n][2], box[n][1] : box[n][3]].max() for n in [*numbers, *edge]}
+    numbers = [n for n in [*numbers, *edge] if peak[n] >= PEAK * max(peak[m] for m in numbers)]
     length = {n: max(box[n][2] - box[n][0], box[n][3] - box[n][1]) for n in numbers}
-    peak = {n: cells[box[n][0] : box[n][2], box[n][1] : box[n][3]].max() for n in numbers}
-    inside = {n: pieces[box[n][0] : box[n][2], box[n][1] : box[n][3]] == n for n in numbers}
-    numbers = [n for n in numbers if not is_frame(inside[n], box[n], pieces.shape)] or numbers
-    height, width = pieces.shape
-    whole = [n for n in numbers if box[n][0] and box[n][1] and box[n][2] < height and box[n][3] < width]
-    numbers = whole or numbers
-    numbers = [n for n in numbers if peak[n] >= PEAK * max(peak[m] for m in numbers)]
-    longest = max(length[n] for n in numbers)
+    longest = max(length.values())
     parts: list[Part] = []
     for n in sorted(numbers, key=lambda n: (length[n] < SMALL * longest, box[n][1])):
         if length[n] < SMALL * longest:  # after all others
@@ -353,9 +358,24 @@ def find_parts(cells: Ink, pieces: Pieces, boxes: list[Box]) -> list[Part]:
             nearest = len(parts) - 1
         else:
             nearest = len(parts)
-            parts.append(Part([], box[n]))
-        parts[nearest] = Part([*parts[nearest].numbers, n], union(parts[nearest].box, box[n]))
+            parts.append(Part([], box[n], n in edge))
+        parts[nearest] = Part([*parts[nearest].numbers, n], union(parts[nearest].box, box[n]), parts[nearest].at_edge)
     return parts
+
+
+def inner_pieces(pieces: Pieces, box: dict[int, Box]) -> tuple[list[int], list[int]]:
+    """Return the pieces that are away from the picture's edge and no frames, and others that may be digits too.
+
+    The latter are beside the former, and about as high. If there are none of the former, all but frames are, or all.
+    """
+    height, width = pieces.shape
+    frames = [n for n, (top, left, bottom, right) in box.items()
+              if is_frame(pieces[top:bottom, left:right] == n, box[n], pieces.shape)]  # fmt: skip
+    unframed = [n for n in box if n not in frames] or [*box]
+    inner = [n for n in unframed if box[n][0] and box[n][1] and box[n][2] < height and box[n][3] < width] or unframed
+    highest = max(box[n][2] - box[n][0] for n in inner)
+    similar = [n for n in box if n not in inner and 0.6 * highest <= box[n][2] - box[n][0] <= 1.4 * highest]
+    return inner, [n for n in similar if all(overlap(box[n], box[m]) <= 0 for m in inner)]
 
 
 def numbers_of(parts: list[Part]) -> list[int]:
