@@ -41,12 +41,14 @@ def has_fast_bfloat16() -> bool:
     return "amx_bf16" in words or ("avx512_bf16" in words and "AuthenticAMD" in words)
 
 
+# What a worker keeps from step to step, of the parameters' size each, by the names that checkpoints have for it.
+OPTIMIZER_STATE = ("velocities",)
 # The dtype of the convolutions. Parameters, velocities and everything that is saved are float32.
 PRECISION = torch.bfloat16 if has_fast_bfloat16() else torch.float32
 
 
 class SharedState:
-    """What the parent and its workers share: training images and labels, model, velocities."""
+    """What the parent and its workers share: training images and labels, model, optimizer state."""
 
     def __init__(self, record: Record, images: torch.Tensor, labels: torch.Tensor) -> None:
         self.settings, self.images, self.labels = record.settings, images, labels
@@ -64,8 +66,9 @@ class SharedState:
         self.parameters = shared_zeros(sum(parameter.numel() for parameter in self.model.parameters()))
         for parameter, view in zip(self.model.parameters(), parameter_views(self.parameters, self.model), strict=True):
             parameter.data = view.copy_(parameter.data)
-        # Each worker has its own velocity, shared only so that the parent can checkpoint it.
-        self.velocities = shared_zeros(self.settings.num_processes, len(self.parameters))
+        # Each worker has its own, shared only so that the parent can checkpoint it.
+        size = self.settings.num_processes, len(self.parameters)
+        self.optimizer_state = {name: shared_zeros(*size) for name in OPTIMIZER_STATE}
         # For --averaging: of each worker, the sum of the parameters after its last batches, and the number of summands.
         self.parameter_sums = shared_zeros(self.settings.num_processes, len(self.parameters) + 1)
 
@@ -108,7 +111,7 @@ class Trainer:
 
     def __init__(self, rank: int, shared: SharedState) -> None:
         self.shared, self.settings = shared, shared.settings
-        self.velocity, self.own_sum = shared.velocities[rank], shared.parameter_sums[rank]
+        self.velocity, self.own_sum = shared.optimizer_state["velocities"][rank], shared.parameter_sums[rank]
         self.permutation_epoch, self.permutation = -1, torch.empty(0)
 
     def train_batch(self, number: int) -> tuple[int, float]:

@@ -122,7 +122,7 @@ def test_the_checks_change_nothing(training):
     torch.manual_seed(1)
     expected = net.Net().state_dict()
     assert all(tensor.equal(expected[name]) for name, tensor in shared.state_dict().items())
-    assert not shared.velocities.any()
+    assert not shared.optimizer_state["velocities"].any()
     assert not shared.parameter_sums.any()
 
 

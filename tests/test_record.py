@@ -68,9 +68,13 @@ def test_a_training_goes_on_with_its_sum_of_parameters_but_not_with_another_numb
 def test_velocities_are_kept_and_another_number_of_workers_is_told(unfinished, workers, capsys):
     velocities = stages.load_checkpoint(unfinished)["velocities"]
     resumed, shared = resume(unfinished, num_processes=workers)
-    assert len(resumed.workers) == len(shared.velocities) == resumed.settings.num_processes == workers
+    assert (
+        len(resumed.workers) == len(shared.optimizer_state["velocities"]) == resumed.settings.num_processes == workers
+    )
     assert resumed.totals()[1] == 55_000
-    assert shared.velocities.equal(torch.cat([velocities, torch.zeros_like(velocities[:1])])[:workers])
+    assert shared.optimizer_state["velocities"].equal(
+        torch.cat([velocities, torch.zeros_like(velocities[:1])])[:workers]
+    )
     assert ("velocities" in capsys.readouterr().out) == (workers != 2)
 
 

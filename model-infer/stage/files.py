@@ -27,7 +27,14 @@ TRAIN_LOCK, PUBLISH_LOCK, DOWNLOAD_LOCK = ".train.lock", ".publish.lock", ".down
 MAX_MODEL_BYTES = 4_000_000_000  # of any network; weights.py has the limit for this one
 OWN_RESULTS = "own"  # the pictures of infer and its predictions.json, for pictures of the user's own
 EXPORT = "export"  # what evaluate --export writes
-FRESH_HINT = f"To start over: {command('train', '--fresh')} (the old model stays until the new one is finished)"
+
+
+def fresh_hint(*flags: str) -> str:
+    """Return the advice to start over, with these flags."""
+    return f"To start over: {command('train', '--fresh', *flags)} (the old model stays until the new one is finished)"
+
+
+FRESH_HINT = fresh_hint()
 READ_HINT = f"Make it readable for uid {os.getuid()}: chmod -R a+rX data; or run this stage as its owner with --user."
 LINK_HINT = "Copy the files in its place: a container sees only the folders that are mounted into it."
 NO_LOCKS_HINT = (

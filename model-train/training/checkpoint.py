@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 import net
-from hogwild import SharedState
+from hogwild import OPTIMIZER_STATE, SharedState
 from stage import weights
 from stage.code import MAX_RECORD_BYTES
 from stage.files import CHECKPOINT, FRESH_HINT, publish, read_limited
@@ -33,7 +33,7 @@ class Checkpoints:
     def serialize(self) -> bytes:
         """Return the contents of a checkpoint. The workers must be idle."""
         shared, buffer = self.shared, io.BytesIO()
-        parts = {"model": shared.state_dict(), "velocities": shared.velocities, "sum": shared.parameter_sums.sum(0)}
+        parts = {"model": shared.state_dict(), **shared.optimizer_state, "sum": shared.parameter_sums.sum(0)}
         torch.save(parts | {"results": self.record.to_json()}, buffer)
         return buffer.getvalue()
 
@@ -51,7 +51,7 @@ class Checkpoints:
 
 def read_checkpoint(path: Path) -> tuple[Record, dict[str, Any]]:
     """Read a checkpoint; return what parse_checkpoint() returns. Raise Failure if it is missing or damaged."""
-    copies = MAX_WORKERS + 2  # the parameters, a velocity for each worker, and the sum of the parameters
+    copies = 2 + len(OPTIMIZER_STATE) * MAX_WORKERS  # the parameters, their sum, and what each worker keeps
     limit = weights.max_file_bytes(net.Net(), copies) + MAX_RECORD_BYTES
     return parse_checkpoint(read_limited(path, limit, FRESH_HINT), path)
 
@@ -73,17 +73,18 @@ def parse_checkpoint(file: bytes | bytearray, path: Path) -> tuple[Record, dict[
 
 
 def restore(shared: SharedState, old: Record, tensors: dict[str, Any], path: Path) -> None:
-    """Load the parameters, the velocities, and the sum of parameters of a checkpoint with this record.
+    """Load the parameters, the optimizer state, and the sum of parameters of a checkpoint with this record.
 
     Raise Failure if they are not those of this network.
     """
     weights.load_weights(shared.model, tensors.get("model"), path, FRESH_HINT)
-    shapes = {"velocities": [len(old.workers), len(shared.parameters)], "sum": [len(shared.parameters) + 1]}
-    velocities, total = (
-        weights.check_tensor(tensors.get(name), name, torch.Size(shape), path, FRESH_HINT)
-        for name, shape in shapes.items()
-    )
-    kept = min(len(velocities), len(shared.velocities))
-    shared.velocities[:kept].copy_(velocities[:kept])
+
+    def checked(name: str, *shape: int) -> torch.Tensor:
+        return weights.check_tensor(tensors.get(name), name, torch.Size(shape), path, FRESH_HINT)
+
+    total = checked("sum", len(shared.parameters) + 1)
+    kept = min(len(old.workers), shared.settings.num_processes)
+    for name, state in shared.optimizer_state.items():
+        state[:kept].copy_(checked(name, len(old.workers), len(shared.parameters))[:kept])
     if old.settings.epochs == shared.settings.epochs:  # else the schedule is another, and so are the averaged batches
         shared.parameter_sums[0].copy_(total)

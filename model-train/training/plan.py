@@ -42,6 +42,7 @@ from stage.files import (
     TRAIN_RESULTS,
     WEIGHTS,
     check_destinations,
+    fresh_hint,
     sha256_of_model,
 )
 from stage.process import Failure
@@ -128,7 +129,8 @@ def check_same_training(record: Record, requested: dict[str, Any], folder: Path,
     if names:
         has = ", ".join(f"{flag(name)} {getattr(record.settings, name)}" for name in names)
         wants = ", ".join(f"{flag(name)} {requested[name]}" for name in names)
-        raise Failure(f"the training in {folder} uses {has}, not {wants}. {FRESH_HINT}", status=2)
+        hint = fresh_hint(*(f"{flag(name)} {value}" for name, value in requested.items()))
+        raise Failure(f"the training in {folder} uses {has}, not {wants}. {hint}", status=2)
 
 
 def check_data(plan: Plan, data_sha256: dict[str, str], folder: Path | None) -> None:

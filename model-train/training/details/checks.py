@@ -82,7 +82,8 @@ def check_step(shared: SharedState, x: torch.Tensor, labels: torch.Tensor) -> No
 def check_files(record: Record, shared: SharedState) -> None:
     """Raise Failure unless the model and a checkpoint, of one worker, can be read by what reads them later."""
     one, path, model_file = copy.copy(shared), Path(CHECKPOINT), io.BytesIO()
-    one.velocities, one.parameter_sums = shared.velocities[:1].clone(), shared.parameter_sums[:1].clone()
+    one.parameter_sums = shared.parameter_sums[:1].clone()
+    one.optimizer_state = {name: state[:1].clone() for name, state in shared.optimizer_state.items()}
     alone = replace(record, workers=record.workers[:1], settings=replace(record.settings, num_processes=1))
     with blaming_net("what is saved of this network could not be read again"):
         restore(one, *parse_checkpoint(Checkpoints(None, one, alone).serialize(), path), path)
