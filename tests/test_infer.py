@@ -162,10 +162,10 @@ def test_a_network_without_a_linear_layer_is_compared_by_its_logits(monkeypatch)
     assert predictor.predict(images[3])["confidence"] != "no digit"
 
 
-def test_at_most_one_percent_of_the_validation_images_are_flagged(predictor, data):
+def test_less_than_one_percent_of_the_validation_images_are_flagged(predictor, data):
     images = read_images(data, "train")[0][-5000:]
     flagged = sum(predictor.predict(image)["confidence"] == "no digit" for image in images)
-    assert 40 <= flagged <= 50
+    assert 35 <= flagged <= 45
 
 
 def test_confidence_depends_on_probability_and_likeness(predictor, data):

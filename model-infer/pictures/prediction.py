@@ -25,8 +25,8 @@ from stage.process import Failure, percent
 MAX_RESULTS_BYTES = 1_000_000  # eval_results.json takes 4 kB
 KNOWN_IMAGES = 11_000  # training images, at most, that an image is compared with
 MAX_FEATURES = 256  # of a linear layer whose outputs are compared
-FLAGGED_FRACTION = 0.01  # of the validation images, at most, are predicted as UNLIKE
-LIKE_FRACTION = 0.97  # of the validation images are so near to the training images that they may be sure
+FLAGGED_FRACTION = 0.008  # of the validation images, at most, are predicted as UNLIKE
+LIKE_FRACTION = 0.93  # of the validation images are so near to the training images that they may be sure
 SURE_PROBABILITY = 0.9  # a prediction is sure from this probability on
 
 Confidence = Literal["sure", "unsure", "no digit", "out of distribution"]
