@@ -48,14 +48,31 @@ def test_other_things_are_not_sure(predictor, rows, name):
     assert [confidence for _, _, confidence in outcomes(predictor, rows[name])].count("sure") <= 2
 
 
-def test_a_stroke_that_is_no_digit_is_among_the_digits_without_a_prediction(predictor, data):
+def test_a_stroke_that_is_no_digit_is_listed_too_and_the_whole_is_not_sure(predictor, data):
     one = 255 - handwriting.enlarge(example.read_test_images(data)[0][2].numpy()) * 255
-    cross = np.asarray(handwriting.draw_strokes(handwriting.X, 20, 150, 25))
-    cross = np.pad(cross, [(0, 0), (0, 30)], constant_values=255)[:200, :200]
+    cross = np.asarray(handwriting.draw_strokes(handwriting.X, 12, 150, 25))
     read, pixels = reading.read(Image.fromarray(np.concatenate([one, cross], axis=1).astype(np.uint8)), predictor)
-    assert [digit["prediction"] for digit in read["digits"]] == [1, None]
-    assert (read["prediction"], read["confidence"]) == (None, "no digit")
+    assert read["digits"][0]["prediction"] == 1
+    assert [digit["confidence"] == "sure" for digit in read["digits"]] == [True, False]
+    assert (read["prediction"], read["confidence"]) == (None, read["digits"][1]["confidence"])
     assert pixels.shape == (28, 56)
+
+
+def test_of_several_digits_the_least_sure_one_counts():
+    def digit(prediction, best, confidence):
+        rest = [(1 - best) / 9] * 9
+        probabilities = [best, *rest]
+        return {"prediction": prediction, "probabilities": probabilities, "confidence": confidence, "box": (0, 0, 9, 9)}
+
+    digits = [digit(0, 0.99, "sure"), digit(None, 0.999, "no digit"), digit(0, 0.6, "unsure"), digit(0, 0.95, "sure")]
+    for chosen, least in ((digits, 1), (digits[2:], 0), (digits[::3], 1)):
+        read = reading.as_reading(chosen)
+        assert read["prediction"] is None
+        assert (read["probabilities"], read["confidence"]) == tuple(
+            chosen[least][key] for key in ("probabilities", "confidence")
+        )
+        assert read["digits"] == chosen
+    assert reading.as_reading(digits[:1])["prediction"] == 0
 
 
 def test_more_than_20_pieces_are_a_texture_not_a_number(predictor):
