@@ -52,9 +52,10 @@ def test_a_stroke_that_is_no_digit_is_listed_too_and_the_whole_is_not_sure(predi
     one = 255 - handwriting.enlarge(example.read_test_images(data)[0][2].numpy()) * 255
     cross = np.asarray(handwriting.draw_strokes(handwriting.X, 12, 150, 25))
     read, pixels = reading.read(Image.fromarray(np.concatenate([one, cross], axis=1).astype(np.uint8)), predictor)
-    assert read["digits"][0]["prediction"] == 1
-    assert [digit["confidence"] == "sure" for digit in read["digits"]] == [True, False]
-    assert (read["prediction"], read["confidence"]) == (None, read["digits"][1]["confidence"])
+    one, other = read["digits"]
+    assert one["prediction"] == 1
+    assert other["confidence"] != "sure"  # which of the other two depends on the model
+    assert (read["prediction"], read["confidence"] != "sure") == (None, True)
     assert pixels.shape == (28, 56)
 
 

@@ -10,7 +10,7 @@ from pictures.prediction import UNLIKE
 from stage import VERSION
 from stage.dataset import DATA_SET
 
-NAMES = ", ".join(DATA_SET.classes)
+NAMES, CLASSES = ", ".join(DATA_SET.classes), len(DATA_SET.classes)
 SIZE = f"{DATA_SET.shape[2]} x {DATA_SET.shape[1]}"  # width and height
 DATA_URL = "^[Dd][Aa][Tt][Aa]:[^,]{0,200};[Bb][Aa][Ss][Ee]64,"  # what is before the content, as in RFC 2397
 ID = "^[A-Za-z0-9._-]{1,80}$"
@@ -58,9 +58,10 @@ class Digit(Struct):
     """A digit on a picture, or something else that was written."""
 
     prediction: Annotated[
-        Annotated[int, Meta(ge=0, le=9)] | None, Meta(description=f"The digit; null if the confidence is `{UNLIKE}`.")
+        Annotated[int, Meta(ge=0, le=CLASSES - 1)] | None,
+        Meta(description=f"The digit; null if the confidence is `{UNLIKE}`."),
     ]
-    probabilities: Annotated[list[float], Meta(min_length=10, max_length=10, description="Of the digits 0 to 9.")]
+    probabilities: Annotated[list[float], Meta(min_length=CLASSES, max_length=CLASSES, description=f"Of {NAMES}.")]
     confidence: Annotated[str, Meta(extra_json_schema={"enum": ["sure", "unsure", UNLIKE]})]
     box: Annotated[
         list[int],
@@ -76,14 +77,14 @@ class Output(Struct):
     """The prediction of a picture."""
 
     prediction: Annotated[
-        Annotated[int, Meta(ge=0, le=len(DATA_SET.classes) - 1)] | None,
+        Annotated[int, Meta(ge=0, le=CLASSES - 1)] | None,
         Meta(description=f"The class, counted from 0; null if the confidence is `{UNLIKE}`{OF_SEVERAL[0]}."),
     ]
     probabilities: Annotated[
         list[float],
         Meta(
-            min_length=len(DATA_SET.classes),
-            max_length=len(DATA_SET.classes),
+            min_length=CLASSES,
+            max_length=CLASSES,
             description=f"Of the classes, in order: {NAMES}{OF_SEVERAL[1]}.",
         ),
     ]
