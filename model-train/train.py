@@ -41,7 +41,6 @@ from training.alone import Alone
 from training.checkpoint import Checkpoints
 from training.data import read_data
 from training.details.curves import draw_curves
-from training.details.limits import check_limits
 from training.details.lock import volume_lock
 from training.details.progress import Progress
 from training.record import Record
@@ -77,7 +76,6 @@ def main() -> int:
 
 def train_alone(todo: plan.Plan, args: argparse.Namespace) -> int:
     """Train on this machine alone, from the start or from a checkpoint, and return the exit status."""
-    check_limits(todo.settings)
     data = read_data(args.data)
     training, validation = split_validation(*to_tensors(data))
     todo = plan.with_data(todo, data.sha256, len(training[0]), args.folder)

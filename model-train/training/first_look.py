@@ -1,25 +1,30 @@
-"""Ends train at once if there is nothing to do, before torch is imported, which takes a second."""
+"""Ends train at once if there is nothing to do or not enough memory, before torch is imported, which takes a second."""
 
 import sys
 
 from stage.process import Failure, exit_on_failure, print_error, say
 from training import plan, settings
 from training.data import read_data
+from training.details.limits import check_limits
 from training.details.lock import Busy, volume_lock
 
 
 def end_if_nothing_to_do() -> None:
     """End the process if the volume has all that is requested, after a look at the data, or if it must be refused."""
     args, requested = settings.parse_args()
-    if args.dry_run or settings.is_node():
+    if settings.is_node():
         return
     with exit_on_failure("train"):
+        if args.dry_run:
+            check_limits(plan.dry_run(requested).settings)
+            return
         args.model.mkdir(parents=True, exist_ok=True)
         todo = plan.decide(requested, args.fresh, args.model)
         if todo.action != "nothing":
             try:
-                with volume_lock(args.model):
-                    return  # main() locks it again
+                with volume_lock(args.model):  # main() locks it again
+                    check_limits(todo.settings)
+                    return
             except Busy as busy:
                 todo = plan.beside_another(busy, bool(requested or args.fresh), args.model)
         try:
