@@ -118,7 +118,7 @@ def test_rendered_pictures_are_predicted_almost_as_well_as_the_raw_images(predic
         file = rendering.render(images[index].numpy(), rng)
         correct["raw"] += predictor.predict(images[index])["prediction"] == labels[index]
         correct["rendered"] += reading.read(picture.open_picture(file), predictor)[0]["prediction"] == labels[index]
-    # A finished model loses less than half a point (docs/drawing.md); this one is of a single epoch, and loses more.
+    # This model is of a single epoch; a finished one loses less (docs/drawing.md).
     assert correct["rendered"] >= correct["raw"] - 0.02 * RENDERED
 
 

@@ -70,7 +70,7 @@ class Service:
         prediction_id = request.path_params.get("prediction_id", body.id)
         if body.id not in (None, prediction_id):
             raise HTTPException(422, "the id in the body differs from the one in the path. Leave it out of the body.")
-        if prediction_id is not None and not re.fullmatch(api.ID.rstrip("$"), prediction_id):
+        if prediction_id is not None and not re.fullmatch(api.ID, prediction_id):
             raise HTTPException(422, "id: 1 to 80 letters, digits, points, hyphens and underscores are allowed.")
         output = await self.predict(body.input.image)
         self.metrics.predictions.labels(output["output"]["confidence"]).inc()
