@@ -7,13 +7,13 @@ whether they come from the test images, a file or an HTTP request.
 """
 
 import json
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, TypedDict
 
 import torch
-import torch.nn.functional as F
 
 import net
 from stage import code, files, weights
@@ -49,7 +49,8 @@ class Predictor:
     model: net.Net
     sha256: str  # of the model's file
     accuracy: float | None = None  # on the test images, in percent; None if it has not been evaluated
-    known: torch.Tensor | None = None  # the features of training images, float32 [N, F]; None: no image is UNLIKE
+    known: torch.Tensor | None = None  # the features of training images, float32 [F, N]; None: no image is UNLIKE
+    length: float = 1.0  # of features, squared
     like: float = 1.0  # the distance up to which a prediction may be sure
     unlike: float = 1.0  # the cosine distance beyond which an image is UNLIKE
 
@@ -58,24 +59,37 @@ class Predictor:
         self.outputs: list[torch.Tensor] = []  # of the linear layers, in the last forward pass
         for module in self.model.modules():
             if isinstance(module, torch.nn.Linear):
-                module.register_forward_hook(lambda module, inputs, output: self.outputs.append(output))
+                module.register_forward_hook(lambda module, inputs, output: self.outputs.append(output.to_dense()))
 
     def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the log-probabilities, float32 [N, classes], and features, float32 [N, F], of images, uint8 [N, ...].
 
-        The features are the outputs of the linear layers, those of each scaled to length 1. Raise Failure if the
-        log-probabilities are not finite: huge weights, finite themselves, overflow.
+        Raise Failure if the log-probabilities are not finite: huge weights, finite themselves, overflow.
         """
-        torch.set_num_threads(1)  # applies to the calling thread; with more, the last bits differ, and it is slower
+        torch.backends.mkldnn.enabled = False  # oneDNN takes twice as long for one image
+        return self.outputs_of(self.model, images)
+
+    def features_of(self, images: torch.Tensor) -> torch.Tensor:
+        """Return the features of many images, which differ in the last bits from what forward() returns."""
+        torch.backends.mkldnn.enabled = True
+        forward = net.fastest_forward(self.model, images[:16])
+        return torch.cat([self.outputs_of(forward, batch)[1] for batch in torch.split(images, 100)])
+
+    @torch.inference_mode()
+    def outputs_of(
+        self, forward: Callable[[torch.Tensor], torch.Tensor], images: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return log-probabilities and features as forward() does, given a function that the model computes.
+
+        The features are the outputs of the linear layers, those of each scaled to length 1.
+        """
         self.outputs.clear()
-        with torch.inference_mode():
-            logits = self.model.logits(net.to_input(images))
-            log_probabilities = logits.log_softmax(1)
-            layers = [output for output in self.outputs if output.dim() == 2 and output.shape[1] <= MAX_FEATURES]
-            features = torch.cat([F.normalize(layer) for layer in layers or [logits]], 1)
-        if not log_probabilities.isfinite().all():
+        log_probabilities = forward(net.to_input(images))
+        if not math.isfinite(log_probabilities.sum()):
             raise Failure(f"the model's output is not finite. {files.FRESH_HINT}")
-        return log_probabilities, features
+        layers = [layer for layer in self.outputs if layer.dim() == 2 and layer.shape[1] <= MAX_FEATURES]
+        parts = [layer / layer.norm(dim=1, keepdim=True).clamp_(1e-12) for layer in layers or [log_probabilities]]
+        return log_probabilities, torch.cat(parts, 1)
 
     def distances(self, features: torch.Tensor) -> torch.Tensor:
         """Return the distances, float32 [N], of features, float32 [N, F], from the nearest training image.
@@ -85,7 +99,7 @@ class Predictor:
         """
         if self.known is None:
             return torch.zeros(len(features))
-        return (1 - (features @ self.known.T).max(1).values / (features[0] @ features[0])) / self.unlike
+        return (1 - (features @ self.known).amax(1) / self.length) / self.unlike
 
     def predict(self, image: torch.Tensor) -> Prediction:
         """Predict an image, uint8 [H, W] or [H, W, C]."""
@@ -119,6 +133,7 @@ def load_predictor(model_folder: Path, data_folder: Path | None = None) -> Predi
 
     Raise Failure if the model is missing, damaged or of another network, or if the training images cannot be read.
     """
+    torch.set_num_threads(1)  # with more, the last bits differ, and a single image takes longer
     model = net.Net()
     sha256 = weights.load_model(model, model_folder)
     code.check_same(model_folder, sha256)
@@ -132,11 +147,9 @@ def load_predictor(model_folder: Path, data_folder: Path | None = None) -> Predi
 def learn_likeness(predictor: Predictor, training: torch.Tensor, validation: torch.Tensor) -> None:
     """Set what images, uint8 [N, H, W] or [N, H, W, C], are compared with, and which distances are like and unlike."""
 
-    def features(images: torch.Tensor) -> torch.Tensor:
-        return torch.cat([predictor.forward(batch)[1] for batch in torch.split(images, 500)])
-
-    predictor.known = features(training[:: -(-len(training) // KNOWN_IMAGES)])
-    parts = [predictor.distances(part) for part in torch.split(features(validation), 500)]
+    known = predictor.features_of(training[:: -(-len(training) // KNOWN_IMAGES)])
+    predictor.known, predictor.length = known.T.contiguous(), (known[0] @ known[0]).item()
+    parts = [predictor.distances(part) for part in torch.split(predictor.features_of(validation), 50)]
     distances = torch.cat(parts).sort().values.tolist()
     # One image fewer than the fraction: in batches, distances differ in the last bits from those of single images.
     predictor.unlike = max(distances[-max(1, int(FLAGGED_FRACTION * len(distances)))], 1e-6)

@@ -72,7 +72,7 @@ class Hypothesis(NamedTuple):
     ink: Ink  # 0 where there is none
     full: float  # the level of full ink
     raw: Ink  # the picture's own levels, such that ink has more than its surroundings
-    enough: float = 0.0  # not tried if what has been found is less unlike digits than that
+    enough: float = 0.0  # neither tried nor followed by others if what has been found is less unlike digits than that
 
 
 class Candidate(NamedTuple):
@@ -146,8 +146,6 @@ def find_digits(grey: Ink, predictor: Predictor) -> list[Candidate]:
 def search(grey: Ink, predictor: Predictor) -> tuple[float, list[Candidate]]:
     """Return how unlike digits is what is on a picture, 1 for UNLIKE, and the digits, by the likeliest hypothesis."""
     best: tuple[float, list[Candidate]] = (float("inf"), [])
-    if average(grey, 4).std() <= NOISE_SHARE * grey.std():
-        return best
     for number, hypothesis in enumerate(hypotheses(grey)):
         if number == 0:
             whole = all_as_one(hypothesis)
@@ -155,11 +153,17 @@ def search(grey: Ink, predictor: Predictor) -> tuple[float, list[Candidate]]:
             best = float("inf"), [whole._replace(prediction=prediction)]
             if distance <= GOOD and not has_gap(hypothesis, whole.box):
                 return distance, best[1]
+            if distance + EACH <= hypothesis.enough and is_one_piece(hypothesis):
+                return distance, best[1]
+            if average(grey, 4).std() <= NOISE_SHARE * grey.std():
+                return float("inf"), []
         elif best[0] <= hypothesis.enough:
             break
         cost, digits = divide(hypothesis, predictor)
         if number == 0 or all(digit.distance <= STRICT for digit in digits):
             best = min(best, (cost + LATER * (number > 0), digits), key=itemgetter(0))
+        if best[0] <= hypothesis.enough:
+            break
     return best
 
 
@@ -169,26 +173,28 @@ def search(grey: Ink, predictor: Predictor) -> tuple[float, list[Candidate]]:
 def hypotheses(grey: Ink) -> Iterator[Hypothesis]:
     """Yield what may be the ink of a picture, the likeliest first; nothing if the picture is blank."""
     dark = 255 - grey
-    if has_flat_background(grey):
+    found: list[Hypothesis] = []
+    if is_flat := has_flat_background(grey):
         ink = np.abs(grey - grey[0, 0])
-        enough = 1.0
-        found = [Hypothesis(ink, full, ink)] if (full := full_level(ink)) >= MIN_CONTRAST else []
+        if (full := full_level(ink)) >= MIN_CONTRAST:
+            found.append(Hypothesis(ink, full, ink))
         even = [grey if grey[0, 0] > 127 else dark]  # the other one has been found
     else:
-        enough = GOOD
         paper = background(grey)
         # As a share of the light that the paper gets: so a shadow vanishes.
         shares: Ink = np.asarray((paper - grey) * (255 / paper.clip(128)), dtype=np.float32)
         uneven = (shares, dark), (grey + background(dark) - 255, grey)
-        found = [one for values, raw in uneven if (one := level(values, raw))]
+        found += [one for values, raw in uneven if (one := level(values, raw))]
         even = [dark, grey]
-    if found:
-        found += [one for raw in even if (one := level(raw - raw.min(), raw))]
-        yield from (one._replace(enough=enough) for one in found)
-        ink, full, raw, _ = found[0]
-        for share in FAINT:
-            rest = full * (1 - share) / 3  # so that strokes, whose edges are lighter, do not become much thinner
-            yield Hypothesis((ink - share * full).clip(0, rest), rest, raw, STRICT)
+    if not found:
+        return
+    enough = 1.0 if is_flat else GOOD
+    yield from (one._replace(enough=enough) for one in found)
+    yield from (one._replace(enough=enough) for raw in even if (one := level(raw - raw.min(), raw)))
+    ink, full, raw, _ = found[0]
+    for share in FAINT:
+        rest = full * (1 - share) / 3  # so that strokes, whose edges are lighter, do not become much thinner
+        yield Hypothesis((ink - share * full).clip(0, rest), rest, raw, STRICT)
 
 
 def level(ink: Ink, raw: Ink) -> Hypothesis | None:
@@ -205,7 +211,10 @@ def level(ink: Ink, raw: Ink) -> Hypothesis | None:
 
 def full_level(ink: Ink) -> float:
     """Return the level of full ink: the highest one, but for single pixels."""
-    return float(average(ink, 2).max())
+    if min(ink.shape) < 2:
+        return float(ink.max())
+    rows = ink[:-1] + ink[1:]
+    return float((rows[:, :-1] + rows[:, 1:]).max()) / 4
 
 
 def has_flat_background(grey: Ink) -> bool:
@@ -255,6 +264,12 @@ def has_gap(hypothesis: Hypothesis, box: Box) -> bool:
     """Return whether a column without ink divides the ink in a box."""
     inside = hypothesis.ink[box[0] : box[2], box[1] : box[3]]
     return bool((inside.max(0) < PIECE_LEVEL * hypothesis.full).any())
+
+
+def is_one_piece(hypothesis: Hypothesis) -> bool:
+    """Return whether all ink is connected."""
+    ink, full, *_ = hypothesis
+    return len(find_pieces(largest(ink, grid_factor(ink, PIECE_SIDE)) >= PIECE_LEVEL * full)[1]) == 1
 
 
 def divide(hypothesis: Hypothesis, predictor: Predictor) -> tuple[float, list[Candidate]]:
