@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageChops, ImageFile, ImageOps, UnidentifiedImageError
 
 from pictures import heic
+from pictures.outcome import Box
 from stage import images
 from stage.process import Failure
 
@@ -52,15 +53,20 @@ Image.MAX_IMAGE_PIXELS = MAX_PIXELS // 2
 warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # for half of what is refused
 
 Ink = NDArray[np.float32]  # [height, width]
-Box = tuple[int, int, int, int]  # top, left, bottom, right; the last two are excluded
 
 
-def open_picture(content: bytes | bytearray) -> Image.Image:
+class TooLarge(Failure):
+    """A picture takes too much memory to decode."""
+
+
+def open_picture(content: bytes | bytearray, memory: int = MEMORY) -> Image.Image:
     """Return the picture in a file, upright, of one of the formats above, or a HEIC; the first of several.
 
-    Raise Failure if there is none, or it is damaged, or too large.
+    Raise Failure if there is none, or it is damaged, and TooLarge if it takes more than some bytes of memory.
     """
     try:
+        if memory < MEMORY and is_heic(content):
+            raise TooLarge("a HEIC may take all the memory")
         Image.init()
         formats = [name for name in Image.OPEN if name in LINE_BY_LINE or name in FORMAT_BYTES]
         content, factor = decode_heic(content) if is_heic(content) else (content, 1)
@@ -70,9 +76,9 @@ def open_picture(content: bytes | bytearray) -> Image.Image:
             # Of a JPEG only as many pixels are decoded as will be looked at.
             image.draft(None, (WORKING_SIDE, WORKING_SIDE))
             needed = needed_memory(image, pixels)
-            if needed > MEMORY:
-                limits = f"takes {needed // 10**6:,} MB to decode, of at most {MEMORY // 10**6:,} MB"
-                raise Failure(f"too many pixels: this {image.format} ({image.mode}) {limits}")
+            if needed > memory:
+                limits = f"takes {needed // 10**6:,} MB to decode, of at most {memory // 10**6:,} MB"
+                raise TooLarge(f"too many pixels: this {image.format} ({image.mode}) {limits}")
             if image.format in ("JPEG", "MPO"):
                 return upright(load_jpeg(image, content))
             image.load()

@@ -11,13 +11,12 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, TypedDict
 
 import torch
 
 import net
+from pictures.outcome import UNLIKE, Confidence, Prediction
 from stage import code, files, weights
-from stage.dataset import DATA_SET
 from stage.files import EVAL_RESULTS
 from stage.images import read_images, split_validation
 from stage.process import Failure, percent
@@ -28,18 +27,6 @@ MAX_FEATURES = 256  # of a linear layer whose outputs are compared
 FLAGGED_FRACTION = 0.008  # of the validation images, at most, are predicted as UNLIKE
 LIKE_FRACTION = 0.93  # of the validation images are so near to the training images that they may be sure
 SURE_PROBABILITY = 0.9  # a prediction is sure from this probability on
-
-Confidence = Literal["sure", "unsure", "no digit", "out of distribution"]
-# Of an image unlike those that the network was trained on.
-UNLIKE: Confidence = "no digit" if DATA_SET.preparation == "digit" else "out of distribution"
-
-
-class Prediction(TypedDict):
-    """The prediction of an image."""
-
-    prediction: int | None  # the class; None for UNLIKE
-    probabilities: list[float]  # of the classes, in their order
-    confidence: Confidence
 
 
 @dataclass
@@ -66,12 +53,12 @@ class Predictor:
 
         Raise Failure if the log-probabilities are not finite: huge weights, finite themselves, overflow.
         """
-        torch.backends.mkldnn.enabled = False  # oneDNN takes twice as long for one image
+        torch.backends.mkldnn.enabled = False  # type: ignore[assignment]  # oneDNN takes twice as long for one
         return self.outputs_of(self.model, images)
 
     def features_of(self, images: torch.Tensor) -> torch.Tensor:
         """Return the features of many images, which differ in the last bits from what forward() returns."""
-        torch.backends.mkldnn.enabled = True
+        torch.backends.mkldnn.enabled = True  # type: ignore[assignment]
         forward = net.fastest_forward(self.model, images[:16])
         return torch.cat([self.outputs_of(forward, batch)[1] for batch in torch.split(images, 100)])
 
@@ -146,7 +133,6 @@ def load_predictor(model_folder: Path, data_folder: Path | None = None) -> Predi
 
 def learn_likeness(predictor: Predictor, training: torch.Tensor, validation: torch.Tensor) -> None:
     """Set what images, uint8 [N, H, W] or [N, H, W, C], are compared with, and which distances are like and unlike."""
-
     known = predictor.features_of(training[:: -(-len(training) // KNOWN_IMAGES)])
     predictor.known, predictor.length = known.T.contiguous(), (known[0] @ known[0]).item()
     parts = [predictor.distances(part) for part in torch.split(predictor.features_of(validation), 50)]

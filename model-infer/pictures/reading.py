@@ -8,15 +8,16 @@ whose images are nearest to the training images is taken, and the first one that
 from collections.abc import Iterator
 from functools import reduce
 from operator import itemgetter
-from typing import NamedTuple, NotRequired, cast
+from typing import NamedTuple, cast
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from pictures.picture import Box, Ink, average, largest, resize, to_grey, to_mnist, window_max
-from pictures.prediction import UNLIKE, Prediction, Predictor
+from pictures.outcome import CONFIDENCES, MAX_DIGITS, Box, Digit, Prediction, Reading
+from pictures.picture import Ink, average, largest, resize, to_grey, to_mnist, window_max
+from pictures.prediction import Predictor
 from stage.dataset import DATA_SET
 from stage.process import Failure
 
@@ -24,7 +25,6 @@ SEARCH_SIDE = 500  # pixels of the longer side of the picture on which digits ar
 GRID_SIDE = 100  # cells of the longer side of the grid on which uneven light is looked for
 PIECE_SIDE = 200  # the same for connected pieces of ink
 MAX_PIECES = 40  # of ink that are looked at: the largest
-MAX_DIGITS = 20  # on a picture; with more, it is a texture
 BACKGROUND_WINDOW = 0.2  # of the longer side: what is narrower may be ink, what is wider is background
 MIN_CONTRAST = 20  # grey levels between ink and background; with less, a picture is blank
 NOISE_SHARE = 0.35  # of the standard deviation that is left in means of 4 x 4 pixels: with less, there is only noise
@@ -49,21 +49,6 @@ EACH = 0.1  # of the distance that is UNLIKE: what another digit must make up fo
 
 Mask = NDArray[np.bool_]  # [height, width]
 Pieces = NDArray[np.int64]  # [height, width]: the number of each cell's piece, from 1; 0 where there is none
-
-
-class Digit(Prediction):
-    """A digit, or something else that was written, which is predicted as UNLIKE."""
-
-    box: Box  # in pixels of the picture, upright: top, left, bottom, right; the last two are excluded
-
-
-class Reading(Prediction):
-    """What is written on a picture.
-
-    Of several digits, the prediction is None, probabilities and confidence are those of the digit that is least sure.
-    """
-
-    digits: NotRequired[list[Digit]]  # from left to right; only where the data set's images are digits
 
 
 class Hypothesis(NamedTuple):
@@ -112,8 +97,7 @@ def read(image: Image.Image, predictor: Predictor) -> tuple[Reading, torch.Tenso
 
 def as_reading(digits: list[Digit]) -> Reading:
     """Return the reading of a picture with these digits."""
-    doubt = [UNLIKE, "unsure", "sure"]
-    least = min(digits, key=lambda digit: (doubt.index(digit["confidence"]), max(digit["probabilities"])))
+    least = min(digits, key=lambda digit: (CONFIDENCES.index(digit["confidence"]), max(digit["probabilities"])))
     return {
         "prediction": least["prediction"] if len(digits) == 1 else None,
         "probabilities": least["probabilities"],
