@@ -1,5 +1,6 @@
 """The benchmark's results: the table and the plot. See bench.py."""
 
+import itertools
 from statistics import mean, median
 
 from matplotlib.figure import Figure
@@ -11,9 +12,22 @@ PEERS = {  # what peers.py measures, in words
     "compile": "the same with torch.compile",
     "jax": "JAX, 2 threads",
 }
+SERVICES = ("serve", "FastAPI", "LitServe", "BentoML", "Cog")  # that serving.py measures
+CLIENTS = (1, 32)  # at once
 # What training on an image takes, a multiplication and an addition counted as two: the forward pass, and backwards as
 # many for the gradients of the weights and of the inputs of each layer, except those of the images.
 FLOP_PER_IMAGE = 2 * (3 * (24 * 24 * 10 * 25 + 8 * 8 * 20 * 250 + 320 * 50 + 50 * 10) - 24 * 24 * 10 * 25)
+SERVICE_COLUMNS = (
+    "service",
+    "clients",
+    "p50",
+    "p99",
+    "predictions/s",
+    "refused",
+    "`serve`: p50",
+    "p99",
+    "predictions/s",
+)
 COLUMNS = ("what", "ratio", "ours", "the other's", "seeds", "test accuracy")
 
 
@@ -85,6 +99,24 @@ def serve_rows(runs):
     yield make_row("serve: memory of the process", values(runs, "serve", "serve_bytes"), [], "MB")
 
 
+def service_table(runs):
+    """The services that serving.py compares, as a Markdown table: medians, and how many times as fast serve is."""
+    runs = [run for run in runs if run["kind"] == "services"]
+    lines = []
+    for service, clients in itertools.product(SERVICES, CLIENTS):
+        names = [f"{name}, {clients} clients" for name in ("p50", "p99", "requests/s", "refused")]
+        of, ours = ([[run[key][name] for run in runs if key in run] for name in names] for key in (service, "serve"))
+        if of[0]:
+            p50, p99, speed, refused = map(median, of)
+            texts = [format_figure(p50, "ms"), format_figure(p99, "ms"), f"{speed:,.0f}", f"{refused:.1%}"]
+            ratios = []
+            if service != "serve" and ours[0]:
+                own = [median(figures) for figures in ours]
+                ratios = [f"{ratio:.2f}" for ratio in (p50 / own[0], p99 / own[1], own[2] / speed)]
+            lines.append([service, str(clients), *texts, *(ratios or [""] * 3)])
+    return markdown(SERVICE_COLUMNS, lines)
+
+
 def values(runs, kind, name):
     """A figure of all runs of a kind that have it."""
     return [run[name] for run in runs if run["kind"] == kind and run[name] is not None]
@@ -118,12 +150,17 @@ def make_row(what, ours, other, unit, accuracy="", cost=False):
 
 def as_table(rows):
     """The rows as a Markdown table."""
-    lines = [COLUMNS, ["---"] * len(COLUMNS)]
+    lines = []
     for row in rows:
         ratio = f"{row['ratio']:.{1 if row['ratio'] >= 10 else 2}f}" if row["ratio"] else ""
         figures = [format_figure(row[name], row["unit"]) for name in ("ours", "other")]
         lines.append([row["what"], ratio, *figures, row["seeds"], row["accuracy"]])
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return markdown(COLUMNS, lines)
+
+
+def markdown(columns, lines):
+    """A Markdown table."""
+    return "\n".join(f"| {' | '.join(line)} |" for line in (columns, ["---"] * len(columns), *lines))
 
 
 def format_figure(value, unit):
