@@ -1,12 +1,13 @@
 """Sends requests to an HTTP service from some clients at once, and prints latencies and statuses. See serving.py.
 
-Each client has a connection of its own, and sends its next request as soon as it has the response to the last one. One
-process without threads, since it takes time of the cores that the service needs: it does nothing but send and receive.
+Each client has a connection of its own, and sends its next request as soon as it has the response to the last one. A
+request that is refused since the service is busy is sent again until it is not, and all of that is its latency. This is
+one process without threads that does little else than send and receive, since it takes time of the service's cores.
 
     python tests/bench/load.py 127.0.0.1:8000 CLIENTS SECONDS <bodies.json
 
 Reads   standard input: a list of JSON bodies, which are sent in turns to /predictions
-Prints  a line of JSON: the seconds that each request with status 200 took; how many had which status; the whole seconds
+Prints  a line of JSON: the latencies in seconds; how many responses had which status; the seconds of the whole
 """
 
 import asyncio
@@ -14,14 +15,13 @@ import itertools
 import json
 import re
 import sys
-import time
 from collections import Counter
 
-REFUSAL_SECONDS = 0.01  # that a client waits after a refusal
+REFUSALS, REFUSAL_SECONDS = (409, 429, 503), 0.01  # statuses that say so, and how long a client waits after them
 
 
 class Client(asyncio.Protocol):
-    """A connection that is never idle until an end, a time of the event loop."""
+    """A connection on which a request follows the other until an end, a time of the event loop."""
 
     def __init__(self, requests, end, latencies, statuses):
         self.requests, self.end, self.latencies, self.statuses = requests, end, latencies, statuses
@@ -30,15 +30,19 @@ class Client(asyncio.Protocol):
 
     def connection_made(self, transport):
         self.transport = transport
-        self.send()
+        self.begin()
 
-    def send(self):
-        """Sends the next request."""
+    def begin(self):
+        """Takes the next request, if it is not too late, and sends it."""
         if self.loop.time() >= self.end:
             self.ended.set_result(None)
             return
-        self.received, self.began = b"", time.perf_counter()
-        self.transport.write(next(self.requests))
+        self.request, self.began = next(self.requests), self.loop.time()
+        self.send()
+
+    def send(self):
+        self.received = b""
+        self.transport.write(self.request)
 
     def data_received(self, data):
         self.received += data
@@ -48,10 +52,12 @@ class Client(asyncio.Protocol):
         status = int(head.split(maxsplit=2)[1])
         self.statuses[status] += 1
         if status == 200:
-            self.latencies.append(time.perf_counter() - self.began)
-            self.send()
-        else:
+            self.latencies.append(self.loop.time() - self.began)
+            self.begin()
+        elif status in REFUSALS:
             self.loop.call_later(REFUSAL_SECONDS, self.send)
+        else:
+            self.ended.set_exception(ConnectionError(f"the service responded with status {status}"))
 
     def connection_lost(self, error):
         if not self.ended.done():

@@ -17,17 +17,8 @@ CLIENTS = (1, 32)  # at once
 # What training on an image takes, a multiplication and an addition counted as two: the forward pass, and backwards as
 # many for the gradients of the weights and of the inputs of each layer, except those of the images.
 FLOP_PER_IMAGE = 2 * (3 * (24 * 24 * 10 * 25 + 8 * 8 * 20 * 250 + 320 * 50 + 50 * 10) - 24 * 24 * 10 * 25)
-SERVICE_COLUMNS = (
-    "service",
-    "clients",
-    "p50",
-    "p99",
-    "predictions/s",
-    "refused",
-    "`serve`: p50",
-    "p99",
-    "predictions/s",
-)
+FIGURES = ("p50", "p99", "predictions/s")
+SERVICE_COLUMNS = ("service", "clients", *FIGURES, "refused", *(f"ratio of {figure}" for figure in FIGURES))
 COLUMNS = ("what", "ratio", "ours", "the other's", "seeds", "test accuracy")
 
 
@@ -90,7 +81,7 @@ def resource_rows(runs):
 def serve_rows(runs):
     """The service's latency, throughput, start and memory."""
     for clients in (1, 32):
-        for name, unit in (("p50", "ms"), ("p99", "ms"), ("requests/s", "requests/s")):
+        for name, unit in (("p50", "ms"), ("p99", "ms"), ("predictions/s", "predictions/s")):
             figures = values(runs, "serve", f"{name}, {clients} clients")
             yield make_row(f"serve: {name}, clients: {clients}", figures, [], unit)
     yield make_row("serve: the network alone, one image", values(runs, "serve", "network_seconds"), [], "ms")
@@ -101,20 +92,22 @@ def serve_rows(runs):
 
 def service_table(runs):
     """The services that serving.py compares, as a Markdown table: medians, and how many times as fast serve is."""
-    runs = [run for run in runs if run["kind"] == "services"]
     lines = []
     for service, clients in itertools.product(SERVICES, CLIENTS):
-        names = [f"{name}, {clients} clients" for name in ("p50", "p99", "requests/s", "refused")]
-        of, ours = ([[run[key][name] for run in runs if key in run] for name in names] for key in (service, "serve"))
-        if of[0]:
-            p50, p99, speed, refused = map(median, of)
+        ours, other = (median_service(runs, name, clients) for name in ("serve", service))
+        if other:
+            p50, p99, speed, refused = other
             texts = [format_figure(p50, "ms"), format_figure(p99, "ms"), f"{speed:,.0f}", f"{refused:.1%}"]
-            ratios = []
-            if service != "serve" and ours[0]:
-                own = [median(figures) for figures in ours]
-                ratios = [f"{ratio:.2f}" for ratio in (p50 / own[0], p99 / own[1], own[2] / speed)]
-            lines.append([service, str(clients), *texts, *(ratios or [""] * 3)])
+            ratios = [f"{ratio:.2f}" for ratio in (p50 / ours[0], p99 / ours[1], ours[2] / speed)] if ours else [""] * 3
+            lines.append([service, str(clients), *texts, *ratios])
     return markdown(SERVICE_COLUMNS, lines)
+
+
+def median_service(runs, service, clients):
+    """The medians of a service's figures at a number of clients; nothing if it was not measured."""
+    figures = [run[service] for run in runs if run["kind"] == "services" and service in run]
+    names = (*FIGURES, "refused") if figures else ()
+    return [median(figure[f"{name}, {clients} clients"] for figure in figures) for name in names]
 
 
 def values(runs, kind, name):

@@ -30,10 +30,10 @@ from datetime import datetime
 from functools import partial
 from pathlib import Path
 
+import report
 from PIL import Image
 
 import containers  # puts the folders of the next ones in the path
-import report
 from environments import make_environment
 from nodes import free_port
 from pipeline import docker
@@ -183,7 +183,7 @@ def measure_requests(port, bodies):
         result = load(port, clients, SECONDS, bodies)
         percentiles, statuses = statistics.quantiles(result["latencies"], n=100), result["statuses"]
         figures |= {f"p50, {clients} clients": percentiles[49], f"p99, {clients} clients": percentiles[98]}
-        figures[f"requests/s, {clients} clients"] = statuses["200"] / result["seconds"]
+        figures[f"predictions/s, {clients} clients"] = statuses["200"] / result["seconds"]
         figures[f"refused, {clients} clients"] = 1 - statuses["200"] / sum(statuses.values())
     return figures
 

@@ -1,4 +1,4 @@
-"""The network behind Cog's HTTP server, which `cog build` puts into a container: MODEL=model python -m cog.server.http."""
+"""The network behind the HTTP server that `cog build` puts into an image: MODEL=model python -m cog.server.http."""
 
 import plain
 from cog import BasePredictor
