@@ -14,6 +14,7 @@ import signal
 import statistics
 import subprocess
 import sys
+import tempfile
 from functools import partial
 from pathlib import Path
 
@@ -24,7 +25,7 @@ import containers  # puts the folders of the next ones in the path
 import pipeline
 from pipeline import Pipeline
 from stage.files import publish
-from stages import STAGES, TREE
+from stages import DATA, STAGES, command
 
 OUTPUT = Path(__file__).parent / "out"
 # The flags of train: what reaches the example's accuracy soonest, the defaults, the most accurate that takes no longer
@@ -65,6 +66,7 @@ def main():
     print(report.describe_machine(results))
     print(report.as_table(report.make_rows(results)))
     print(report.describe_limit(results["runs"]))
+    print(report.service_table(results["runs"]))
     report.warn_of_load(results["runs"])
     report.draw(results["runs"], path.with_suffix(".png"))
 
@@ -128,6 +130,7 @@ def plan_runs(args):
         **{peer: partial(run_peer, peer) for peer in report.PEERS},
         "stages": run_stages,
         "serve": run_serve,
+        "services": run_services,
         "reference, default threads": partial(run_reference, 1, []),
     }
     if args.quick:
@@ -169,7 +172,7 @@ def run_matrices(seed):
 
 def run_peer(peer, seed):
     """A peer, which no image contains: it runs in the virtual environment of the benchmark."""
-    command = [sys.executable, Path(__file__).with_name("peers.py"), peer, f"--data={TREE / 'data'}"]
+    command = [sys.executable, Path(__file__).with_name("peers.py"), peer, f"--data={DATA}"]
     return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
 
 
@@ -189,11 +192,19 @@ def run_stages(seed):
 
 
 def run_serve(seed):
-    """The service: latency, requests/s, start to ready beside the mere import of torch, memory."""
+    """The service: latency, predictions/s, start to ready beside the mere import of torch, memory."""
     with Pipeline() as project:
         containers.run(project, "train", "/opt/app/train.py", *RECIPES["one epoch"].split(), f"--seed={seed}")
         containers.run(project, "evaluate", "/opt/app/evaluate.py", "--min-accuracy=0")
         return serving.measure(project)
+
+
+def run_services(seed):
+    """The service as a process, and what one might write instead: latency, predictions/s, refusals, by service."""
+    with tempfile.TemporaryDirectory() as folder:
+        flags = (*RECIPES["one epoch"].split(), f"--seed={seed}")
+        subprocess.run(command("train", *flags, model=folder), check=True, stdout=subprocess.DEVNULL)
+        return serving.measure_services(Path(folder), DATA)
 
 
 if __name__ == "__main__":

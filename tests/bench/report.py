@@ -1,5 +1,6 @@
 """The benchmark's results: the table and the plot. See bench.py."""
 
+import itertools
 from statistics import mean, median
 
 from matplotlib.figure import Figure
@@ -11,9 +12,13 @@ PEERS = {  # what peers.py measures, in words
     "compile": "the same with torch.compile",
     "jax": "JAX, 2 threads",
 }
+SERVICES = ("serve", "FastAPI", "LitServe", "BentoML", "Cog")  # that serving.py measures
+CLIENTS = (1, 32)  # at once
 # What training on an image takes, a multiplication and an addition counted as two: the forward pass, and backwards as
 # many for the gradients of the weights and of the inputs of each layer, except those of the images.
 FLOP_PER_IMAGE = 2 * (3 * (24 * 24 * 10 * 25 + 8 * 8 * 20 * 250 + 320 * 50 + 50 * 10) - 24 * 24 * 10 * 25)
+FIGURES = ("p50", "p99", "predictions/s")
+SERVICE_COLUMNS = ("service", "clients", *FIGURES, "refused", *(f"ratio of {figure}" for figure in FIGURES))
 COLUMNS = ("what", "ratio", "ours", "the other's", "seeds", "test accuracy")
 
 
@@ -76,13 +81,33 @@ def resource_rows(runs):
 def serve_rows(runs):
     """The service's latency, throughput, start and memory."""
     for clients in (1, 32):
-        for name, unit in (("p50", "ms"), ("p99", "ms"), ("requests/s", "requests/s")):
+        for name, unit in (("p50", "ms"), ("p99", "ms"), ("predictions/s", "predictions/s")):
             figures = values(runs, "serve", f"{name}, {clients} clients")
             yield make_row(f"serve: {name}, clients: {clients}", figures, [], unit)
     yield make_row("serve: the network alone, one image", values(runs, "serve", "network_seconds"), [], "ms")
     ours, other = values(runs, "serve", "ready_seconds"), values(runs, "serve", "import in serve")
     yield make_row("serve: container's start to ready, against `import torch`", ours, other, "s", cost=True)
     yield make_row("serve: memory of the process", values(runs, "serve", "serve_bytes"), [], "MB")
+
+
+def service_table(runs):
+    """The services that serving.py compares, as a Markdown table: medians, and how many times as fast serve is."""
+    lines = []
+    for service, clients in itertools.product(SERVICES, CLIENTS):
+        ours, other = (median_service(runs, name, clients) for name in ("serve", service))
+        if other:
+            p50, p99, speed, refused = other
+            texts = [format_figure(p50, "ms"), format_figure(p99, "ms"), f"{speed:,.0f}", f"{refused:.1%}"]
+            ratios = [f"{ratio:.2f}" for ratio in (p50 / ours[0], p99 / ours[1], ours[2] / speed)] if ours else [""] * 3
+            lines.append([service, str(clients), *texts, *ratios])
+    return markdown(SERVICE_COLUMNS, lines)
+
+
+def median_service(runs, service, clients):
+    """The medians of a service's figures at a number of clients; nothing if it was not measured."""
+    figures = [run[service] for run in runs if run["kind"] == "services" and service in run]
+    names = (*FIGURES, "refused") if figures else ()
+    return [median(figure[f"{name}, {clients} clients"] for figure in figures) for name in names]
 
 
 def values(runs, kind, name):
@@ -118,12 +143,17 @@ def make_row(what, ours, other, unit, accuracy="", cost=False):
 
 def as_table(rows):
     """The rows as a Markdown table."""
-    lines = [COLUMNS, ["---"] * len(COLUMNS)]
+    lines = []
     for row in rows:
         ratio = f"{row['ratio']:.{1 if row['ratio'] >= 10 else 2}f}" if row["ratio"] else ""
         figures = [format_figure(row[name], row["unit"]) for name in ("ours", "other")]
         lines.append([row["what"], ratio, *figures, row["seeds"], row["accuracy"]])
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return markdown(COLUMNS, lines)
+
+
+def markdown(columns, lines):
+    """A Markdown table."""
+    return "\n".join(f"| {' | '.join(line)} |" for line in (columns, ["---"] * len(columns), *lines))
 
 
 def format_figure(value, unit):

@@ -1,29 +1,75 @@
-"""Measures the service in its container: latency, requests/s, start to ready, memory. See bench.py."""
+"""Measures the service: in its container, and as a process in turns with what one might write instead. See bench.py.
 
+Without Docker, with figures of the processes alone, in about 3 minutes:
+
+    .venv/bin/python tests/bench/serving.py --model model
+    .venv/bin/python tests/bench/serving.py --model model --only serve FastAPI --rounds 5
+
+Reads   MODEL/mnist_cnn.pt, a model of train; DATA/MNIST/raw
+Writes  serving, an environment beside this one's packages, with those of the others
+"""
+
+import argparse
 import base64
 import contextlib
+import hashlib
 import http.client
+import importlib.util
 import io
 import json
+import os
 import re
+import shutil
+import signal
 import statistics
+import subprocess
 import sys
+import tempfile
 import time
-from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime
 from functools import partial
+from pathlib import Path
 
+import report
 from PIL import Image
 
-import containers
+import containers  # puts the folders of the next ones in the path
+from environments import make_environment
 from nodes import free_port
 from pipeline import docker
-from stages import DATA, RAW, wait_until
+from stages import DATA, RAW, command, wait_until
 
-CLIENTS, REQUESTS, WARM_UP_REQUESTS = (1, 32), 1_000, 100
+CLIENTS = report.CLIENTS
+WARM_UP_SECONDS, SECONDS = 0.5, 2  # with each number of clients
 STARTS = 3
 PICTURES = 50  # different ones, requested in turns
-HEADERS = {"Content-Type": "application/json"}
+HERE = Path(__file__).parent
+REQUIREMENTS, ENVIRONMENT = HERE / "requirements-serving.txt", Path(sys.prefix) / "serving"
+# How the others are started, in the folder of their programs.
+OTHERS = {
+    "FastAPI": "uvicorn fastapi_service:app --port {port} --no-access-log",
+    "LitServe": "python litserve_service.py {port}",
+    "BentoML": "bentoml serve bentoml_service:Digits --host 127.0.0.1 --port {port}",
+    "Cog": "env PORT={port} COG_PREDICT_TYPE_STUB=cog_service.py:Digits python -m cog.server.http --host 127.0.0.1",
+}
+
+
+def main():
+    """Measures services that run as processes, round by round, and prints a table."""
+    parser = argparse.ArgumentParser(description="Measures serve as a process, and what one might write instead.")
+    parser.add_argument("--model", type=Path, required=True, help="folder of the model")
+    parser.add_argument("--data", type=Path, default=DATA, help="folder of the data (default: %(default)s)")
+    parser.add_argument("--rounds", type=int, default=3, metavar="N", help="default: %(default)s")
+    parser.add_argument("--only", nargs="+", choices=report.SERVICES, default=report.SERVICES, help="default: all")
+    args = parser.parse_args()
+    runs = []
+    for number in range(1, args.rounds + 1):
+        runs.append({"kind": "services", "seed": number} | measure_services(args.model, args.data, args.only))
+        print(f"serving: {number} of {args.rounds} rounds", file=sys.stderr, flush=True)
+    print(report.service_table(runs))
+
+
+# In the container -----------------------------------------------------------------------------------------------------
 
 
 def measure(project):
@@ -36,7 +82,9 @@ def measure(project):
         wait_until(partial(is_ready, port), "the service")
         starts.append(time.time() - datetime.fromisoformat(container.state()["StartedAt"]).timestamp())
         if number == STARTS - 1:
-            figures = measure_requests(port)
+            figures = measure_requests(port, make_bodies(DATA))
+            metrics = get(port, "/metrics").decode()
+            figures["serve_bytes"] = float(re.search(r"^process_resident_memory_bytes (\S+)", metrics, re.M)[1])
         docker("rm", "--force", container.id)
     predicted = containers.run(project, "infer", "/opt/tests/bench/speeds.py", "predict_one")
     figures |= {"ready_seconds": statistics.median(starts), "import in serve": statistics.median(imports)}
@@ -49,26 +97,107 @@ def is_ready(port):
         return json.loads(get(port, "/health-check"))["status"] == "READY"
 
 
-def measure_requests(port):
-    """Latency at some numbers of clients, requests/s, and the service's memory."""
-    bodies, figures = make_bodies(), {}
+def get(port, path):
+    """The content at a path of the service."""
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=5)
+    connection.request("GET", path)
+    return connection.getresponse().read()
+
+
+# As processes ---------------------------------------------------------------------------------------------------------
+
+
+def measure_services(model, data, names=report.SERVICES):
+    """The figures of services, by name, each started, measured and ended before the next one is started."""
+    bodies, figures = make_bodies(data), {}
+    for name in names:
+        port = free_port()
+        with running(name, port, model, data) as process:
+            wait_until(partial(responds, process, port, bodies[0]), name)
+            figures[name] = measure_requests(port, bodies)
+    return figures
+
+
+@contextlib.contextmanager
+def running(name, port, model, data):
+    """Starts a service as a process, the leader of a group, which is gone after the block."""
+    if name == "serve":
+        words = command("serve", "--port", str(port), model=model.resolve(), data=data.resolve())
+        programs = Path(sys.prefix) / "bin"
+    else:
+        words, programs = OTHERS[name].format(port=port).split(), environment() / "bin"
+    variables = {"MODEL": str(model.resolve()), "PATH": f"{programs}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
+    variables |= {"BENTOML_DO_NOT_TRACK": "True"}
+    with tempfile.TemporaryFile() as output:
+        options = {"cwd": HERE / "services", "env": os.environ | variables, "start_new_session": True}
+        process = subprocess.Popen(words, stdout=output, stderr=subprocess.STDOUT, **options)
+        try:
+            yield process
+        except BaseException:
+            output.seek(0)
+            sys.stderr.write(output.read().decode(errors="replace")[-5000:])
+            raise
+        finally:
+            process.send_signal(signal.SIGTERM)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(10)
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+
+
+def environment():
+    """The virtual environment of the others, made if there is none with what is required now."""
+    made, digest = ENVIRONMENT / "made", hashlib.sha256(REQUIREMENTS.read_bytes()).hexdigest()
+    if not made.exists() or made.read_text() != digest:
+        shutil.rmtree(ENVIRONMENT, ignore_errors=True)
+        make_environment(ENVIRONMENT, REQUIREMENTS)
+        (packages,) = ENVIRONMENT.glob("lib/*/site-packages")
+        # torch is this environment's. What both have is that of the requirements, which come first.
+        torch = importlib.util.find_spec("torch")
+        (packages / "torch.pth").write_text(f"{Path(torch.origin).parents[1]}\n")
+        made.write_text(digest)
+    return ENVIRONMENT
+
+
+def responds(process, port, body):
+    """Whether a service predicts a picture. Ends the benchmark if its process has ended."""
+    if process.poll() is not None:
+        sys.exit(f"serving: the service ended with status {process.returncode}")
+    with contextlib.suppress(OSError, http.client.HTTPException):
+        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=5)
+        connection.request("POST", "/predictions", body, {"Content-Type": "application/json"})
+        response = connection.getresponse()
+        content = response.read()
+        return response.status == 200 and len(json.loads(content)["output"]["probabilities"]) == 10
+
+
+# Requests -------------------------------------------------------------------------------------------------------------
+
+
+def measure_requests(port, bodies):
+    """Of each number of clients: latency in seconds, predictions/s, and which part of the requests was refused."""
+    figures = {}
     for clients in CLIENTS:
-        warm_up, count = WARM_UP_REQUESTS // clients, REQUESTS // clients
-        with ThreadPoolExecutor(clients) as pool:
-            began = time.monotonic()
-            each = [pool.submit(send, port, bodies, warm_up, count) for _ in range(clients)]
-            latencies = [seconds for future in each for seconds in future.result()]
-            whole = time.monotonic() - began
-        percentiles = statistics.quantiles(latencies, n=100)
+        load(port, clients, WARM_UP_SECONDS, bodies)
+        result = load(port, clients, SECONDS, bodies)
+        percentiles, statuses = statistics.quantiles(result["latencies"], n=100), result["statuses"]
         figures |= {f"p50, {clients} clients": percentiles[49], f"p99, {clients} clients": percentiles[98]}
-        figures[f"requests/s, {clients} clients"] = clients * (warm_up + count) / whole
-    metrics = get(port, "/metrics").decode()
-    return figures | {"serve_bytes": float(re.search(r"^process_resident_memory_bytes (\S+)", metrics, re.M)[1])}
+        figures[f"predictions/s, {clients} clients"] = statuses["200"] / result["seconds"]
+        figures[f"refused, {clients} clients"] = 1 - statuses["200"] / sum(statuses.values())
+    return figures
 
 
-def make_bodies():
+def load(port, clients, seconds, bodies):
+    """What load.py prints."""
+    words = [sys.executable, HERE / "load.py", f"127.0.0.1:{port}", str(clients), str(seconds)]
+    done = subprocess.run(words, input=json.dumps(bodies), stdout=subprocess.PIPE, text=True, check=True)
+    return json.loads(done.stdout)
+
+
+def make_bodies(data):
     """The bodies of requests for test images as the page sends a drawing: black on white, 112 x 112 pixels, in PNG."""
-    raw = (DATA / RAW / "t10k-images-idx3-ubyte").read_bytes()
+    raw = (data / RAW / "t10k-images-idx3-ubyte").read_bytes()
     bodies = []
     for index in range(PICTURES):
         digit = Image.frombytes("L", (28, 28), raw[16 + 784 * index :][:784])
@@ -80,24 +209,5 @@ def make_bodies():
     return bodies
 
 
-def send(port, bodies, warm_up, count):
-    """The seconds that each of some requests took, sent one after another over one connection, after a warm-up."""
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
-    seconds = []
-    for number in range(warm_up + count):
-        began = time.perf_counter()
-        connection.request("POST", "/predictions", bodies[number % len(bodies)], HEADERS)
-        answer = connection.getresponse()
-        answer.read()
-        seconds.append(time.perf_counter() - began)
-        if answer.status != 200:
-            sys.exit(f"bench: the service answered with status {answer.status}")
-    connection.close()
-    return seconds[warm_up:]
-
-
-def get(port, path):
-    """The content at a path of the service."""
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=5)
-    connection.request("GET", path)
-    return connection.getresponse().read()
+if __name__ == "__main__":
+    main()
