@@ -278,9 +278,10 @@ def divide(hypothesis: Hypothesis, predictor: Predictor) -> tuple[float, list[Ca
     spans = find_spans(parts)
     candidates = [cut_parts(parts[start:end]) for start, end in spans]
     images = torch.stack([candidate.pixels for candidate in candidates])
-    distances = predictor.distances(predictor.forward(images)[1])
-    distances[images.float().mean((1, 2)) > DENSE] = 9.0
-    cost, digits = best_division(spans, candidates, distances.tolist())
+    distances = predictor.distances(*predictor.forward(images))
+    is_dense = (images.float().mean((1, 2)) > DENSE).tolist()
+    distances = [9.0 if dense else distance for dense, distance in zip(is_dense, distances, strict=True)]
+    cost, digits = best_division(spans, candidates, distances)
     return cost / len(parts) + OTHERS * others(levels, chosen, 1), digits
 
 
