@@ -98,7 +98,7 @@ def service_table(runs):
         if other:
             texts = [format_figure(other[name], "" if name == "predictions/s" else "ms").strip() for name in FIGURES]
             ratios = [ratio_to(ours, other, name) if ours else "" for name in FIGURES]
-            lines.append([service, str(clients), *texts, f"{other['refused']:.1%}", *ratios])
+            lines.append([service, str(clients), *texts, f"{100 * other['refused']:.1f} %", *ratios])
     return markdown(SERVICE_COLUMNS, lines)
 
 

@@ -1,6 +1,6 @@
 """Measures the service: in its container, and as a process in turns with what one might write instead. See bench.py.
 
-Without Docker, with figures of the processes alone, in about 3 minutes:
+Without Docker, with figures of the processes alone, in 2 to 4 minutes:
 
     .venv/bin/python tests/bench/serving.py --model model
     .venv/bin/python tests/bench/serving.py --model model --only serve FastAPI --rounds 5
@@ -193,7 +193,7 @@ def responds(process, port, body):
 
 
 def measure_requests(port, bodies, process_id=None):
-    """Of each number of clients: latency in seconds, predictions/s, and which part of the requests was refused.
+    """Of each number of clients: latency in seconds, predictions/s, and which part of the responses were refusals.
 
     With the id of the service's process, also the seconds of processor time that a prediction takes.
     """
