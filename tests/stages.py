@@ -165,7 +165,12 @@ def stop(process, *numbers):
 
 def workers(process):
     """The process ids of a training's workers."""
-    return [int(number) for number in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
+    return children(process.pid)
+
+
+def children(number):
+    """The ids of the processes that a process has started."""
+    return [int(child) for child in Path(f"/proc/{number}/task/{number}/children").read_text().split()]
 
 
 def wait_until(condition, what="what was waited for"):

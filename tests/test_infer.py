@@ -143,11 +143,13 @@ def test_the_distance_is_that_of_the_linear_layers_outputs_from_the_nearest_trai
     logits = features[:, -10:]  # scaled to length 1
     torch.testing.assert_close(logits.argsort(), log_probabilities.argsort())
     assert features.shape == (50, 60)
-    distances = predictor.distances(features)
-    assert distances[::5].max() < 1e-3  # every fifth training image is one of those that images are compared with
-    assert distances.max() > 1e-2
-    cosines = torch.nn.functional.cosine_similarity(features[1], predictor.known)
-    assert distances[1].item() == pytest.approx((1 - cosines.max().item()) / predictor.unlike, abs=1e-3)
+    distances = predictor.distances(log_probabilities, features)
+    assert max(distances[::5]) < 1e-3  # every fifth training image is one of those that images are compared with
+    assert max(distances) > 1e-2
+    alike = predictor.known[log_probabilities[1].argmax()]
+    cosines = torch.nn.functional.cosine_similarity(features[1], alike.T)
+    assert distances[1] == pytest.approx((1 - cosines.max().item()) / predictor.unlike, abs=1e-3)
+    assert sum(each.shape[1] for each in predictor.known) == 11_000
 
 
 def test_a_network_without_a_linear_layer_is_compared_by_its_logits(monkeypatch):
@@ -155,10 +157,13 @@ def test_a_network_without_a_linear_layer_is_compared_by_its_logits(monkeypatch)
         def logits(self, x):
             return x.flatten(1)[:, 300:310]
 
+        def forward(self, x):
+            return self.logits(x).log_softmax(1)
+
     predictor = prediction.Predictor(Mean(), "sha256")
     images = torch.randint(0, 256, (30, 28, 28), generator=torch.Generator().manual_seed(1), dtype=torch.uint8)
     prediction.learn_likeness(predictor, images[:20], images[20:])
-    assert predictor.known.shape == (20, 10)
+    assert sum(each.shape[1] for each in predictor.known) == 20
     assert predictor.predict(images[3])["confidence"] != "no digit"
 
 
@@ -173,7 +178,7 @@ def test_confidence_depends_on_probability_and_likeness(predictor, data):
     for image in example.read_test_images(data)[0][:2000]:
         result = predictor.predict(image)
         best = max(result["probabilities"])
-        distance = predictor.distances(predictor.forward(image[None])[1]).item()
+        (distance,) = predictor.distances(*predictor.forward(image[None]))
         if distance > 1:
             assert (result["confidence"], result["prediction"]) == ("no digit", None)
         else:
@@ -205,6 +210,6 @@ def test_the_accuracy_is_read_only_if_it_is_of_this_model(volume, content, accur
 
 
 def test_missing_training_images_are_an_error_unless_nothing_is_compared_with_them(trained, tmp_path):
-    assert prediction.load_predictor(trained).known is None
+    assert not prediction.load_predictor(trained).known
     with pytest.raises(Failure, match="train-images"):
         prediction.load_predictor(trained, tmp_path)

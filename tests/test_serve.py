@@ -36,8 +36,7 @@ from pictures import reading
 from pictures.prediction import load_predictor
 from stage import dataset, process
 from stage.images import read_images
-from web import reload
-from web import service as web_service
+from web import pool, predict, reload
 from web.metrics import Metrics
 from web.results import read_results
 from web.service import Service as Endpoints
@@ -390,8 +389,21 @@ def test_responses_match_the_openapi_description(service):
 
 def test_after_the_hostile_requests_it_still_predicts_and_its_memory_is_bounded(service, digit):
     assert service.predict(digit)[1]["output"]["prediction"] == 7
-    status = Path(f"/proc/{service.process.pid}/status").read_text()
-    assert 1024 * int(status.partition("VmHWM:")[2].split()[0]) < 900_000_000  # its peak, of the container's 1 GB
+    for number in (service.process.pid, *processes_of(service)):
+        status = Path(f"/proc/{number}/status").read_text()
+        # Its peak. One process at a time has a large picture, so that all together take less than 1 GB.
+        assert 1024 * int(status.partition("VmHWM:")[2].split()[0]) < 750_000_000
+
+
+@contextlib.asynccontextmanager
+async def loaded(folder):
+    """Yield the model in a folder as serve loads it, with processes that have ended after the block."""
+    model = reload.ServedModel(folder, stages.DATA)
+    try:
+        await model.refresh()
+        yield model
+    finally:
+        model.end()
 
 
 # Reloading and stopping -----------------------------------------------------------------------------------------------
@@ -451,31 +463,84 @@ def test_a_training_runs_while_its_progress_is_dated_about_now_not_long_ago_or_a
 @pytest.mark.parametrize("seconds", [10**12, -(10**12)])
 def test_a_model_of_any_date_is_loaded(trained, monkeypatch, seconds):
     monkeypatch.setattr(reload, "fingerprint", lambda path: (seconds * 10**9, 1, 1))
-    model = reload.ServedModel(trained, stages.DATA, Metrics())
-    model.refresh()
-    assert model.served.published[:4] in ("0001", "9999")
+
+    async def check():
+        async with loaded(trained) as model:
+            assert model.served.published[:4] in ("0001", "9999")
+
+    asyncio.run(check())
 
 
 def test_a_model_whose_file_is_gone_stays_in_use_and_is_not_said_to_be_missing(volume):
-    model = reload.ServedModel(volume, stages.DATA, Metrics())
-    model.refresh()
-    served = model.served
-    (volume / "mnist_cnn.pt").unlink()
-    model.refresh()
-    assert model.served is served is not None
-    assert "stays in use" in model.problem
-    assert reload.NO_MODEL not in model.problem
+    async def check():
+        async with loaded(volume) as model:
+            served = model.served
+            (volume / "mnist_cnn.pt").unlink()
+            await model.refresh()
+            assert model.served is served is not None
+            assert "stays in use" in model.problem
+            assert reload.NO_MODEL not in model.problem
+
+    asyncio.run(check())
 
 
 def test_the_end_of_the_task_that_looks_for_new_models_fails_the_health_check(trained, monkeypatch, capsys):
-    model = reload.ServedModel(trained, stages.DATA, Metrics())
-    model.refresh()
-    endpoints = Endpoints(model, model.metrics)
-    assert endpoints.health()["status"] == "READY"
-    monkeypatch.setattr(reload, "fingerprint", lambda path: {}[path])
-    asyncio.run(watch(model))
-    assert endpoints.health()["status"] == "SETUP_FAILED"
+    async def check():
+        async with loaded(trained) as model:
+            endpoints = Endpoints(model, Metrics())
+            assert endpoints.health()["status"] == "READY"
+            monkeypatch.setattr(reload, "fingerprint", lambda path: {}[path])
+            await watch(model)
+            assert endpoints.health()["status"] == "SETUP_FAILED"
+
+    asyncio.run(check())
     assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+def processes_of(service):
+    """Return the ids of the processes that predict for a service."""
+    started = stages.children(service.process.pid)
+    return [*started, *(child for number in started for child in stages.children(number))]
+
+
+def test_a_process_that_is_killed_costs_its_request_only_and_is_replaced(trained, digit):
+    with serving(trained) as service:
+        before = processes_of(service)
+        os.kill(before[0], signal.SIGSTOP)
+        os.kill(before[-1], signal.SIGSTOP)  # so that each has a request in progress
+        with ThreadPoolExecutor(2) as pool:
+            responses = [pool.submit(service.predict, digit) for _ in range(2)]
+            stages.wait_until(lambda: b"mnist_requests_in_progress 3.0" in service("GET", "/metrics")[2])
+            os.kill(before[-1], signal.SIGKILL)
+            os.kill(before[0], signal.SIGCONT)
+            assert sorted(response.result()[0] for response in responses) == [200, 503]
+        stages.wait_until(lambda: service.predict(digit)[0] == 200 and not {*before} & {*processes_of(service)})
+        assert service.health()["status"] == "READY"
+
+
+def test_a_picture_that_takes_too_long_ends_the_process_that_predicts_it(trained, monkeypatch):
+    monkeypatch.setattr(pool, "SECONDS", 0.2)
+
+    async def check():
+        async with loaded(trained) as model:
+            for each in model.served.pool.processes:
+                os.kill(each.pid, signal.SIGSTOP)
+            for _ in range(4):  # there are at most as many processes
+                with pytest.raises(EOFError):
+                    await model.served.pool.predict("", b"{}", False)
+            assert not model.served.pool.processes
+
+    asyncio.run(check())
+
+
+def test_of_32_clients_each_gets_the_bits_that_a_file_gets(service, trained, data):
+    predictor = load_predictor(trained, stages.DATA)
+    pictures = [as_file(Image.fromarray(255 - image.numpy())) for image in read_images(data, "test")[0][:200]]
+    with ThreadPoolExecutor(32) as clients:
+        responses = [*clients.map(service.predict, pictures)]
+    for picture, (status, response) in zip(pictures, responses, strict=True):
+        read, _ = reading.read(Image.open(io.BytesIO(picture)), predictor)
+        assert (status, response["output"]["probabilities"]) == (200, read["probabilities"])
 
 
 def test_without_a_model_it_says_how_to_train_one_and_loads_it_then(trained, tmp_path, digit):
@@ -595,8 +660,8 @@ def test_the_image_in_an_answer_is_coloured_where_the_data_set_is(monkeypatch):
     data_set = dataclasses.replace(dataset.DATA_SET, shape=(3, 32, 48), preparation="resize")
     for module in ("stage.images", "pictures.reading"):
         monkeypatch.setattr(f"{module}.DATA_SET", data_set)
-    predictor = SimpleNamespace(predict=lambda pixels: {"prediction": 1})
-    flat = as_file(Image.new("RGB", (480, 320), (10, 200, 30)))
-    output = web_service.predict(predictor, data_url(flat))["output"]
+    predictor = SimpleNamespace(predict=lambda pixels: {"prediction": 1, "confidence": "sure"})
+    body = {"input": {"image": data_url(as_file(Image.new("RGB", (480, 320), (10, 200, 30))))}}
+    output = json.loads(predict.answer(predictor, json.dumps(body).encode(), "", False).body)["output"]
     seen = Image.open(io.BytesIO(base64.b64decode(output["image"].partition(",")[2])))
     assert (seen.mode, seen.size, seen.getpixel((5, 5))) == ("RGB", (48, 32), (10, 200, 30))

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from pictures import picture, prediction, reading
+from pictures import outcome, picture, prediction, reading
 from stage import figures, files, folders, process
 from stage.dataset import DATA_SET
 from stage.figures import as_png, new_figure
@@ -26,7 +26,7 @@ MAX_PICTURE_BYTES = 200_000_000
 MEMORY = 1_000_000_000  # bytes that a run needs with the largest picture, an uncompressed TIFF; measured: 980 MB
 
 
-class Result(reading.Reading):
+class Result(outcome.Reading):
     """What is written on a picture, with the path of its file."""
 
     file: str
@@ -139,15 +139,13 @@ def as_text(result: Result) -> str:
         doubt = {"sure": "", "unsure": ", not sure"}.get(result["confidence"], ", ? does not look like a digit")
         return f"predicted {''.join(map(name_of, parts))} (each at least {percent(100 * best, 1)}){doubt}"
     most_likely = f"{DATA_SET.classes[result['probabilities'].index(best)]} ({percent(100 * best, 1)})"
-    if result["confidence"] == prediction.UNLIKE:
-        unlike = (
-            "does not look like a digit" if prediction.UNLIKE == "no digit" else "unlike the images it was trained on"
-        )
+    if result["confidence"] == outcome.UNLIKE:
+        unlike = "does not look like a digit" if outcome.UNLIKE == "no digit" else "unlike the images it was trained on"
         return f"{unlike}; closest to {most_likely}"
     return f"predicted {most_likely}" + (", not sure" if result["confidence"] == "unsure" else "")
 
 
-def name_of(part: prediction.Prediction) -> str:
+def name_of(part: outcome.Prediction) -> str:
     """Return the name of the predicted class, or "?"."""
     return "?" if part["prediction"] is None else DATA_SET.classes[part["prediction"]]
 

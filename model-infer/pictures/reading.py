@@ -8,15 +8,16 @@ whose images are nearest to the training images is taken, and the first one that
 from collections.abc import Iterator
 from functools import reduce
 from operator import itemgetter
-from typing import NamedTuple, NotRequired, cast
+from typing import NamedTuple, cast
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from pictures.picture import Box, Ink, average, largest, resize, to_grey, to_mnist, window_max
-from pictures.prediction import UNLIKE, Prediction, Predictor
+from pictures.outcome import CONFIDENCES, MAX_DIGITS, Box, Digit, Prediction, Reading
+from pictures.picture import Ink, average, largest, resize, to_grey, to_mnist, window_max
+from pictures.prediction import Predictor
 from stage.dataset import DATA_SET
 from stage.process import Failure
 
@@ -24,7 +25,6 @@ SEARCH_SIDE = 500  # pixels of the longer side of the picture on which digits ar
 GRID_SIDE = 100  # cells of the longer side of the grid on which uneven light is looked for
 PIECE_SIDE = 200  # the same for connected pieces of ink
 MAX_PIECES = 40  # of ink that are looked at: the largest
-MAX_DIGITS = 20  # on a picture; with more, it is a texture
 BACKGROUND_WINDOW = 0.2  # of the longer side: what is narrower may be ink, what is wider is background
 MIN_CONTRAST = 20  # grey levels between ink and background; with less, a picture is blank
 NOISE_SHARE = 0.35  # of the standard deviation that is left in means of 4 x 4 pixels: with less, there is only noise
@@ -51,28 +51,13 @@ Mask = NDArray[np.bool_]  # [height, width]
 Pieces = NDArray[np.int64]  # [height, width]: the number of each cell's piece, from 1; 0 where there is none
 
 
-class Digit(Prediction):
-    """A digit, or something else that was written, which is predicted as UNLIKE."""
-
-    box: Box  # in pixels of the picture, upright: top, left, bottom, right; the last two are excluded
-
-
-class Reading(Prediction):
-    """What is written on a picture.
-
-    Of several digits, the prediction is None, probabilities and confidence are those of the digit that is least sure.
-    """
-
-    digits: NotRequired[list[Digit]]  # from left to right; only where the data set's images are digits
-
-
 class Hypothesis(NamedTuple):
     """What may be the ink of a picture."""
 
     ink: Ink  # 0 where there is none
     full: float  # the level of full ink
     raw: Ink  # the picture's own levels, such that ink has more than its surroundings
-    enough: float = 0.0  # not tried if what has been found is less unlike digits than that
+    enough: float = 0.0  # neither tried nor followed by others if what has been found is less unlike digits than that
 
 
 class Candidate(NamedTuple):
@@ -112,8 +97,7 @@ def read(image: Image.Image, predictor: Predictor) -> tuple[Reading, torch.Tenso
 
 def as_reading(digits: list[Digit]) -> Reading:
     """Return the reading of a picture with these digits."""
-    doubt = [UNLIKE, "unsure", "sure"]
-    least = min(digits, key=lambda digit: (doubt.index(digit["confidence"]), max(digit["probabilities"])))
+    least = min(digits, key=lambda digit: (CONFIDENCES.index(digit["confidence"]), max(digit["probabilities"])))
     return {
         "prediction": least["prediction"] if len(digits) == 1 else None,
         "probabilities": least["probabilities"],
@@ -146,8 +130,6 @@ def find_digits(grey: Ink, predictor: Predictor) -> list[Candidate]:
 def search(grey: Ink, predictor: Predictor) -> tuple[float, list[Candidate]]:
     """Return how unlike digits is what is on a picture, 1 for UNLIKE, and the digits, by the likeliest hypothesis."""
     best: tuple[float, list[Candidate]] = (float("inf"), [])
-    if average(grey, 4).std() <= NOISE_SHARE * grey.std():
-        return best
     for number, hypothesis in enumerate(hypotheses(grey)):
         if number == 0:
             whole = all_as_one(hypothesis)
@@ -155,11 +137,17 @@ def search(grey: Ink, predictor: Predictor) -> tuple[float, list[Candidate]]:
             best = float("inf"), [whole._replace(prediction=prediction)]
             if distance <= GOOD and not has_gap(hypothesis, whole.box):
                 return distance, best[1]
+            if distance + EACH <= hypothesis.enough and is_one_piece(hypothesis):
+                return distance, best[1]
+            if average(grey, 4).std() <= NOISE_SHARE * grey.std():
+                return float("inf"), []
         elif best[0] <= hypothesis.enough:
             break
         cost, digits = divide(hypothesis, predictor)
         if number == 0 or all(digit.distance <= STRICT for digit in digits):
             best = min(best, (cost + LATER * (number > 0), digits), key=itemgetter(0))
+        if best[0] <= hypothesis.enough:
+            break
     return best
 
 
@@ -169,26 +157,28 @@ def search(grey: Ink, predictor: Predictor) -> tuple[float, list[Candidate]]:
 def hypotheses(grey: Ink) -> Iterator[Hypothesis]:
     """Yield what may be the ink of a picture, the likeliest first; nothing if the picture is blank."""
     dark = 255 - grey
-    if has_flat_background(grey):
+    found: list[Hypothesis] = []
+    if is_flat := has_flat_background(grey):
         ink = np.abs(grey - grey[0, 0])
-        enough = 1.0
-        found = [Hypothesis(ink, full, ink)] if (full := full_level(ink)) >= MIN_CONTRAST else []
+        if (full := full_level(ink)) >= MIN_CONTRAST:
+            found.append(Hypothesis(ink, full, ink))
         even = [grey if grey[0, 0] > 127 else dark]  # the other one has been found
     else:
-        enough = GOOD
         paper = background(grey)
         # As a share of the light that the paper gets: so a shadow vanishes.
         shares: Ink = np.asarray((paper - grey) * (255 / paper.clip(128)), dtype=np.float32)
         uneven = (shares, dark), (grey + background(dark) - 255, grey)
-        found = [one for values, raw in uneven if (one := level(values, raw))]
+        found += [one for values, raw in uneven if (one := level(values, raw))]
         even = [dark, grey]
-    if found:
-        found += [one for raw in even if (one := level(raw - raw.min(), raw))]
-        yield from (one._replace(enough=enough) for one in found)
-        ink, full, raw, _ = found[0]
-        for share in FAINT:
-            rest = full * (1 - share) / 3  # so that strokes, whose edges are lighter, do not become much thinner
-            yield Hypothesis((ink - share * full).clip(0, rest), rest, raw, STRICT)
+    if not found:
+        return
+    enough = 1.0 if is_flat else GOOD
+    yield from (one._replace(enough=enough) for one in found)
+    yield from (one._replace(enough=enough) for raw in even if (one := level(raw - raw.min(), raw)))
+    ink, full, raw, _ = found[0]
+    for share in FAINT:
+        rest = full * (1 - share) / 3  # so that strokes, whose edges are lighter, do not become much thinner
+        yield Hypothesis((ink - share * full).clip(0, rest), rest, raw, STRICT)
 
 
 def level(ink: Ink, raw: Ink) -> Hypothesis | None:
@@ -205,7 +195,10 @@ def level(ink: Ink, raw: Ink) -> Hypothesis | None:
 
 def full_level(ink: Ink) -> float:
     """Return the level of full ink: the highest one, but for single pixels."""
-    return float(average(ink, 2).max())
+    if min(ink.shape) < 2:
+        return float(ink.max())
+    rows = ink[:-1] + ink[1:]
+    return float((rows[:, :-1] + rows[:, 1:]).max()) / 4
 
 
 def has_flat_background(grey: Ink) -> bool:
@@ -257,6 +250,12 @@ def has_gap(hypothesis: Hypothesis, box: Box) -> bool:
     return bool((inside.max(0) < PIECE_LEVEL * hypothesis.full).any())
 
 
+def is_one_piece(hypothesis: Hypothesis) -> bool:
+    """Return whether all ink is connected."""
+    ink, full, *_ = hypothesis
+    return len(find_pieces(largest(ink, grid_factor(ink, PIECE_SIDE)) >= PIECE_LEVEL * full)[1]) == 1
+
+
 def divide(hypothesis: Hypothesis, predictor: Predictor) -> tuple[float, list[Candidate]]:
     """Return how unlike digits the ink is, on average (1 is UNLIKE), and its likeliest digits, from left to right."""
     ink, full, raw, _ = hypothesis
@@ -279,9 +278,10 @@ def divide(hypothesis: Hypothesis, predictor: Predictor) -> tuple[float, list[Ca
     spans = find_spans(parts)
     candidates = [cut_parts(parts[start:end]) for start, end in spans]
     images = torch.stack([candidate.pixels for candidate in candidates])
-    distances = predictor.distances(predictor.forward(images)[1])
-    distances[images.float().mean((1, 2)) > DENSE] = 9.0
-    cost, digits = best_division(spans, candidates, distances.tolist())
+    distances = predictor.distances(*predictor.forward(images))
+    is_dense = (images.float().mean((1, 2)) > DENSE).tolist()
+    distances = [9.0 if dense else distance for dense, distance in zip(is_dense, distances, strict=True)]
+    cost, digits = best_division(spans, candidates, distances)
     return cost / len(parts) + OTHERS * others(levels, chosen, 1), digits
 
 

@@ -5,8 +5,7 @@ from typing import Annotated, Any, Literal
 import msgspec
 from msgspec import Meta, Struct
 
-from pictures import reading
-from pictures.prediction import UNLIKE
+from pictures.outcome import CONFIDENCES, MAX_DIGITS, UNLIKE
 from stage import VERSION
 from stage.dataset import DATA_SET
 
@@ -62,7 +61,7 @@ class Digit(Struct):
         Meta(description=f"The digit; null if the confidence is `{UNLIKE}`."),
     ]
     probabilities: Annotated[list[float], Meta(min_length=CLASSES, max_length=CLASSES, description=f"Of {NAMES}.")]
-    confidence: Annotated[str, Meta(extra_json_schema={"enum": ["sure", "unsure", UNLIKE]})]
+    confidence: Annotated[str, Meta(extra_json_schema={"enum": CONFIDENCES[::-1]})]
     box: Annotated[
         list[int],
         Meta(
@@ -88,14 +87,12 @@ class Output(Struct):
             description=f"Of the classes, in order: {NAMES}{OF_SEVERAL[1]}.",
         ),
     ]
-    confidence: Annotated[str, Meta(extra_json_schema={"enum": ["sure", "unsure", UNLIKE]})]
+    confidence: Annotated[str, Meta(extra_json_schema={"enum": CONFIDENCES[::-1]})]
     image: Annotated[
         str, Meta(description=f"The {SIZE} pixels that the network saw{OF_SEVERAL[2]}, as a data URL of a PNG.")
     ]
     if DATA_SET.preparation == "digit":
-        digits: Annotated[
-            list[Digit], Meta(min_length=1, max_length=reading.MAX_DIGITS, description="From left to right.")
-        ]
+        digits: Annotated[list[Digit], Meta(min_length=1, max_length=MAX_DIGITS, description="From left to right.")]
 
 
 class PredictionMetrics(Struct):

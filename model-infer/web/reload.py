@@ -1,14 +1,14 @@
 """Reloads the served model when its file in the volume changes."""
 
+import asyncio
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import NamedTuple
 
-from pictures.prediction import Predictor, load_predictor
 from stage.dataset import DATA_SET
 from stage.files import EVAL_RESULTS, WEIGHTS
 from stage.process import Failure, command, percent, print_error, say
-from web.metrics import Metrics
+from web.pool import Pool
 
 FIRST_SECOND, LAST_SECOND = -62_135_596_800, 253_402_300_799  # of the years 1 to 9999, which datetime can represent
 LOADING = "the model is being loaded"
@@ -18,7 +18,9 @@ NO_MODEL = f"there is no model yet. Train one with: {command('train')}"
 class Served(NamedTuple):
     """A model that the service predicts with."""
 
-    predictor: Predictor
+    pool: Pool
+    sha256: str  # of its file
+    accuracy: float | None  # on the test images, in percent; None if it has not been evaluated
     published: str  # when train published it, in ISO 8601
     loaded: str  # when the service loaded it, in ISO 8601
 
@@ -26,21 +28,22 @@ class Served(NamedTuple):
 class ServedModel:
     """The model that the service predicts with. A new one is loaded completely before it replaces the old one."""
 
-    def __init__(self, model: Path, data: Path, metrics: Metrics) -> None:
-        self.folder, self.metrics = model, metrics
-        self.data = data
+    def __init__(self, model: Path, data: Path) -> None:
+        self.folder, self.data = model, data
         # What a loaded model depends on: its file, its evaluation, and the images that its threshold is found on.
         self.paths = (model / WEIGHTS, model / EVAL_RESULTS, DATA_SET.training_path(data))
         self.seen: tuple[object, ...] = ()  # the fingerprints of these files when they were last read
+        self.pool: Pool | None = None  # which loads the model, or a new one
+        self.large = asyncio.Lock()  # held by whatever takes much memory: a new pool, a large picture
         self.served: Served | None = None  # None until a model has been loaded
         self.problem = LOADING  # why the model in the volume is not served, or ""
         self.failed = False  # whether it could not be loaded
         self.watched = True  # whether the service still looks for a new one
 
-    def refresh(self) -> None:
-        """Load the model if one of its files has changed since the last call."""
+    def begin(self) -> None:
+        """Start to load the model if one of its files has changed since the last call, or a process has ended."""
         seen = tuple(fingerprint(path) for path in self.paths)
-        if seen == self.seen:
+        if seen == self.seen and (not self.served or self.served.pool.is_whole()):
             return
         self.seen = seen  # taken before reading, so that a change during it is noticed by the next call
         if seen[0] is None:
@@ -49,22 +52,41 @@ class ServedModel:
             return
         if self.failed or not self.served:
             self.problem, self.failed = LOADING, False
-        try:
-            predictor = load_predictor(self.folder, self.data)
-        except Failure as failure:
-            self.report(str(failure), failed=True)
-            return
-        except (
-            MemoryError,
-            RuntimeError,
-        ) as error:  # such as a thread that cannot be started: the next call tries again
-            self.seen = ()
-            self.report(f"loading the model failed ({error})", failed=True)
-            return
-        self.served = Served(predictor, as_iso(seen[0][0] / 1e9), as_iso(datetime.now(UTC).timestamp()))
+        self.pool = Pool(self.folder, self.data)
+
+    async def refresh(self) -> None:
+        """Load the model if one of its files has changed since the last call, or a process has ended."""
+        async with self.large:
+            if not self.pool:
+                self.begin()
+            if not self.pool:
+                return
+            pool = self.pool
+            try:
+                await pool.load()
+            except Failure as failure:
+                self.report(str(failure), failed=True)
+            except (OSError, EOFError):
+                self.seen = ()  # the next call tries again
+                self.report("the process that loads the model has ended. Raise MNIST_MEMORY.", failed=True)
+            self.pool = None
+            if not (loaded := pool.loaded):
+                pool.end()
+                return
+        old, published = self.served, self.seen[0]
+        assert isinstance(published, tuple)
+        now = as_iso(datetime.now(UTC).timestamp())
+        self.served = Served(pool, loaded.sha256, loaded.accuracy, as_iso(published[0] / 1e9), now)
         self.problem, self.failed = "", False
-        self.metrics.set_model(predictor.sha256, predictor.accuracy)
-        say(f"serve: loaded the model {predictor.sha256[:12]}, {as_text(predictor.accuracy)}")
+        if old:
+            old.pool.replace()
+        say(f"serve: loaded the model {loaded.sha256[:12]}, {as_text(loaded.accuracy)}")
+
+    def end(self) -> None:
+        """End all processes."""
+        for pool in (self.pool, self.served and self.served.pool):
+            if pool:
+                pool.end()
 
     def report(self, problem: str, failed: bool) -> None:
         """Note why the model in the volume is not served, and print it."""

@@ -1,25 +1,14 @@
 """Defines the service's endpoints: predictions, the page, health, results, metrics. api.py describes them."""
 
 import asyncio
-import binascii
 import html
-import io
 import json
-import re
-import string
-import time
-import uuid
 from collections.abc import AsyncIterator, Iterable
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
-from urllib.parse import unquote_to_bytes
 
-import msgspec
-import torch
-from PIL import Image
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
@@ -27,17 +16,14 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from pictures import reading
-from pictures.picture import open_picture
-from pictures.prediction import Predictor
 from stage.dataset import DATA_SET
-from stage.process import Failure
 from web import api, results
 from web.bounds import RETRY_SECONDS, Bounds
 from web.metrics import CONTENT_TYPE, Metrics
+from web.pool import LARGE, Pool, Reply
 from web.reload import ServedModel
 
-MAX_WAITING = 64  # pictures in the queue of the thread that predicts
+MAX_WAITING = 64  # pictures that are predicted, or wait for that
 WAIT_SECONDS = 20  # for a prediction, with its time in the queue
 POLL_SECONDS = 1  # between two checks for a new model
 PAGE = Path(__file__).parent / "page"
@@ -49,35 +35,22 @@ TASK = {
     "size": DATA_SET.shape[:0:-1],
     "preparation": DATA_SET.preparation,
 }
-MAX_CODED = 1_000_000  # %-coded characters in a data URL: each takes 100 bytes of memory while they are decoded
+NO_STORE = {"Cache-Control": "no-store"}
 
 
 class Service:
-    """The endpoints that need the model. A single thread predicts, so one decoded picture is in memory at a time."""
+    """The endpoints that need the model."""
 
     def __init__(self, model: ServedModel, metrics: Metrics) -> None:
         self.model, self.metrics = model, metrics
-        self.thread = ThreadPoolExecutor(1, initializer=torch.set_num_threads, initargs=(1,))
         self.waiting = 0
         self.started = now()
 
     async def predict_picture(self, request: Request) -> Response:
         """POST /predictions, PUT /predictions/{prediction_id}: respond with the prediction of a picture.
 
-        Raise HTTPException if the request is invalid, the service is busy, or the picture is refused.
+        Raise HTTPException if the service is busy.
         """
-        body = parse(await request.body())
-        prediction_id = request.path_params.get("prediction_id", body.id)
-        if body.id not in (None, prediction_id):
-            raise HTTPException(422, "the id in the body differs from the one in the path. Leave it out of the body.")
-        if prediction_id is not None and not re.fullmatch(api.ID, prediction_id):
-            raise HTTPException(422, "id: 1 to 80 letters, digits, points, hyphens and underscores are allowed.")
-        output = await self.predict(body.input.image)
-        self.metrics.predictions.labels(output["output"]["confidence"]).inc()
-        return as_json({"id": prediction_id or uuid.uuid4().hex, "status": "succeeded", "logs": ""} | output)
-
-    async def predict(self, image: str) -> dict[str, Any]:
-        """Predict a picture, a data URL, in the thread. Raise HTTPException if the service is busy or refuses it."""
         served = self.model.served  # this request keeps it, even if a new model is loaded meanwhile
         if served is None:
             raise busy(self.model.problem)
@@ -85,15 +58,26 @@ class Service:
             raise busy("too many pictures are waiting. Try again.")
         self.waiting += 1
         try:
-            job = asyncio.get_running_loop().run_in_executor(self.thread, predict, served.predictor, image)
-            return await asyncio.wait_for(job, WAIT_SECONDS)
+            async with asyncio.timeout(WAIT_SECONDS):
+                prediction_id = request.path_params.get("prediction_id", "")
+                reply = await self.predict(served.pool, prediction_id, await request.body())
         except TimeoutError:
             raise busy(f"the prediction took more than {WAIT_SECONDS} s. Try again.") from None
-        except Failure as failure:
-            self.metrics.predictions.labels("refused").inc()
-            raise HTTPException(422, str(failure)) from None
+        except EOFError:
+            raise busy("the process that predicts has ended; another one is started. Try again.") from None
         finally:
             self.waiting -= 1
+        if reply.outcome:
+            self.metrics.predictions.labels(reply.outcome).inc()
+        return Response(reply.body, reply.status, NO_STORE, "application/json")
+
+    async def predict(self, pool: Pool, prediction_id: str, body: bytes) -> Reply:
+        """Have a picture predicted; large pictures one at a time. Raise EOFError if the process ends that does it."""
+        reply = await pool.predict(prediction_id, body, may_be_large=False)
+        if reply.status != LARGE:
+            return reply
+        async with self.model.large:
+            return await pool.predict(prediction_id, body, may_be_large=True)
 
     async def health_check(self, request: Request) -> Response:
         """GET /health-check: respond with the state of the service."""
@@ -109,16 +93,12 @@ class Service:
             status, setup["status"] = "STARTING", "starting"
         else:
             status, setup["status"] = "BUSY" if self.waiting >= MAX_WAITING else "READY", "succeeded"
-        model = served and {
-            "sha256": served.predictor.sha256,
-            "date": served.published,
-            "accuracy": served.predictor.accuracy,
-        }
+        model = served and {"sha256": served.sha256, "date": served.published, "accuracy": served.accuracy}
         return {"status": status, "setup": setup, "model": model}
 
     async def read_results(self, request: Request) -> Response:
         """GET /results: respond with the pipeline's results, as they are in the volume now."""
-        sha256 = self.model.served.predictor.sha256 if self.model.served else None
+        sha256 = self.model.served.sha256 if self.model.served else None
         content = await asyncio.to_thread(results.read_results, self.model.folder, sha256)
         return as_json(content | {"model": self.health()["model"]})
 
@@ -131,52 +111,9 @@ class Service:
 
     async def read_metrics(self, request: Request) -> Response:
         """GET /metrics: respond with the service's metrics in Prometheus' text format."""
+        if served := self.model.served:
+            self.metrics.set_model(served.sha256, served.accuracy)
         return Response(self.metrics.as_text(), media_type=CONTENT_TYPE)
-
-
-# Predicting -----------------------------------------------------------------------------------------------------------
-
-
-def parse(body: bytes) -> api.PredictionRequest:
-    """Return the request in a body. Raise HTTPException if it is invalid."""
-    try:
-        return msgspec.json.decode(body, type=api.PredictionRequest)
-    except msgspec.ValidationError as error:
-        # It may have a key that the client sent: it is cut, and line breaks in it escaped.
-        raise HTTPException(422, ascii(str(error)[:200])[1:-1]) from None
-    except (msgspec.DecodeError, RecursionError, ValueError):
-        raise HTTPException(400, "the body is not valid JSON.") from None
-
-
-def predict(predictor: Predictor, image: str) -> dict[str, Any]:
-    """Predict a picture, a data URL; return output and metrics. Raise Failure if it cannot be read or is blank."""
-    started = time.perf_counter()
-    output, pixels = reading.read(open_picture(decode(image)), predictor)
-    return {
-        "output": {**output, "image": as_data_url(pixels)},
-        "metrics": {"predict_time": round(time.perf_counter() - started, 6)},
-    }
-
-
-def decode(data_url: str) -> bytes:
-    """Return the content of a base64 data URL. Raise Failure for anything else, such as an http URL."""
-    header = re.match(api.DATA_URL, data_url)
-    if not header:
-        raise Failure("image: not a base64 data URL. Send one such as data:image/png;base64,...")
-    if data_url.count("%") > MAX_CODED:
-        raise Failure(f"image: more than {MAX_CODED:,} %-coded characters. Send plain base64.")
-    try:
-        content = unquote_to_bytes(data_url[header.end() :]).translate(None, string.whitespace.encode())
-        return binascii.a2b_base64(content, strict_mode=True)
-    except ValueError:  # from binascii, or because the text has a lone surrogate
-        raise Failure("image: its base64 is not valid. Encode the picture's file again.") from None
-
-
-def as_data_url(pixels: torch.Tensor) -> str:
-    """Return an image, uint8 [H, W] or [H, W, 3], as the data URL of a PNG."""
-    buffer = io.BytesIO()
-    Image.fromarray(pixels.numpy()).save(buffer, "PNG", compress_level=1)  # the default takes longer
-    return "data:image/png;base64," + binascii.b2a_base64(buffer.getvalue(), newline=False).decode()
 
 
 # Responses ------------------------------------------------------------------------------------------------------------
@@ -190,7 +127,7 @@ def now() -> str:
 def as_json(content: Any, status: int = 200, headers: dict[str, str] | None = None) -> Response:
     """Return a JSON response that must not be cached."""
     text = json.dumps(content, separators=(",", ":"))  # in ASCII: UTF-8 cannot encode a lone surrogate
-    return Response(text, status, {"Cache-Control": "no-store"} | (headers or {}), "application/json")
+    return Response(text, status, NO_STORE | (headers or {}), "application/json")
 
 
 def busy(reason: str) -> HTTPException:
@@ -207,18 +144,19 @@ async def refuse(request: Request, error: Exception) -> Response:
 # Endpoints ------------------------------------------------------------------------------------------------------------
 
 
-def make_app(model: Path, data: Path, hosts: Iterable[str]) -> Starlette:
-    """Return the service for the folders of the model and the data; only requests to these hosts are accepted."""
+def make_app(model: ServedModel, hosts: Iterable[str]) -> Starlette:
+    """Return the service with a model; only requests to these hosts are accepted."""
     metrics = Metrics()
-    service = Service(ServedModel(model, data, metrics), metrics)
+    service = Service(model, metrics)
 
     @asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
-        task = asyncio.create_task(watch(service.model))
+        task = asyncio.create_task(watch(model))
         yield
         task.cancel()
         with suppress(asyncio.CancelledError):
             await task
+        model.end()
 
     routes = [
         *page_routes(),
@@ -237,7 +175,7 @@ async def watch(model: ServedModel) -> None:
     """Check for a new model in the volume as long as the service runs. If a bug ends that, the health check fails."""
     try:
         while True:
-            await asyncio.to_thread(model.refresh)
+            await model.refresh()
             await asyncio.sleep(POLL_SECONDS)
     except Exception as error:
         model.watched = False

@@ -1,0 +1,159 @@
+"""Predicts pictures for the service, in processes of their own: one for each core, each with one picture at a time.
+
+    python -m web.predict MODEL DATA SOCKET...
+
+pool.py starts it, with a connected socket for each process, given by its descriptor. It loads the model, says so or why
+not, and divides itself into the processes. A process answers the requests on its socket until that is closed.
+"""
+
+import binascii
+import io
+import os
+import re
+import signal
+import socket
+import string
+import sys
+import time
+import uuid
+from pathlib import Path
+from urllib.parse import unquote_to_bytes
+
+import msgspec
+import torch
+from PIL import Image
+
+from pictures import reading
+from pictures.picture import MEMORY, TooLarge, open_picture
+from pictures.prediction import Predictor, load_predictor
+from stage import process
+from stage.process import Failure
+from web import api
+from web.pool import FAILED, LARGE, REPLY, REQUEST, Loaded, Reply
+
+SMALL = 50_000_000  # bytes that a picture may take in each process at once; larger ones are decoded one at a time
+MAX_CODED = 1_000_000  # %-coded characters in a data URL: each takes 100 bytes of memory while they are decoded
+
+
+def main() -> None:
+    """Load the model, and answer requests in as many processes as there are sockets."""
+    model, data, *descriptors = sys.argv[1:]
+    process.prepare_process("serve")
+    for number in process.STOP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)  # a terminal sends them to all processes; serve ends this one
+    connections = [socket.socket(fileno=int(descriptor)) for descriptor in descriptors]
+    try:
+        predictor = load_predictor(Path(model), Path(data))
+    except Failure as failure:
+        send(connections[0], Reply(FAILED, "", str(failure).encode()))
+        return
+    process.imports_done()
+    mine = connections.pop()
+    for connection in connections:
+        if os.fork() == 0:
+            mine.close()
+            mine = connection
+            break
+    for connection in connections:
+        if connection is not mine:
+            connection.close()  # or serve would not notice that a process has ended
+    work(mine, predictor)
+    process.end_process(0)
+
+
+def work(connection: socket.socket, predictor: Predictor) -> None:
+    """Answer requests until the connection is closed."""
+    loaded = Loaded(os.getpid(), predictor.sha256, predictor.accuracy)
+    send(connection, Reply(200, "", msgspec.json.encode(loaded)))
+    while header := receive(connection, REQUEST.size):
+        may_be_large, id_size, size = REQUEST.unpack(header)
+        prediction_id = receive(connection, id_size).decode()
+        send(connection, answer(predictor, receive(connection, size), prediction_id, may_be_large))
+
+
+def receive(connection: socket.socket, size: int) -> bytearray:
+    """Return the next bytes; none if the connection has been closed."""
+    content = bytearray(size)
+    view, received = memoryview(content), 0
+    while received < size:
+        count = connection.recv_into(view[received:])
+        if not count:
+            return bytearray()
+        received += count
+    return content
+
+
+def send(connection: socket.socket, reply: Reply) -> None:
+    """Send a reply."""
+    connection.sendall(REPLY.pack(reply.status, reply.outcome.encode(), len(reply.body)) + reply.body)
+
+
+# Requests -------------------------------------------------------------------------------------------------------------
+
+
+def answer(predictor: Predictor, body: bytes | bytearray, prediction_id: str, may_be_large: bool) -> Reply:
+    """Return the reply to a request for a prediction; the ID is that in its path, or empty."""
+    outcome = ""
+    try:
+        request = msgspec.json.decode(body, type=api.PredictionRequest)
+        chosen = choose_id(prediction_id, request.id)
+        outcome = "refused"
+        started = time.perf_counter()
+        image = open_picture(decode(request.input.image), MEMORY if may_be_large else SMALL)
+        read, pixels = reading.read(image, predictor)
+        content = {
+            "id": chosen,
+            "status": "succeeded",
+            "logs": "",
+            "output": {**read, "image": as_data_url(pixels)},
+            "metrics": {"predict_time": round(time.perf_counter() - started, 6)},
+        }
+        return Reply(200, read["confidence"], msgspec.json.encode(content))
+    except TooLarge as failure:
+        status, problem = 422 if may_be_large else LARGE, str(failure)
+    except Failure as failure:
+        status, problem = 422, str(failure)
+    except msgspec.ValidationError as error:
+        # It may have a key that the client sent: it is cut, and line breaks in it escaped.
+        status, problem = 422, ascii(str(error)[:200])[1:-1]
+    except (msgspec.DecodeError, RecursionError, ValueError):
+        status, problem = 400, "the body is not valid JSON."
+    return Reply(status, outcome, msgspec.json.encode({"detail": problem}))
+
+
+def choose_id(in_path: str, in_body: str | None) -> str:
+    """Return the ID of a prediction: the client's, or a new one. Raise Failure if it is invalid, or there are two."""
+    if in_path and in_body not in (None, in_path):
+        raise Failure("the id in the body differs from the one in the path. Leave it out of the body.")
+    chosen = in_path or in_body
+    if chosen is None:
+        return uuid.uuid4().hex
+    if not re.fullmatch(api.ID, chosen):
+        raise Failure("id: 1 to 80 letters, digits, points, hyphens and underscores are allowed.")
+    return chosen
+
+
+def decode(data_url: str) -> bytes:
+    """Return the content of a base64 data URL. Raise Failure for anything else, such as an http URL."""
+    header = re.match(api.DATA_URL, data_url)
+    if not header:
+        raise Failure("image: not a base64 data URL. Send one such as data:image/png;base64,...")
+    if data_url.count("%") > MAX_CODED:
+        raise Failure(f"image: more than {MAX_CODED:,} %-coded characters. Send plain base64.")
+    try:
+        content = unquote_to_bytes(data_url[header.end() :]).translate(None, string.whitespace.encode())
+        return binascii.a2b_base64(content, strict_mode=True)
+    except ValueError:  # from binascii, or because the text has a lone surrogate
+        raise Failure("image: its base64 is not valid. Encode the picture's file again.") from None
+
+
+def as_data_url(pixels: torch.Tensor) -> str:
+    """Return an image, uint8 [H, W] or [H, W, 3], as the data URL of a PNG."""
+    buffer = io.BytesIO()
+    Image.fromarray(pixels.numpy()).save(buffer, "PNG", compress_level=1)  # the default takes longer
+    return "data:image/png;base64," + binascii.b2a_base64(buffer.getvalue(), newline=False).decode()
+
+
+if __name__ == "__main__":
+    with process.exit_on_failure("serve"):
+        main()
