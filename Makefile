@@ -87,6 +87,6 @@ endif
 	$(INSTALL) --no-deps --require-hashes --requirement tests/requirements.txt
 	@touch $@
 
-.venv/for-bench: .venv/for-stages tests/bench/requirements.txt
+.venv/for-bench: .venv/for-tests tests/bench/requirements.txt
 	$(INSTALL) --no-deps --require-hashes --requirement tests/bench/requirements.txt
 	@touch $@

@@ -80,5 +80,8 @@ async def send_all(address, clients, seconds, bodies):
 
 
 if __name__ == "__main__":
-    result = asyncio.run(send_all(sys.argv[1], int(sys.argv[2]), float(sys.argv[3]), json.load(sys.stdin)))
+    try:
+        result = asyncio.run(send_all(sys.argv[1], int(sys.argv[2]), float(sys.argv[3]), json.load(sys.stdin)))
+    except ConnectionError as error:
+        sys.exit(f"load: {error}")
     print(json.dumps(result))

@@ -17,7 +17,7 @@ CLIENTS = (1, 32)  # at once
 # What training on an image takes, a multiplication and an addition counted as two: the forward pass, and backwards as
 # many for the gradients of the weights and of the inputs of each layer, except those of the images.
 FLOP_PER_IMAGE = 2 * (3 * (24 * 24 * 10 * 25 + 8 * 8 * 20 * 250 + 320 * 50 + 50 * 10) - 24 * 24 * 10 * 25)
-FIGURES = ("p50", "p99", "predictions/s")
+FIGURES = ("p50", "p99", "predictions/s", "CPU time")
 SERVICE_COLUMNS = ("service", "clients", *FIGURES, "refused", *(f"ratio of {figure}" for figure in FIGURES))
 COLUMNS = ("what", "ratio", "ours", "the other's", "seeds", "test accuracy")
 
@@ -96,18 +96,23 @@ def service_table(runs):
     for service, clients in itertools.product(SERVICES, CLIENTS):
         ours, other = (median_service(runs, name, clients) for name in ("serve", service))
         if other:
-            p50, p99, speed, refused = other
-            texts = [format_figure(p50, "ms"), format_figure(p99, "ms"), f"{speed:,.0f}", f"{refused:.1%}"]
-            ratios = [f"{ratio:.2f}" for ratio in (p50 / ours[0], p99 / ours[1], ours[2] / speed)] if ours else [""] * 3
-            lines.append([service, str(clients), *texts, *ratios])
+            texts = [format_figure(other[name], "" if name == "predictions/s" else "ms").strip() for name in FIGURES]
+            ratios = [ratio_to(ours, other, name) if ours else "" for name in FIGURES]
+            lines.append([service, str(clients), *texts, f"{100 * other['refused']:.1f} %", *ratios])
     return markdown(SERVICE_COLUMNS, lines)
 
 
 def median_service(runs, service, clients):
-    """The medians of a service's figures at a number of clients; nothing if it was not measured."""
+    """The medians of a service's figures at a number of clients, by name; nothing if it was not measured."""
     figures = [run[service] for run in runs if run["kind"] == "services" and service in run]
     names = (*FIGURES, "refused") if figures else ()
-    return [median(figure[f"{name}, {clients} clients"] for figure in figures) for name in names]
+    return {name: median(figure[f"{name}, {clients} clients"] for figure in figures) for name in names}
+
+
+def ratio_to(ours, other, name):
+    """How many times as good a figure of ours is as the other's."""
+    ratio = ours[name] / other[name]
+    return f"{ratio if name == 'predictions/s' else 1 / ratio:.2f}"
 
 
 def values(runs, kind, name):
