@@ -43,7 +43,7 @@ HEIC_REFUSALS = {
 }
 END_OF_JPEG = b"\xff\xd9"
 DAMAGED = "a damaged picture, which cannot be decoded"
-WORKING_SIDE = 1000  # pixels of the longer side, to which larger pictures are reduced
+WORKING_SIDE = 1000  # pixels of the longer side, about, to which larger pictures are reduced, by a whole factor
 MIN_SIDE = 10  # pixels of the square that a digit is put in, at least (Yadav and Bottou)
 BOX_LEVEL = 0.05  # of full ink, averaged over a twentieth of the digit: what belongs to its tight box
 THIN, NORMAL = 0.04, 0.09  # of a digit's longer side: thinner strokes than the first are made as wide as the second
@@ -72,9 +72,10 @@ def open_picture(content: bytes | bytearray, memory: int = MEMORY) -> Image.Imag
         content, factor = decode_heic(content) if is_heic(content) else (content, 1)
         with Image.open(io.BytesIO(content), formats=formats) as image:
             pixels = image.width * image.height
-            image.info["longer_side"] = factor * max(image.size)  # which draft() may reduce
+            longer = max(image.size)
+            image.info["longer_side"] = factor * longer  # which draft() may reduce
             # Of a JPEG only as many pixels are decoded as will be looked at.
-            image.draft(None, (WORKING_SIDE, WORKING_SIDE))
+            image.draft(None, (WORKING_SIDE * image.width // longer, WORKING_SIDE * image.height // longer))
             needed = needed_memory(image, pixels)
             if needed > memory:
                 limits = f"takes {needed // 10**6:,} MB to decode, of at most {memory // 10**6:,} MB"
@@ -157,12 +158,12 @@ def resize(image: Image.Image) -> torch.Tensor:
 
 
 def to_grey(image: Image.Image) -> Ink:
-    """Return the grey levels of a picture, 0 to 255, float32 [height, width], at most WORKING_SIDE long."""
+    """Return the grey levels of a picture, 0 to 255, float32 [height, width], at most 1.5 times WORKING_SIDE long."""
     if image.mode.startswith(("I", "F")):
         image = stretch(image)
     if image.mode in ("P", "PA", "La", "RGBa") or "transparency" in image.info:
         image = image.convert("RGBA")
-    factor = -(-max(image.size) // WORKING_SIDE)
+    factor = max(1, round(max(image.size) / WORKING_SIDE))
     alpha = None
     if image.mode in ("RGBA", "LA") and (opacity := image.getchannel("A")).getextrema() != (255, 255):
         alpha = shrink(opacity, factor) / np.float32(255)

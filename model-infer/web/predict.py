@@ -16,6 +16,7 @@ import string
 import sys
 import time
 import uuid
+from contextlib import suppress
 from pathlib import Path
 from urllib.parse import unquote_to_bytes
 
@@ -31,7 +32,7 @@ from stage.process import Failure
 from web import api
 from web.pool import FAILED, LARGE, REPLY, REQUEST, Loaded, Reply
 
-SMALL = 50_000_000  # bytes that a picture may take in each process at once; larger ones are decoded one at a time
+SMALL = 80_000_000  # bytes that a picture may take in each process at once: a photo of 12 megapixels; others wait
 MAX_CODED = 1_000_000  # %-coded characters in a data URL: each takes 100 bytes of memory while they are decoded
 
 
@@ -138,11 +139,14 @@ def decode(data_url: str) -> bytes:
     header = re.match(api.DATA_URL, data_url)
     if not header:
         raise Failure("image: not a base64 data URL. Send one such as data:image/png;base64,...")
-    if data_url.count("%") > MAX_CODED:
+    content = data_url[header.end() :]
+    with suppress(ValueError):  # other characters than base64's, which may stand in a URL
+        return binascii.a2b_base64(content, strict_mode=True)
+    if content.count("%") > MAX_CODED:
         raise Failure(f"image: more than {MAX_CODED:,} %-coded characters. Send plain base64.")
     try:
-        content = unquote_to_bytes(data_url[header.end() :]).translate(None, string.whitespace.encode())
-        return binascii.a2b_base64(content, strict_mode=True)
+        plain = unquote_to_bytes(content).translate(None, string.whitespace.encode())
+        return binascii.a2b_base64(plain, strict_mode=True)
     except ValueError:  # from binascii, or because the text has a lone surrogate
         raise Failure("image: its base64 is not valid. Encode the picture's file again.") from None
 
