@@ -137,7 +137,7 @@ def search(grey: Ink, predictor: Predictor) -> tuple[float, list[Candidate]]:
             best = float("inf"), [whole._replace(prediction=prediction)]
             if distance <= GOOD and not has_gap(hypothesis, whole.box):
                 return distance, best[1]
-            if distance + EACH <= hypothesis.enough and is_one_piece(hypothesis):
+            if distance + EACH <= hypothesis.enough and is_one_part(hypothesis):
                 return distance, best[1]
             if average(grey, 4).std() <= NOISE_SHARE * grey.std():
                 return float("inf"), []
@@ -250,10 +250,12 @@ def has_gap(hypothesis: Hypothesis, box: Box) -> bool:
     return bool((inside.max(0) < PIECE_LEVEL * hypothesis.full).any())
 
 
-def is_one_piece(hypothesis: Hypothesis) -> bool:
-    """Return whether all ink is connected."""
+def is_one_part(hypothesis: Hypothesis) -> bool:
+    """Return whether all ink is one part of a digit, which leaves nothing to divide."""
     ink, full, *_ = hypothesis
-    return len(find_pieces(largest(ink, grid_factor(ink, PIECE_SIDE)) >= PIECE_LEVEL * full)[1]) == 1
+    cells = largest(ink, grid_factor(ink, PIECE_SIDE))
+    pieces, boxes = find_pieces(cells >= PIECE_LEVEL * full)
+    return len(boxes) == 1 or [len(part.numbers) for part in find_parts(cells, pieces, boxes)] == [len(boxes)]
 
 
 def divide(hypothesis: Hypothesis, predictor: Predictor) -> tuple[float, list[Candidate]]:

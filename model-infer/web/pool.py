@@ -107,7 +107,9 @@ class Pool:
         try:
             each = await self.idle.get()
             # If the request is given up, the process still sends its reply, which must be read.
-            return await asyncio.shield(self.ask(each, prediction_id, body, may_be_large))
+            task = asyncio.ensure_future(self.ask(each, prediction_id, body, may_be_large))
+            task.add_done_callback(lambda task: task.cancelled() or task.exception())  # or asyncio would report it
+            return await asyncio.shield(task)
         finally:
             self.requests -= 1
             self.end_if_unused()

@@ -7,22 +7,22 @@ not, and divides itself into the processes. A process answers the requests on it
 """
 
 import binascii
-import io
 import os
 import re
 import signal
 import socket
 import string
+import struct
 import sys
 import time
 import uuid
+import zlib
 from contextlib import suppress
 from pathlib import Path
 from urllib.parse import unquote_to_bytes
 
 import msgspec
 import torch
-from PIL import Image
 
 from pictures import reading
 from pictures.picture import MEMORY, TooLarge, open_picture
@@ -152,10 +152,16 @@ def decode(data_url: str) -> bytes:
 
 
 def as_data_url(pixels: torch.Tensor) -> str:
-    """Return an image, uint8 [H, W] or [H, W, 3], as the data URL of a PNG."""
-    buffer = io.BytesIO()
-    Image.fromarray(pixels.numpy()).save(buffer, "PNG", compress_level=1)  # the default takes longer
-    return "data:image/png;base64," + binascii.b2a_base64(buffer.getvalue(), newline=False).decode()
+    """Return an image, uint8 [H, W] or [H, W, 3], as the data URL of a PNG. Pillow takes twice as long."""
+    height, width, *colors = pixels.shape
+    header = struct.pack(">IIBBBBB", width, height, 8, 2 if colors else 0, 0, 0, 0)
+    rows = b"".join(b"\0" + row.tobytes() for row in pixels.numpy())  # 0: not filtered
+    chunks = (b"IHDR", header), (b"IDAT", zlib.compress(rows, 1)), (b"IEND", b"")
+    png = b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+        for kind, content in chunks
+    )
+    return "data:image/png;base64," + binascii.b2a_base64(png, newline=False).decode()
 
 
 if __name__ == "__main__":

@@ -40,12 +40,15 @@ class ServedModel:
         self.failed = False  # whether it could not be loaded
         self.watched = True  # whether the service still looks for a new one
 
-    def begin(self) -> None:
-        """Start to load the model if one of its files has changed since the last call, or a process has ended."""
+    def has_changed(self) -> bool:
+        """Return whether a file has changed since the last call of begin(), or a process has ended."""
         seen = tuple(fingerprint(path) for path in self.paths)
-        if seen == self.seen and (not self.served or self.served.pool.is_whole()):
-            return
-        self.seen = seen  # taken before reading, so that a change during it is noticed by the next call
+        return seen != self.seen or bool(self.served and not self.served.pool.is_whole())
+
+    def begin(self) -> None:
+        """Start to load the model, if there is one."""
+        # Taken before reading, so that a change during it is noticed by the next call.
+        self.seen = seen = tuple(fingerprint(path) for path in self.paths)
         if seen[0] is None:
             gone = f"{self.paths[0]} is gone; the model loaded from it stays in use. Train one with: {command('train')}"
             self.report(gone if self.served else NO_MODEL, failed=False)
@@ -56,6 +59,8 @@ class ServedModel:
 
     async def refresh(self) -> None:
         """Load the model if one of its files has changed since the last call, or a process has ended."""
+        if not self.pool and not self.has_changed():
+            return
         async with self.large:
             if not self.pool:
                 self.begin()
@@ -89,9 +94,10 @@ class ServedModel:
                 pool.end()
 
     def report(self, problem: str, failed: bool) -> None:
-        """Note why the model in the volume is not served, and print it."""
+        """Note why the model in the volume is not served, and print it, once."""
+        if problem != self.problem:
+            print_error(f"serve: {problem}")
         self.problem, self.failed = problem, failed
-        print_error(f"serve: {problem}")
 
 
 def fingerprint(path: Path) -> tuple[int, int, int] | None:

@@ -20,7 +20,7 @@ from stage.dataset import DATA_SET
 from web import api, results
 from web.bounds import RETRY_SECONDS, Bounds
 from web.metrics import CONTENT_TYPE, Metrics
-from web.pool import LARGE, Pool, Reply
+from web.pool import LARGE, Reply
 from web.reload import ServedModel
 
 MAX_WAITING = 64  # pictures that are predicted, or wait for that
@@ -51,8 +51,7 @@ class Service:
 
         Raise HTTPException if the service is busy.
         """
-        served = self.model.served  # this request keeps it, even if a new model is loaded meanwhile
-        if served is None:
+        if self.model.served is None:
             raise busy(self.model.problem)
         if self.waiting >= MAX_WAITING:
             raise busy("too many pictures are waiting. Try again.")
@@ -60,7 +59,7 @@ class Service:
         try:
             async with asyncio.timeout(WAIT_SECONDS):
                 prediction_id = request.path_params.get("prediction_id", "")
-                reply = await self.predict(served.pool, prediction_id, await request.body())
+                reply = await self.predict(prediction_id, await request.body())
         except TimeoutError:
             raise busy(f"the prediction took more than {WAIT_SECONDS} s. Try again.") from None
         except EOFError:
@@ -71,13 +70,14 @@ class Service:
             self.metrics.predictions.labels(reply.outcome).inc()
         return Response(reply.body, reply.status, NO_STORE, "application/json")
 
-    async def predict(self, pool: Pool, prediction_id: str, body: bytes) -> Reply:
+    async def predict(self, prediction_id: str, body: bytes) -> Reply:
         """Have a picture predicted; large pictures one at a time. Raise EOFError if the process ends that does it."""
-        reply = await pool.predict(prediction_id, body, may_be_large=False)
+        assert self.model.served
+        reply = await self.model.served.pool.predict(prediction_id, body, may_be_large=False)
         if reply.status != LARGE:
             return reply
         async with self.model.large:
-            return await pool.predict(prediction_id, body, may_be_large=True)
+            return await self.model.served.pool.predict(prediction_id, body, may_be_large=True)
 
     async def health_check(self, request: Request) -> Response:
         """GET /health-check: respond with the state of the service."""
