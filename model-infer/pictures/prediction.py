@@ -8,8 +8,11 @@ whether they come from the test images, a file or an HTTP request.
 
 import json
 import math
+import threading
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -19,7 +22,7 @@ from pictures.outcome import UNLIKE, Confidence, Prediction
 from stage import code, files, weights
 from stage.files import EVAL_RESULTS
 from stage.images import read_images, split_validation
-from stage.process import Failure, percent
+from stage.process import Failure, count_cores, percent
 
 MAX_RESULTS_BYTES = 1_000_000  # eval_results.json takes 4 kB
 KNOWN_IMAGES = 11_000  # training images, at most, that an image is compared with
@@ -44,10 +47,13 @@ class Predictor:
 
     def __post_init__(self) -> None:
         self.model.eval()
-        self.outputs: list[torch.Tensor] = []  # of the linear layers, in the last forward pass
+        self.thread = threading.local()
+        self.thread.outputs = []  # of the linear layers, in the thread's last forward pass
         for module in self.model.modules():
             if isinstance(module, torch.nn.Linear):
-                module.register_forward_hook(lambda module, inputs, output: self.outputs.append(output.to_dense()))
+                module.register_forward_hook(
+                    lambda module, inputs, output: self.thread.outputs.append(output.to_dense())
+                )
 
     def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the log-probabilities, float32 [N, classes], and features, float32 [N, F], of images, uint8 [N, ...].
@@ -61,7 +67,8 @@ class Predictor:
         """Return what forward() does, but for the last bits; of many images in less time."""
         torch.backends.mkldnn.enabled = True  # type: ignore[assignment]
         forward = net.fastest_forward(self.model, images[:16])
-        parts = [self.outputs_of(forward, batch) for batch in torch.split(images, 100)]
+        with ThreadPoolExecutor(count_cores(), initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            parts = [*pool.map(partial(self.outputs_of, forward), torch.split(images, 250))]
         return torch.cat([part[0] for part in parts]), torch.cat([part[1] for part in parts])
 
     @torch.inference_mode()
@@ -72,13 +79,12 @@ class Predictor:
 
         The features are the outputs of the linear layers, those of each scaled to length 1.
         """
-        self.outputs.clear()
+        self.thread.outputs = []
         log_probabilities = forward(net.to_input(images))
         if not math.isfinite(log_probabilities.sum()):
             raise Failure(f"the model's output is not finite. {files.FRESH_HINT}")
-        layers = [layer for layer in self.outputs if layer.dim() == 2 and layer.shape[1] <= MAX_FEATURES]
-        parts = [layer / layer.norm(dim=1, keepdim=True).clamp_(1e-12) for layer in layers or [log_probabilities]]
-        return log_probabilities, torch.cat(parts, 1)
+        layers = [layer for layer in self.thread.outputs if layer.dim() == 2 and layer.shape[1] <= MAX_FEATURES]
+        return log_probabilities, torch.cat([scale(layer) for layer in layers or [log_probabilities]], 1)
 
     def distances(self, log_probabilities: torch.Tensor, features: torch.Tensor) -> list[float]:
         """Return the distances of images, given what forward() returns, from the training images predicted alike.
@@ -136,6 +142,12 @@ def load_predictor(model_folder: Path, data_folder: Path | None = None) -> Predi
         (training, _), (validation, _) = split_validation(*read_images(data_folder, "train"))
         learn_likeness(predictor, training, validation)
     return predictor
+
+
+def scale(features: torch.Tensor) -> torch.Tensor:
+    """Return features, float32 [N, F], such that those of each image have length 1."""
+    lengths: torch.Tensor = torch.linalg.vector_norm(features, dim=1, keepdim=True)
+    return features / lengths.clamp_(1e-12)
 
 
 def learn_likeness(predictor: Predictor, training: torch.Tensor, validation: torch.Tensor) -> None:

@@ -158,14 +158,14 @@ def make_app(model: ServedModel, hosts: Iterable[str]) -> Starlette:
             await task
         model.end()
 
-    routes = [
-        *page_routes(),
+    routes = [  # which are searched in this order
         Route("/predictions", service.predict_picture, methods=["POST"]),
         Route("/predictions/{prediction_id}", service.predict_picture, methods=["PUT"]),
         Route("/health-check", service.health_check),
         Route("/results", service.read_results),
         Route("/results/{name}", service.read_result_picture),
         Route("/metrics", service.read_metrics),
+        *page_routes(),
     ]
     bounds = Middleware(Bounds, hosts=hosts, metrics=metrics)
     return Starlette(routes=routes, middleware=[bounds], exception_handlers={HTTPException: refuse}, lifespan=lifespan)
