@@ -518,6 +518,14 @@ def test_a_process_that_is_killed_costs_its_request_only_and_is_replaced(trained
         assert service.health()["status"] == "READY"
 
 
+def test_a_process_that_is_killed_while_it_is_idle_costs_nothing(trained, digit):
+    with serving(trained) as service:
+        before = processes_of(service)
+        os.kill(before[-1], signal.SIGKILL)
+        while {*before} & {*processes_of(service)}:
+            assert service.predict(digit)[0] == 200
+
+
 def test_a_picture_that_takes_too_long_ends_the_process_that_predicts_it(trained, monkeypatch):
     monkeypatch.setattr(pool, "SECONDS", 0.2)
 

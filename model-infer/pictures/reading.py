@@ -137,7 +137,7 @@ def search(grey: Ink, predictor: Predictor) -> tuple[float, list[Candidate]]:
             best = float("inf"), [whole._replace(prediction=prediction)]
             if distance <= GOOD and not has_gap(hypothesis, whole.box):
                 return distance, best[1]
-            if distance + EACH <= hypothesis.enough and is_one_part(hypothesis):
+            if distance + EACH <= hypothesis.enough and not is_dense(whole.pixels) and is_one_part(hypothesis):
                 return distance, best[1]
             if average(grey, 4).std() <= NOISE_SHARE * grey.std():
                 return float("inf"), []
@@ -250,6 +250,11 @@ def has_gap(hypothesis: Hypothesis, box: Box) -> bool:
     return bool((inside.max(0) < PIECE_LEVEL * hypothesis.full).any())
 
 
+def is_dense(pixels: torch.Tensor) -> bool:
+    """Return whether an image, uint8 [28, 28], has more ink than digits have."""
+    return pixels.sum().item() > DENSE * pixels.numel()
+
+
 def is_one_part(hypothesis: Hypothesis) -> bool:
     """Return whether all ink is one part of a digit, which leaves nothing to divide."""
     ink, full, *_ = hypothesis
@@ -281,8 +286,7 @@ def divide(hypothesis: Hypothesis, predictor: Predictor) -> tuple[float, list[Ca
     candidates = [cut_parts(parts[start:end]) for start, end in spans]
     images = torch.stack([candidate.pixels for candidate in candidates])
     distances = predictor.distances(*predictor.forward(images))
-    is_dense = (images.float().mean((1, 2)) > DENSE).tolist()
-    distances = [9.0 if dense else distance for dense, distance in zip(is_dense, distances, strict=True)]
+    distances = [9.0 if is_dense(image) else one for image, one in zip(images, distances, strict=True)]
     cost, digits = best_division(spans, candidates, distances)
     return cost / len(parts) + OTHERS * others(levels, chosen, 1), digits
 

@@ -121,19 +121,20 @@ class Bounds:
 
     async def read_body(self, receive: Receive, chunks: list[bytes]) -> None:
         """Append the chunks of a body to a list as they arrive. Raise Refused if it is too large or too slow."""
-        size, more, deadline = 0, True, time.monotonic() + BODY_SECONDS
-        while more:
-            try:
-                message = await asyncio.wait_for(receive(), deadline - time.monotonic())
-            except TimeoutError:
-                raise Refused(408, f"the body did not arrive within {BODY_SECONDS} s. Send it faster.") from None
-            if message["type"] == "http.disconnect":
-                raise Refused(CLIENT_LEFT, "the client disconnected")
-            chunk, more = message.get("body", b""), message.get("more_body", False)
-            size += len(chunk)
-            self.check_size(size, len(chunk))
-            chunks.append(chunk)
-            self.bytes += len(chunk)
+        size, more = 0, True
+        try:
+            async with asyncio.timeout(BODY_SECONDS):
+                while more:
+                    message = await receive()
+                    if message["type"] == "http.disconnect":
+                        raise Refused(CLIENT_LEFT, "the client disconnected")
+                    chunk, more = message.get("body", b""), message.get("more_body", False)
+                    size += len(chunk)
+                    self.check_size(size, len(chunk))
+                    chunks.append(chunk)
+                    self.bytes += len(chunk)
+        except TimeoutError:
+            raise Refused(408, f"the body did not arrive within {BODY_SECONDS} s. Send it faster.") from None
 
 
 def has_body(scope: Scope) -> bool:

@@ -10,6 +10,7 @@ import socket
 import struct
 import subprocess
 import sys
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
@@ -42,31 +43,62 @@ class Loaded(msgspec.Struct):
     accuracy: float | None  # on the test images, in percent; None if it has not been evaluated
 
 
-class Process:
-    """A process that predicts one picture at a time."""
+class Process(asyncio.Protocol):
+    """A process that predicts one picture at a time, at the other end of a connection."""
 
-    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        self.reader, self.writer, self.pid = reader, writer, 0  # 0: not loaded yet
+    def __init__(self) -> None:
+        self.pid = 0  # not loaded yet
+        self.received = bytearray()  # of the reply
+        self.reply: asyncio.Future[Reply] = asyncio.get_running_loop().create_future()  # the first one comes by itself
+        self.timer: asyncio.TimerHandle | None = None  # of the request in progress
+        self.when_done: Callable[[Process], None] = lambda process: None  # called after each reply, and at the end
 
-    async def ask(self, prediction_id: str, body: bytes, may_be_large: bool) -> Reply:
-        """Return the reply to a request. Raise OSError or EOFError if the process has ended."""
-        name = prediction_id.encode()
-        self.writer.writelines([REQUEST.pack(may_be_large, len(name), len(body)) + name, body])
-        await self.writer.drain()
-        return await self.read()
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """Keep the transport."""
+        assert isinstance(transport, asyncio.Transport)
+        self.transport = transport
 
-    async def read(self) -> Reply:
-        """Return the next reply."""
-        status, outcome, size = REPLY.unpack(await self.reader.readexactly(REPLY.size))
-        return Reply(status, outcome.decode(), await self.reader.readexactly(size))
+    def ask(self, prediction_id: str, body: bytes, may_be_large: bool) -> asyncio.Future[Reply]:
+        """Send a request, and return the future of the reply, which is an EOFError if the process ends."""
+        loop, name = asyncio.get_running_loop(), prediction_id.encode()
+        self.reply, self.timer = loop.create_future(), loop.call_later(SECONDS, self.end)
+        self.transport.write(b"".join([REQUEST.pack(may_be_large, len(name), len(body)), name, body]))
+        if self.transport.is_closing():
+            self.connection_lost(None)
+        return self.reply
+
+    def data_received(self, data: bytes) -> None:
+        """Collect the parts of a reply."""
+        self.received += data
+        if len(self.received) >= REPLY.size:
+            status, outcome, size = REPLY.unpack_from(self.received)
+            if len(self.received) == REPLY.size + size:
+                body = bytes(self.received[REPLY.size :])
+                self.received.clear()
+                self.finish()
+                if not self.reply.done():  # the request may have been given up
+                    self.reply.set_result(Reply(status, outcome.decode(), body))
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Note that the process has ended."""
+        self.end()
+        self.finish()
+        if not self.reply.done():
+            self.reply.set_exception(EOFError("the process has ended"))
+            self.reply.exception()  # asyncio would report it if the request had been given up
+
+    def finish(self) -> None:
+        """Have the pool note that this process is idle, or has ended."""
+        if self.timer:
+            self.timer.cancel()
+        self.when_done(self)
 
     def end(self) -> None:
         """End the process, whatever it does."""
-        self.writer.close()
+        self.transport.close()
         if self.pid:
             with suppress(ProcessLookupError):
                 os.kill(self.pid, signal.SIGKILL)
-            self.pid = 0
 
 
 class Pool:
@@ -91,43 +123,33 @@ class Pool:
     async def load(self) -> None:
         """Wait until the processes have loaded the model. Raise Failure if they cannot, EOFError if they end."""
         for connection in self.sockets:
-            self.processes.append(Process(*await asyncio.open_unix_connection(sock=connection)))
-        for each in self.processes:
-            reply = await each.read()
+            _, process = await asyncio.get_running_loop().create_unix_connection(Process, sock=connection)
+            self.processes.append(process)
+        for process in self.processes:
+            reply = await process.reply
             if reply.status == FAILED:
                 raise Failure(reply.body.decode())
             loaded = msgspec.json.decode(reply.body, type=Loaded)
-            each.pid = loaded.pid
-            self.idle.put_nowait(each)
+            process.pid, process.when_done = loaded.pid, self.process_done
+            self.idle.put_nowait(process)
         self.loaded = loaded
 
     async def predict(self, prediction_id: str, body: bytes, may_be_large: bool) -> Reply:
         """Have a request answered by the next process that is idle. Raise EOFError if the process ends instead."""
         self.requests += 1
         try:
-            each = await self.idle.get()
-            # If the request is given up, the process still sends its reply, which must be read.
-            task = asyncio.ensure_future(self.ask(each, prediction_id, body, may_be_large))
-            task.add_done_callback(lambda task: task.cancelled() or task.exception())  # or asyncio would report it
-            return await asyncio.shield(task)
+            process = await self.idle.get()
+            return await process.ask(prediction_id, body, may_be_large)
         finally:
             self.requests -= 1
             self.end_if_unused()
 
-    async def ask(self, each: Process, prediction_id: str, body: bytes, may_be_large: bool) -> Reply:
-        """Have a process answer a request, and note that it is idle then, or has ended."""
-        try:
-            async with asyncio.timeout(SECONDS):
-                reply = await each.ask(prediction_id, body, may_be_large)
-            self.idle.put_nowait(each)
-            return reply
-        except (OSError, EOFError) as error:  # a TimeoutError is an OSError
-            each.end()
-            if each in self.processes:
-                self.processes.remove(each)
-            if not self.processes:
-                self.idle.put_nowait(each)  # so that whoever waits learns it too
-            raise EOFError from error
+    def process_done(self, process: Process) -> None:
+        """Note that a process is idle, or has ended."""
+        if process.transport.is_closing():
+            self.processes = [one for one in self.processes if one is not process]
+        if not process.transport.is_closing() or not self.processes:  # then whoever waits learns that there is none
+            self.idle.put_nowait(process)
 
     def is_whole(self) -> bool:
         """Return whether no process has ended."""
@@ -145,8 +167,7 @@ class Pool:
 
     def end(self) -> None:
         """End all processes."""
-        for each in self.processes:
-            each.end()
-        self.processes.clear()
+        for process in self.processes:
+            process.end()
         self.process.kill()
         self.process.wait()
