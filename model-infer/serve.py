@@ -33,36 +33,46 @@ def main() -> int:
     with exit_on_failure("serve"):
         process.check_memory(MEMORY, "serve")
         process.check_threads(20)  # as many as processes and threads, with a margin
-        model = ServedModel(args.model, args.data)
-        model.begin()
-        # Imported while the processes that predict import torch.
-        import uvicorn
-
-        from web.connections import KEEP_ALIVE_SECONDS, Protocol
-        from web.service import make_app
-
-        process.imports_done()
-        config = uvicorn.Config(
-            make_app(model, {*HOSTS, args.host, *args.allow_host}),
-            http=Protocol,
-            ws="none",
-            loop="asyncio",
-            log_level="critical",
-            access_log=False,
-            proxy_headers=False,
-            server_header=False,
-            timeout_keep_alive=KEEP_ALIVE_SECONDS,
-            timeout_graceful_shutdown=STOP_SECONDS,
-        )
-        family = socket.AF_INET6 if ":" in args.host else socket.AF_INET
-        with socket.create_server((args.host, args.port), family=family) as listener:
-            # Inherited by the connections. asyncio sets it only on sockets created for TCP by name; without it, the
-            # second packet of a response waits 40 ms for the client's delayed acknowledgement of the first.
-            listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            host = "127.0.0.1" if args.host == "0.0.0.0" else f"[{args.host}]" if ":" in args.host else args.host
-            say(f"serve: open http://{host}:{args.port} in a browser")
-            uvicorn.Server(config).run([listener])
+        with listen(args.host, args.port) as listener:
+            model = ServedModel(args.model, args.data)
+            model.begin()
+            run(model, {*HOSTS, args.host, *args.allow_host}, listener)
     return 0
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """Return a socket that listens on an address, and say so."""
+    listener = socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
+    # Inherited by the connections. asyncio sets it only on sockets created for TCP by name; without it, the second
+    # packet of a response waits 40 ms for the client's delayed acknowledgement of the first.
+    listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    name = "127.0.0.1" if host == "0.0.0.0" else f"[{host}]" if ":" in host else host
+    say(f"serve: open http://{name}:{port} in a browser")
+    return listener
+
+
+def run(model: ServedModel, hosts: set[str], listener: socket.socket) -> None:
+    """Respond to requests until a signal stops the service."""
+    # Imported here, while the processes that predict import torch.
+    import uvicorn
+
+    from web.connections import KEEP_ALIVE_SECONDS, Protocol
+    from web.service import make_app
+
+    process.imports_done()
+    config = uvicorn.Config(
+        make_app(model, hosts),
+        http=Protocol,
+        ws="none",
+        loop="asyncio",
+        log_level="critical",
+        access_log=False,
+        proxy_headers=False,
+        server_header=False,
+        timeout_keep_alive=KEEP_ALIVE_SECONDS,
+        timeout_graceful_shutdown=STOP_SECONDS,
+    )
+    uvicorn.Server(config).run([listener])
 
 
 def parse_args() -> argparse.Namespace:

@@ -518,10 +518,13 @@ def test_a_process_that_is_killed_costs_its_request_only_and_is_replaced(trained
         assert service.health()["status"] == "READY"
 
 
-def test_a_process_that_is_killed_while_it_is_idle_costs_nothing(trained, digit):
+@pytest.mark.parametrize("which", [0, -1])
+def test_a_process_that_is_killed_while_it_is_idle_costs_nothing(trained, digit, which):
     with serving(trained) as service:
+        assert service.predict(digit)[0] == 200
         before = processes_of(service)
-        os.kill(before[-1], signal.SIGKILL)
+        os.kill(before[which], signal.SIGKILL)
+        stages.wait_until(lambda: ") Z" in Path(f"/proc/{before[which]}/stat").read_text())
         while {*before} & {*processes_of(service)}:
             assert service.predict(digit)[0] == 200
 

@@ -139,6 +139,8 @@ class Pool:
         self.requests += 1
         try:
             process = await self.idle.get()
+            while process.transport.is_closing() and self.processes:  # it ended while it was idle
+                process = await self.idle.get()
             return await process.ask(prediction_id, body, may_be_large)
         finally:
             self.requests -= 1

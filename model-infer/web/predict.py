@@ -165,5 +165,5 @@ def as_data_url(pixels: torch.Tensor) -> str:
 
 
 if __name__ == "__main__":
-    with process.exit_on_failure("serve"):
+    with process.exit_on_failure("serve"), suppress(ConnectionError):  # serve has ended
         main()
