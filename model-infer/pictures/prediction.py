@@ -61,11 +61,13 @@ class Predictor:
         Raise Failure if the log-probabilities are not finite: huge weights, finite themselves, overflow.
         """
         torch.backends.mkldnn.enabled = False  # type: ignore[assignment]  # oneDNN takes twice as long for one
-        return self.outputs_of(self.model, images)
+        try:
+            return self.outputs_of(self.model, images)
+        finally:
+            torch.backends.mkldnn.enabled = True  # type: ignore[assignment]
 
     def forward_many(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return what forward() does, but for the last bits; of many images in less time."""
-        torch.backends.mkldnn.enabled = True  # type: ignore[assignment]
         forward = net.fastest_forward(self.model, images[:16])
         with ThreadPoolExecutor(count_cores(), initializer=torch.set_num_threads, initargs=(1,)) as pool:
             parts = [*pool.map(partial(self.outputs_of, forward), torch.split(images, 250))]

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from pictures import picture, prediction
+from pictures import prediction, reading
 from stage.process import Failure
 
 
@@ -31,7 +31,7 @@ def main():
     parser.add_argument("--digits", type=Path, required=True, help="scikit-learn's digits.csv.gz")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    predictor = prediction.load_predictor(args.model)
+    predictor = prediction.load_predictor(args.model, no_digit.TREE / "data")
     images, labels = read_digits(args.digits)
     right = (predictor.forward(images)[0].argmax(1) == labels).float().mean().item()
     print(f"{len(images):,} digits of other people: {right:.1%} predicted right")
@@ -56,12 +56,12 @@ def read_digits(path):
 
 
 def is_sure(predictor, image):
-    """Return whether a class gets 90 % or more, whatever the picture's energy; None for a picture that is refused."""
+    """Return whether a class gets 90 % or more, whatever the distance; None for a picture that is refused."""
     try:
-        pixels = picture.prepare(image)
+        read, _ = reading.read(image, predictor)
     except Failure:
         return None
-    return predictor.forward(pixels[None])[0].exp().max().item() >= prediction.SURE_PROBABILITY
+    return max(read["probabilities"]) >= prediction.SURE_PROBABILITY
 
 
 if __name__ == "__main__":
