@@ -673,6 +673,6 @@ def test_the_image_in_an_answer_is_coloured_where_the_data_set_is(monkeypatch):
         monkeypatch.setattr(f"{module}.DATA_SET", data_set)
     predictor = SimpleNamespace(predict=lambda pixels: {"prediction": 1, "confidence": "sure"})
     body = {"input": {"image": data_url(as_file(Image.new("RGB", (480, 320), (10, 200, 30))))}}
-    output = json.loads(predict.answer(predictor, json.dumps(body).encode(), "", False).body)["output"]
+    output = json.loads(predict.answer(predictor, bytearray(json.dumps(body).encode()), "", False).body)["output"]
     seen = Image.open(io.BytesIO(base64.b64decode(output["image"].partition(",")[2])))
     assert (seen.mode, seen.size, seen.getpixel((5, 5))) == ("RGB", (48, 32), (10, 200, 30))

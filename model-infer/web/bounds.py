@@ -88,6 +88,7 @@ class Bounds:
             self.check(scope)
             if has_body(scope):
                 await self.read_body(receive, chunks)
+                chunks[:] = [b"".join(chunks)]  # one copy in memory
             await self.app(scope, replay(b"".join(chunks), receive), send)
         except Refused as refused:
             await refuse(send, refused.status, str(refused))

@@ -7,6 +7,7 @@ not, and divides itself into the processes. A process answers the requests on it
 """
 
 import binascii
+import ctypes
 import os
 import re
 import signal
@@ -33,6 +34,7 @@ from web import api
 from web.pool import FAILED, LARGE, REPLY, REQUEST, Loaded, Reply
 
 SMALL = 80_000_000  # bytes that a picture may take in each process at once: a photo of 12 megapixels; others wait
+TRIMMED_BODY = 1_000_000  # bytes of a request's body: after larger ones, free memory is returned to the kernel
 MAX_CODED = 1_000_000  # %-coded characters in a data URL: each takes 100 bytes of memory while they are decoded
 
 
@@ -70,6 +72,9 @@ def work(connection: socket.socket, predictor: Predictor) -> None:
         may_be_large, id_size, size = REQUEST.unpack(header)
         prediction_id = receive(connection, id_size).decode()
         send(connection, answer(predictor, receive(connection, size), prediction_id, may_be_large))
+        if may_be_large or size > TRIMMED_BODY:
+            # The image's settings of malloc, made for training, keep freed memory; here each process would keep it.
+            ctypes.CDLL(None).malloc_trim(0)
 
 
 def receive(connection: socket.socket, size: int) -> bytearray:
@@ -92,15 +97,19 @@ def send(connection: socket.socket, reply: Reply) -> None:
 # Requests -------------------------------------------------------------------------------------------------------------
 
 
-def answer(predictor: Predictor, body: bytes | bytearray, prediction_id: str, may_be_large: bool) -> Reply:
-    """Return the reply to a request for a prediction; the ID is that in its path, or empty."""
+def answer(predictor: Predictor, body: bytearray, prediction_id: str, may_be_large: bool) -> Reply:
+    """Return the reply to a request for a prediction; the ID is that in its path, or empty. This empties the body."""
     outcome = ""
     try:
         request = msgspec.json.decode(body, type=api.PredictionRequest)
+        body.clear()  # the picture is to be the only copy in memory while it is decoded
         chosen = choose_id(prediction_id, request.id)
         outcome = "refused"
         started = time.perf_counter()
-        image = open_picture(decode(request.input.image), MEMORY if may_be_large else SMALL)
+        picture = decode(request.input.image)
+        del request
+        image = open_picture(picture, MEMORY if may_be_large else SMALL)
+        del picture
         read, pixels = reading.read(image, predictor)
         content = {
             "id": chosen,
