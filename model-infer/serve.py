@@ -22,7 +22,7 @@ from stage import flags
 from stage.process import exit_on_failure, say
 from web.reload import ServedModel
 
-MEMORY = 950_000_000  # bytes for torch, the largest picture, and the bodies it accepts at once; measured: 900 MB
+MEMORY = 950_000_000  # bytes for all processes, the largest picture, and the bodies at once; measured: 877 MB
 STOP_SECONDS = 2  # for the requests in progress on a stop signal
 HOSTS = ("localhost", "serve")  # and every address; `serve` is its host name in Compose's network
 

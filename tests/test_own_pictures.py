@@ -14,7 +14,7 @@ from PIL import Image
 
 import example
 import stages
-from pictures import own, picture, prediction, reading
+from pictures import outcome, own, picture, prediction, reading
 from stage import figures, images
 from stage.dataset import DATA_SET
 
@@ -233,7 +233,7 @@ def test_an_image_unlike_the_trained_ones_is_no_digit_only_where_images_are_digi
     result = {"prediction": None, "probabilities": [0.1] * 9 + [0.1], "confidence": "no digit"}
     assert own.as_text(result).startswith("does not look like a digit; closest to 0")
     other(classes=("top", *"bcdefghij"))
-    monkeypatch.setattr(prediction, "UNLIKE", "out of distribution", raising=False)
+    monkeypatch.setattr(outcome, "UNLIKE", "out of distribution")
     text = own.as_text(result | {"confidence": "out of distribution"})
     assert text.startswith("unlike the images it was trained on; closest to top")
     assert "digit" not in text

@@ -318,7 +318,7 @@ TENS = {  # where 10 is not the number of classes
     "data/fetch.py": "seconds",
     "model-train/training/plan.py": "tenths of an epoch",
     "model-infer/infer.py": "pictures in a row, a font size",
-    "model-infer/serve.py": "seconds",
+    "model-infer/web/connections.py": "seconds",
     "model-infer/pictures/heic.py": "the place of a byte",
     "model-infer/pictures/own.py": "inches",
     "model-infer/pictures/picture.py": "pixels, in the preparation of digits for MNIST",
