@@ -151,7 +151,7 @@ class Pool:
         """Note that a process is idle, or has ended."""
         if process.transport.is_closing():
             self.processes = [one for one in self.processes if one is not process]
-        if not process.transport.is_closing() or not self.processes:  # then whoever waits learns that there is none
+        if not process.transport.is_closing() or not self.processes:  # so that a request that waits fails at once
             self.idle.put_nowait(process)
 
     def is_whole(self) -> bool:
