@@ -169,8 +169,10 @@ def workers(process):
 
 
 def children(number):
-    """The ids of the processes that a process has started."""
-    return [int(child) for child in Path(f"/proc/{number}/task/{number}/children").read_text().split()]
+    """The ids of the processes that a process has started, and that have not been waited for; none if it is gone."""
+    with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+        return [int(child) for child in Path(f"/proc/{number}/task/{number}/children").read_text().split()]
+    return []
 
 
 def wait_until(condition, what="what was waited for"):

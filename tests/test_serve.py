@@ -304,6 +304,7 @@ def test_a_hostile_body_is_refused_in_one_line(service, body):
         (405, "DELETE", "/predictions", {}),
         (405, "PUT", "/results", {"Content-Type": "text/plain"}),
         (422, "PUT", "/predictions/" + "x" * 81, {}),
+        *((422, "PUT", "/predictions/" + name, {}) for name in ("x" * 300, "%E2%82%AC", 2000 * "%FF")),
         (404, "POST", "/predictions/unknown/cancel", {"Content-Type": "text/plain"}),
         (405, "HEAD", "/predictions", {}),
     ],
