@@ -7,6 +7,7 @@ Writes  MODEL/eval_results.json: test loss, accuracy, figures per class, confusi
         MODEL/export/: with --export, the model for other programs (export/exporter.py)
 
     docker compose run --rm evaluate
+    docker compose run --rm export
     python model-eval/evaluate.py --data data --model model --min-accuracy 99
 
 An accuracy under --min-accuracy, or DATA_SET.min_accuracy, is a failure: exit status 1, and nothing is written.
@@ -20,6 +21,7 @@ if __name__ == "__main__":
 
 import argparse
 import json
+from types import ModuleType
 from typing import TypedDict
 
 import torch
@@ -51,8 +53,7 @@ def main() -> int:
         process.check_threads(2 * process.count_cores() + 2)  # torch's, those of net.predict(), and a margin
         files.check_destinations(args.model, EVAL_RESULTS, CONFUSION_MATRIX, MISTAKES)
         if args.export:
-            from export import exporter  # here, since it takes seconds and packages that nothing else needs
-
+            exporter = import_exporter()
             exporter.check_possible(args.model)
         torch.set_num_threads(process.count_cores())
         model = net.Net()
@@ -94,6 +95,16 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--export", action="store_true", help=text)
     flags.add_folder_flags(parser)
     return parser.parse_args()
+
+
+def import_exporter() -> ModuleType:
+    """Return export/exporter.py. Its import takes seconds, and packages that the image of evaluate does not have."""
+    try:
+        from export import exporter
+    except ModuleNotFoundError as error:
+        hint = "Run: docker compose run --rm export"
+        raise Failure(f"--export needs {error.name}, which is not installed here. {hint}", status=2) from None
+    return exporter
 
 
 def parse_percentage(text: str) -> float:

@@ -53,7 +53,7 @@ def build():
 
 
 def remove_images():
-    docker("image", "rm", "--force", *map(image, STAGES))
+    docker("image", "rm", "--force", *map(image, (*STAGES, "export")))
 
 
 def in_image(stage, script, *options, program=("sh", "-c")):
@@ -120,7 +120,8 @@ class Pipeline:
         self.name, self.disk = f"{PREFIX}-{uuid.uuid4().hex[:6]}", disk
         self.environment = os.environ | (environment or {})
         services = {stage: {"image": image(stage), "volumes": []} | changes.get(stage, {}) for stage in STAGES}
-        services["serve"] = {"image": image("infer")} | changes.get("serve", {})
+        for service, made_for in (("serve", "infer"), ("export", "export")):
+            services[service] = {"image": image(made_for)} | changes.get(service, {})
         for stage in STAGES if data else ():
             mount = f"{data}:{DATA_FOLDER}{'' if stage == 'train' else ':ro'}"
             services[stage]["volumes"] = [mount, *services[stage]["volumes"]]

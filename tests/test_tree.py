@@ -31,7 +31,8 @@ def run(*command, folder=stages.TREE):
 @pytest.fixture(scope="module")
 def compose():
     content = yaml.safe_load((stages.TREE / "docker-compose.yml").read_text())
-    content["serve"] = content["services"].pop("serve")  # which is no stage
+    for name in ("serve", "export"):  # which are no stages
+        content[name] = content["services"].pop(name)
     return content
 
 
@@ -172,7 +173,7 @@ def test_the_project_its_services_and_their_dockerfiles_have_the_names_that_are_
 
 
 def test_images_have_the_projects_name_or_one_that_is_given_for_build_and_pull(compose):
-    for stage, service in [*compose["services"].items(), ("infer", compose["serve"])]:
+    for stage, service in [*compose["services"].items(), ("infer", compose["serve"]), ("export", compose["export"])]:
         assert service["image"] == f"${{MNIST_IMAGES:-${{COMPOSE_PROJECT_NAME}}}}-{stage}:${{MNIST_TAG:-latest}}"
 
 
@@ -210,6 +211,13 @@ def test_serve_starts_where_it_is_named_comes_back_reads_only_and_is_reached_fro
     assert "network_mode" not in serve
     for right in ("read_only", "cap_drop", "cap_add", "security_opt", "init"):
         assert serve[right] == compose["services"]["evaluate"][right]
+
+
+def test_export_starts_where_it_is_named_and_is_evaluate_with_more_packages(compose):
+    export = compose["export"]
+    assert (export["profiles"], export["extends"]) == (["export"], {"service": "evaluate"})
+    assert export["build"] == {"target": "export"}
+    assert export.keys() == {"profiles", "extends", "image", "build"}
 
 
 # Style ----------------------------------------------------------------------------------------------------------------

@@ -33,7 +33,9 @@ def first_run(data):
         give_up(" ".join(str(error).split()))
     try:
         with Pipeline() as project:
-            yield project, project.up("--build")
+            ended = project.up("--build")
+            project.compose("build", "export", seconds=800)
+            yield project, ended
     finally:
         remove_images()
         docker("image", "rm", "--force", f"{PREFIX}-slurm")  # which is there only if a test has had it built

@@ -114,26 +114,26 @@ def kill_exports(volume, folder):
     """Kills exports at many moments: the volume must have the old export or the new one. Each is of other images."""
 
     def project_of(count):
-        """A project whose evaluate reads only so many images: comparing all takes long."""
+        """A project whose export reads only so many images: comparing all takes long."""
         text = (stages.TREE / "model-eval/evaluate.py").read_text()
         assert text.count(READ_TEST) == 1
         program = folder / "evaluate.py"
         program.write_text(text.replace(READ_TEST, f"images, labels = (p[:{count}] for p in {READ_TEST[17:]})"))
         mount = {"volumes": [f"{program}:/opt/app/evaluate.py:ro"]}
-        return Pipeline(volume, evaluate=mount)
+        return Pipeline(volume, export=mount)
 
     def count_exported():
         card = (volume / "export/README.md").read_text()
         return int(card.partition("On the ")[2].partition(" ")[0])
 
     with project_of(20) as project:
-        first = project.run("evaluate", "--export", "--min-accuracy", "0")
+        first = project.run("export", "--min-accuracy", "0")
     stages.assert_succeeds(first)
     names, found = {path.name for path in (volume / "export").iterdir()}, [20]
     moments = [first.seconds * (number + 0.5) / MOMENTS for number in range(MOMENTS)]
     for count, moment in enumerate([*moments, *PARTS_OF_EXPORT, "/model.onnx"], 21):
         with project_of(count) as project:
-            container = project.start("evaluate", "--export", "--min-accuracy", "0")
+            container = project.start("export", "--min-accuracy", "0")
             if isinstance(moment, float):
                 time.sleep(moment)
                 container.send(SIGKILL)

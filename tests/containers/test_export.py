@@ -1,4 +1,4 @@
-"""evaluate --export in its container, and its files where torch is not installed."""
+"""The export in its container, and its files where torch is not installed."""
 
 import json
 import shutil
@@ -8,7 +8,7 @@ import pytest
 
 from environments import make_environment
 from pipeline import Pipeline, in_image
-from stages import DATA, RAW, TREE, assert_succeeds, read_json
+from stages import DATA, RAW, STAGES, TREE, assert_succeeds, read_json
 
 SIZE = "du -sm --apparent-size /opt/export | cut -f1"
 
@@ -18,7 +18,7 @@ def exported(complete, tmp_path_factory):
     """The volume after an export, in little more memory than evaluate asks for."""
     volume = shutil.copytree(complete, tmp_path_factory.mktemp("exported") / "volume")
     with Pipeline(volume, environment={"MNIST_MEMORY": "441000000"}) as project:
-        assert_succeeds(project.run("evaluate", "--export"))
+        assert_succeeds(project.run("export"))
     return volume
 
 
@@ -32,6 +32,13 @@ def test_onnx_runtime_and_numpy_alone_reach_the_accuracy_to_the_last_image(expor
     assert found["difference"] <= 1e-5
 
 
-def test_what_exporting_needs_takes_40_mb_at_most_and_only_in_evaluates_image():
-    assert 10 <= int(in_image("evaluate", SIZE)) <= 40
-    assert {in_image(stage, "ls -d /opt/export; true") for stage in ("train", "infer")} == {""}
+def test_what_exporting_needs_takes_40_mb_at_most_and_is_in_the_image_of_export_alone(exported):
+    assert 10 <= int(in_image("export", SIZE)) <= 40
+    assert {in_image(stage, "ls -d /opt/export; true") for stage in STAGES} == {""}
+
+
+def test_evaluate_names_the_service_that_exports(first_run):
+    project, _ = first_run
+    refused = project.run("evaluate", "--export")
+    assert (refused.returncode, refused.stdout) == (2, "")
+    assert refused.stderr.endswith("Run: docker compose run --rm export\n")

@@ -10,7 +10,7 @@ from environments import make_environment
 from pipeline import docker, image, output_of
 from stages import FOLDERS, STAGES, TREE
 
-LAYERS = {"evaluate": "/opt/export", "infer": "/opt/serve"}  # packages that only one image has
+LAYERS = {"export": "/opt/export", "infer": "/opt/serve"}  # packages that only one image has
 VENV = "/opt/venv/lib/python3.11/site-packages"
 
 
@@ -34,15 +34,16 @@ def copy_packages(stage, folder):
 
 
 def pinned(stage):
-    """The names and versions in a stage's requirements, as a package index writes them."""
-    lines = [
-        line for path in (TREE / FOLDERS[stage]).glob("requirements*.txt") for line in path.read_text().split("\n")
-    ]
+    """The names and versions in the requirements of a stage, or of export, as a package index writes them."""
+    paths = {*(TREE / FOLDERS.get(stage, FOLDERS["evaluate"])).glob("requirements*.txt")}
+    if stage == "evaluate":
+        paths.remove(TREE / FOLDERS[stage] / "requirements-export.txt")
+    lines = [line for path in paths for line in path.read_text().split("\n")]
     found = [line.split()[0].split("==") for line in lines if "==" in line and not line.startswith("#")]
     return {(re.sub(r"[-_.]+", "-", name).lower(), version) for name, version in found}
 
 
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("stage", [*STAGES, "export"])
 def test_the_sbom_of_an_image_lists_the_pinned_packages_and_no_others(cyclonedx, tmp_path, stage):
     # cyclonedx-py asks a Python for its folders: this one names those of the image.
     python = tmp_path / "python"
