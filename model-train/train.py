@@ -18,7 +18,7 @@ from stage import process
 
 if __name__ == "__main__":
     # Before the other imports: a signal during them would end in a traceback.
-    process.prepare_process("train")
+    process.prepare_process()
     from training import first_look
 
     first_look.end_if_nothing_to_do()
@@ -35,7 +35,8 @@ import torch
 from hogwild import SharedState
 from stage.files import CURVES, FRESH_HINT, WEIGHTS, publish
 from stage.images import Images, split_validation, to_tensors
-from stage.process import Failure, exit_on_failure, percent, print_error, say
+from stage.output import percent, print_error, say
+from stage.process import Failure, exit_on_failure
 from training import plan, settings
 from training.alone import Alone
 from training.checkpoint import Checkpoints

@@ -17,7 +17,7 @@ CASES = [case for case in corpus.cases() if case.fault != "forbidden to read" or
 
 def call_and_measure(words, folders):
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    with mock.patch("stage.process.count_cores", return_value=1):  # torch's own threads would hang after a fork
+    with mock.patch("stage.limits.count_cores", return_value=1):  # torch's own threads would hang after a fork
         result = stages.call(*words, **folders)
     return result, 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 import stages
-from stage import files, images, process
+from stage import files, images, limits, locks, output, process
 from stage.process import Failure
 from training.details.lock import volume_lock
 
@@ -70,7 +70,7 @@ def fail(*args, number=errno.ENOSPC):
 def test_a_failed_write_leaves_the_old_file_and_says_what_helps(tmp_path, monkeypatch, module, call, number, hint):
     files.publish(tmp_path / "file", b"old")
     monkeypatch.setattr(module, call, partial(fail, number=number))
-    with pytest.raises(Failure, match=f"/file .*{hint}"), files.file_lock(tmp_path / "file"):
+    with pytest.raises(Failure, match=f"/file .*{hint}"), locks.file_lock(tmp_path / "file"):
         files.publish(tmp_path / "file", b"new")
     assert (tmp_path / "file").read_bytes() == b"old"
     assert os.listdir(tmp_path) == ["file"] or call == "flock"  # the file with the lock stays
@@ -96,7 +96,7 @@ def test_of_several_writers_of_the_same_file_one_is_the_last_and_its_file_is_who
     versions = [bytes([number]) * 100_000 for number in range(200)]
 
     def write(version):
-        with files.file_lock(tmp_path / "lock"):
+        with locks.file_lock(tmp_path / "lock"):
             files.publish(tmp_path / "file", version)
 
     with ThreadPoolExecutor(8) as pool:
@@ -127,9 +127,9 @@ def test_a_volume_without_locks_is_refused_in_one_line(tmp_path, monkeypatch, nu
 def test_a_lock_that_is_linked_from_elsewhere_stays_locked(tmp_path):
     """As after `cp -al` of the volume of a running training."""
     lock, copy = tmp_path / "lock", tmp_path / "copy"
-    with files.file_lock(lock):
+    with locks.file_lock(lock):
         copy.hardlink_to(lock)
-        with pytest.raises(BlockingIOError), files.file_lock(lock, wait=False):
+        with pytest.raises(BlockingIOError), locks.file_lock(lock, wait=False):
             pass
 
 
@@ -158,11 +158,11 @@ def test_work_for_which_there_is_too_little_memory_is_refused(volume, monkeypatc
 
 
 def test_numbers_that_are_rounded_do_not_contradict_what_is_said_of_them(monkeypatch):
-    assert [process.percent(value) for value in (100, 99.999, 99.46)] == ["100.00 %", "99.99 %", "99.46 %"]
-    assert [process.percent(value, 0) for value in (100, 99.9, 99.4)] == ["100 %", "99 %", "99 %"]
+    assert [output.percent(value) for value in (100, 99.999, 99.46)] == ["100.00 %", "99.99 %", "99.46 %"]
+    assert [output.percent(value, 0) for value in (100, 99.9, 99.4)] == ["100 %", "99 %", "99 %"]
     monkeypatch.setattr(Path, "read_text", lambda path: "317000000")
     with pytest.raises(Failure, match=r"needs about 318 MB .* 317 MB"):
-        process.check_memory(317_000_001, "it")
+        limits.check_memory(317_000_001, "it")
 
 
 @pytest.mark.parametrize(("quota", "cores"), [("100000 100000", 1), ("50000 100000", 1), ("150000 100000", 1)])
@@ -170,7 +170,7 @@ def test_the_cores_of_a_container_are_those_of_its_quota(monkeypatch, quota, cor
     monkeypatch.setattr(os, "sched_getaffinity", lambda process: {*range(8)})
     monkeypatch.setattr(Path, "exists", lambda path: True)
     monkeypatch.setattr(Path, "read_text", lambda path: quota)
-    assert process.count_cores() == cores
+    assert limits.count_cores() == cores
 
 
 @pytest.mark.parametrize("error", [OSError(errno.EAGAIN, "no fork"), RuntimeError("can't start new thread")])

@@ -21,10 +21,12 @@ from torch import nn
 
 import net
 from export.card import model_card
-from stage import code, files, folders
+from stage import code, folders, locks
 from stage.dataset import DATA_SET
 from stage.files import EXPORT
-from stage.process import Failure, check_memory, say
+from stage.limits import check_memory
+from stage.output import say
+from stage.process import Failure
 
 MEMORY = 440_000_000  # bytes that evaluate needs with --export; measured
 MAX_DIFFERENCE = 1e-5  # of a probability: sums of float32 in another order
@@ -77,7 +79,7 @@ def export_model(
     }
     difference = check_onnx(contents["model.onnx"], images, log_probabilities)
     contents["README.md"] = model_card(results, metadata, code.training_of(folder, sha256), difference).encode()
-    with files.publishing(folder):
+    with locks.publishing(folder):
         folders.replace_folder(folder / EXPORT, contents)
     sizes = ", ".join(f"{name} ({len(content):,} bytes)" for name, content in contents.items())
     say(f"evaluate: exported to {folder / EXPORT}: {sizes}")

@@ -12,11 +12,12 @@ import torch
 from PIL import Image
 
 from pictures import outcome, picture, prediction, reading
-from stage import figures, files, folders, process
+from stage import figures, files, folders, limits, locks
 from stage.dataset import DATA_SET
 from stage.figures import as_png, new_figure
 from stage.files import OWN_RESULTS, PREDICTIONS
-from stage.process import Failure, percent, print_error, say
+from stage.output import percent, print_error, say
+from stage.process import Failure
 
 warnings.filterwarnings("ignore", message="Glyph")  # matplotlib's font lacks characters of some file names
 
@@ -34,7 +35,7 @@ class Result(outcome.Reading):
 
 def predict_pictures(names: list[str], data: Path, model: Path) -> int:
     """Predict pictures, publish the predictions, and return the exit status: 1 if a picture was refused."""
-    process.check_memory(MEMORY, "infer with pictures")
+    limits.check_memory(MEMORY, "infer with pictures")
     folder = model / OWN_RESULTS
     folders.check_destination(folder)
     predictor = prediction.load_predictor(model, data)
@@ -52,7 +53,7 @@ def predict_pictures(names: list[str], data: Path, model: Path) -> int:
         say(f"infer: {path}: {as_text(result)}")
     if results:
         contents[PREDICTIONS] = predictor.as_json(results)
-        with files.publishing(folder.parent):
+        with locks.publishing(folder.parent):
             folders.replace_folder(folder, contents)
         say(f"infer: {predictor.evaluation()}")
     return int(len(results) < len(paths))

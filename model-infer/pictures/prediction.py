@@ -22,7 +22,9 @@ from pictures.outcome import UNLIKE, Confidence, Prediction
 from stage import code, files, weights
 from stage.files import EVAL_RESULTS
 from stage.images import read_images, split_validation
-from stage.process import Failure, count_cores, percent
+from stage.limits import count_cores
+from stage.output import percent
+from stage.process import Failure
 
 MAX_RESULTS_BYTES = 1_000_000  # eval_results.json takes 4 kB
 KNOWN_IMAGES = 11_000  # training images, at most, that an image is compared with

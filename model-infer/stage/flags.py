@@ -1,20 +1,28 @@
 """Command lines: what the parsers of all programs have in common."""
 
 import argparse
+import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
-from stage import VERSION, files, process
+from stage import VERSION, files
+from stage.output import print_error
 
 
 def new_parser(program: str, description: str) -> argparse.ArgumentParser:
     """Return a parser that refuses a wrong command line in one line."""
     parser = argparse.ArgumentParser(prog=program, description=description, allow_abbrev=False)
     parser.add_argument("--version", action="version", version=f"{program} {VERSION}")
-    parser.error = partial(process.refuse_flags, program)  # type: ignore[method-assign]
+    parser.error = partial(refuse_flags, program)  # type: ignore[method-assign]
     return parser
+
+
+def refuse_flags(program: str, message: str) -> NoReturn:
+    """End a program whose command line is wrong: used as ArgumentParser.error."""
+    print_error(f"{program}: {message}. See: {program} --help")
+    sys.exit(2)
 
 
 def add_folder_flags(parser: argparse.ArgumentParser) -> None:

@@ -1,4 +1,4 @@
-"""The process of a stage: signals, output, limits, and errors in one line.
+"""The process of a stage: its start, its signals, and its end, which may be a failure, said in one line.
 
 It imports little: until it is imported, no signal is handled.
 """
@@ -9,14 +9,14 @@ import errno
 import gc
 import io
 import os
-import select
 import signal
 import sys
-import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType, TracebackType
-from typing import IO, Any, NoReturn
+from typing import Any, NoReturn
+
+from stage.output import can_write, flush, print_error
 
 STOP_SIGNALS = (signal.SIGHUP, signal.SIGINT, signal.SIGQUIT, signal.SIGTERM)
 # With any of these, torch's OpenMP binds the thread that imports it to one core, and so all workers that it forks.
@@ -47,8 +47,8 @@ class Failure(Exception):
         self.status = status
 
 
-def prepare_process(stage: str, needed_memory: int = 0) -> None:
-    """Set up signals, streams and environment, and check the memory limit. Call this first.
+def prepare_process() -> None:
+    """Set up signals, streams and environment. Call this first.
 
     Until there is work to save, a signal ends the process at once; an exception might be swallowed by an import.
     """
@@ -72,8 +72,6 @@ def prepare_process(stage: str, needed_memory: int = 0) -> None:
     os.environ["MPLBACKEND"] = "agg"  # figures are written to files, never shown
     for name in BINDING_VARIABLES:
         os.environ.pop(name, None)
-    with exit_on_failure(stage):
-        check_memory(needed_memory, stage)
 
 
 def imports_done() -> None:
@@ -137,104 +135,9 @@ def exit_on_failure(stage: str) -> Iterator[None]:
         sys.exit(1)
 
 
-def refuse_flags(stage: str, message: str) -> NoReturn:
-    """End a stage whose command line is wrong: used as ArgumentParser.error."""
-    print_error(f"{stage}: {message}. See: {stage} --help")
-    sys.exit(2)
-
-
 def report_crash(kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:
     """Report an uncaught exception: a lack of memory in one line, anything else, which is a bug, as a traceback."""
     if issubclass(kind, MemoryError) or "failed to map segment" in str(error):
         print_error(f"{Path(sys.argv[0]).stem}: out of memory ({error}). Raise the memory limit, then run it again.")
     elif can_write(sys.stderr):
         sys.__excepthook__(kind, error, traceback)
-
-
-# Output ---------------------------------------------------------------------------------------------------------------
-
-
-def say(text: str, end: str = "\n") -> None:
-    """Print to standard output."""
-    write(sys.stdout, text + end)
-
-
-def print_error(text: str) -> None:
-    """Print a failure or a warning to standard error, on one line even if a path or a flag contains a line break."""
-    write(sys.stderr, text.replace("\n", "\\n") + "\n")
-
-
-def write(stream: IO[str], text: str) -> None:
-    """Write to a standard stream, or drop the text if it cannot be written: output must not stop the work."""
-    if can_write(stream):
-        with contextlib.suppress(OSError):
-            stream.write(text)
-        flush(stream)
-
-
-def percent(value: float, digits: int = 2) -> str:
-    """Format a percentage. Only 100 itself is shown as 100 %."""
-    return f"{value if value == 100 else min(value, 100 - 10**-digits):.{digits}f} %"
-
-
-def can_write(stream: IO[str]) -> bool:
-    """Return whether a standard stream accepts text within a second; a pipe that nobody reads does not."""
-    try:
-        return bool(select.select([], [stream.fileno()], [], 1)[1])
-    except ValueError:  # not backed by a file descriptor
-        return True
-
-
-def flush(stream: IO[str]) -> None:
-    """Flush a standard stream; if that fails, as when a pipe's reader is gone, drop all further output."""
-    try:
-        stream.flush()
-    except OSError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
-
-
-# Limits ---------------------------------------------------------------------------------------------------------------
-
-
-def count_cores() -> int:
-    """Return the number of cores that this process may use: CPU affinity and cgroup quota, rounded down."""
-    cores = len(os.sched_getaffinity(0))
-    v2, v1 = Path("/sys/fs/cgroup/cpu.max"), Path("/sys/fs/cgroup/cpu")
-    with contextlib.suppress(OSError, ValueError):
-        if v2.exists():
-            quota, period = v2.read_text().split()  # "max 100000" where there is no quota: a ValueError
-        else:
-            quota, period = ((v1 / f"cpu.cfs_{name}_us").read_text() for name in ("quota", "period"))
-        if int(quota) > 0:
-            cores = min(cores, int(quota) // int(period))
-    return max(1, cores)
-
-
-def check_memory(needed: int, what: str) -> None:
-    """Raise Failure if the container's memory limit is below `needed` bytes."""
-    for path in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
-        with contextlib.suppress(OSError, ValueError):  # no such file, or "max" in it
-            limit = int(Path(path).read_text())
-            if limit < needed:
-                raise Failure(  # rounded up and down, or both could be shown as the same
-                    f"{what} needs about {-(-needed // 10**6)} MB of memory, but the limit is {limit // 10**6} MB. "
-                    f"Raise MNIST_MEMORY, then run it again.",
-                    status=2,
-                )
-
-
-def check_threads(count: int) -> None:
-    """Raise Failure if that many threads cannot be started: libraries that cannot start one abort or hang."""
-    release = threading.Event()
-    threads: list[threading.Thread] = []
-    try:
-        for _ in range(count):
-            thread = threading.Thread(target=release.wait, daemon=True)
-            thread.start()
-            threads.append(thread)
-    except RuntimeError:
-        raise Failure(THREADS_HINT) from None
-    finally:
-        release.set()
-        for thread in threads:  # forking while they run would not be safe
-            thread.join()

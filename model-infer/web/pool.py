@@ -17,7 +17,8 @@ from typing import NamedTuple
 
 import msgspec
 
-from stage.process import Failure, count_cores
+from stage.limits import count_cores
+from stage.process import Failure
 
 SECONDS = 20  # for a picture; then the process that predicts it is killed
 MAX_PROCESSES = 3  # each takes 60 MB, and up to 80 MB more for a picture

@@ -41,7 +41,7 @@ MAX_CODED = 1_000_000  # %-coded characters in a data URL: each takes 100 bytes 
 def main() -> None:
     """Load the model, and answer requests in as many processes as there are sockets."""
     model, data, *descriptors = sys.argv[1:]
-    process.prepare_process("serve")
+    process.prepare_process()
     for number in process.STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)  # a terminal sends them to all processes; serve ends this one
     connections = [socket.socket(fileno=int(descriptor)) for descriptor in descriptors]

@@ -7,7 +7,8 @@ from typing import NamedTuple
 
 from stage.dataset import DATA_SET
 from stage.files import EVAL_RESULTS, WEIGHTS
-from stage.process import Failure, command, percent, print_error, say
+from stage.output import percent, print_error, say
+from stage.process import Failure, command
 from web.pool import Pool
 
 FIRST_SECOND, LAST_SECOND = -62_135_596_800, 253_402_300_799  # of the years 1 to 9999, which datetime can represent

@@ -18,7 +18,7 @@ if __name__ == "__main__":
 from stage import process
 
 if __name__ == "__main__":
-    process.prepare_process("launch")
+    process.prepare_process()
 
 import argparse
 import contextlib
@@ -36,7 +36,8 @@ from typing import NoReturn
 
 from cluster import environment
 from stage import flags
-from stage.process import Failure, exit_on_failure, print_error
+from stage.output import print_error
+from stage.process import Failure, exit_on_failure
 from training import settings
 
 TRAIN = Path(__file__).parents[1] / "train.py"
@@ -251,7 +252,7 @@ def train_on_this_node() -> int:
 
     A failure in the training, such as the loss of another node, ends this process: torchrun then starts it again.
     """
-    process.prepare_process("train")
+    process.prepare_process()
     _, sys.argv[1:] = parse_args()
     try:
         status: int = runpy.run_path(str(TRAIN))["main"]()

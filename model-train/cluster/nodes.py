@@ -27,7 +27,8 @@ from hogwild import SharedState
 from stage.dataset import batches_per_epoch
 from stage.files import FRESH_HINT, TRAIN_RESULTS
 from stage.images import Images, split_validation, to_tensors
-from stage.process import Failure, print_error, say
+from stage.output import print_error, say
+from stage.process import Failure
 from training import plan, settings
 from training.checkpoint import Checkpoints, parse_checkpoint, restore
 from training.data import read_data

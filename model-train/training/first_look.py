@@ -2,7 +2,8 @@
 
 import sys
 
-from stage.process import Failure, exit_on_failure, print_error, say
+from stage.output import print_error, say
+from stage.process import Failure, exit_on_failure
 from training import plan, settings
 from training.data import read_data
 from training.details.limits import check_limits

@@ -7,7 +7,8 @@ from msgspec.structs import replace
 
 from hogwild import PRECISION, SharedState
 from stage.files import CHECKPOINT, FRESH_HINT, TRAIN_RESULTS
-from stage.process import Failure, say
+from stage.output import say
+from stage.process import Failure
 from training.checkpoint import read_checkpoint, restore
 from training.details import checks
 from training.details.limits import check_memory

@@ -23,7 +23,8 @@ import torch
 
 from hogwild import SharedState, Trainer
 from stage.files import FRESH_HINT
-from stage.process import STOP_SIGNALS, Failure, say, signal_name
+from stage.output import say
+from stage.process import STOP_SIGNALS, Failure, signal_name
 from training.record import LostWorker, Record, WorkerRecord
 from training.stopping import LOST, RESUME_HINT, RunningClock, Stopped, StopRequest
 

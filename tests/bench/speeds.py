@@ -10,7 +10,7 @@ sys.path.insert(0, "/opt/app")  # the image's own programs
 import torch
 
 import net
-from stage import files, process, weights
+from stage import files, limits, weights
 from stage.images import read_images
 
 SIZE = 1024  # of the matrices
@@ -38,7 +38,7 @@ def matrices():
 
 def predict_all():
     """How many of the test images/s the model predicts, without imports and files."""
-    torch.set_num_threads(process.count_cores())  # as evaluate.py does
+    torch.set_num_threads(limits.count_cores())  # as evaluate.py does
     model = net.Net()
     weights.load_model(model, files.MODEL)
     images, _ = read_images(files.DATA, "test")

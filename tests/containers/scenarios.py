@@ -138,7 +138,8 @@ def kill_exports(volume, folder):
                 time.sleep(moment)
                 container.send(SIGKILL)
             else:
-                assert kill_once_there_is(container, project, f".export.new{moment}")
+                killed = kill_once_there_is(container, project, f".export.new{moment}")
+                assert killed or moment == "/README.md"  # the last file, after which the folder is renamed at once
             assert container.end().returncode in (0, 128 + SIGKILL)
         assert {path.name for path in (volume / "export").iterdir()} == names
         assert count_exported() in (found[-1], count)

@@ -1,7 +1,7 @@
 """training.png: the curves of a training."""
 
 from stage.figures import as_png, new_figure
-from stage.process import percent
+from stage.output import percent
 from training.record import EpochRecord
 
 

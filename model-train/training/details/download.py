@@ -10,9 +10,11 @@ from pathlib import Path
 from typing import IO
 
 from stage.dataset import DATA_SET
-from stage.files import DOWNLOAD_LOCK, file_lock, publish, remove
+from stage.files import DOWNLOAD_LOCK, publish, remove
 from stage.images import MAX_FILE_BYTES, problem_of, read_raw, size_by_header
-from stage.process import Failure, say
+from stage.locks import file_lock
+from stage.output import say
+from stage.process import Failure
 
 DOWNLOAD_TIMEOUT = 60  # seconds without an answer from a mirror
 

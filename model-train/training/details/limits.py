@@ -1,7 +1,7 @@
 """Whether the container has the memory, processes and cores that a training needs."""
 
-from stage import process
-from stage.process import say
+from stage import limits
+from stage.output import say
 from training.settings import Settings
 
 # The memory that train needs, in bytes: for torch and the images, per worker for torch's buffers, and per image of a
@@ -15,8 +15,8 @@ def check_limits(wanted: Settings) -> None:
     """Raise Failure if the container lacks memory or processes for the settings; warn if it has too few cores."""
     workers = wanted.num_processes
     check_memory(wanted)
-    process.check_threads(2 * workers + 2)  # the workers, as many threads for validation, and a margin
-    cores = process.count_cores()
+    limits.check_threads(2 * workers + 2)  # the workers, as many threads for validation, and a margin
+    cores = limits.count_cores()
     if workers > cores:
         say(f"train: warning: {workers} workers share {cores} core{'s' * (cores > 1)}, which slows training down")
 
@@ -26,4 +26,4 @@ def check_memory(wanted: Settings, parameters: int = 0) -> None:
     workers, batch_size = wanted.num_processes, wanted.batch_size
     needed = PARENT_MEMORY + workers * (WORKER_MEMORY + batch_size * IMAGE_MEMORY)
     needed += 4 * parameters * (PARENT_COPIES + workers * WORKER_COPIES)
-    process.check_memory(needed, f"training with {workers} workers and batches of {batch_size:,} images")
+    limits.check_memory(needed, f"training with {workers} workers and batches of {batch_size:,} images")

@@ -7,7 +7,8 @@ from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 
-from stage.files import TRAIN_LOCK, file_lock, read_limited
+from stage.files import TRAIN_LOCK, read_limited
+from stage.locks import file_lock
 from stage.process import Failure
 
 

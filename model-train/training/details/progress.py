@@ -4,7 +4,7 @@ import contextlib
 import sys
 import time
 
-from stage.process import can_write, percent, say
+from stage.output import can_write, percent, say
 from training.record import Record
 
 LINE_SECONDS = 5
