@@ -11,7 +11,7 @@ import pytest
 from PIL import Image, ImageChops, ImageOps
 
 import example
-from pictures import heic, picture
+from pictures import heic, opening, picture
 from stage.process import Failure
 
 PICTURES = 20  # of each format
@@ -111,8 +111,8 @@ def test_a_file_is_read_as_its_png_is(photographs, name):
     for number, image in enumerate(photographs):
         exif = Image.Exif()
         exif[EXIF_ORIENTATION] = int(name[-1]) if "orientation" in name else 1
-        expected = grey(picture.open_picture(encode(image, exif=exif)))
-        opened = picture.open_picture(FORMATS[name](image, number))
+        expected = grey(opening.open_picture(encode(image, exif=exif)))
+        opened = opening.open_picture(FORMATS[name](image, number))
         if "16 bits" in name:
             opened, expected = picture.stretch(opened), grey(ImageOps.autocontrast(image.convert("L")))
         found = grey(opened)
@@ -129,7 +129,7 @@ def test_the_rows_that_a_truncated_jpeg_lacks_are_cut_off_and_half_a_picture_is_
     heights = []
     for percent in range(100, 0, -10):
         try:
-            image = picture.open_picture(content[: len(content) * percent // 100])
+            image = opening.open_picture(content[: len(content) * percent // 100])
         except Failure as failure:
             heights.append(str(failure))
         else:
@@ -184,10 +184,10 @@ def tiled(tiles, columns, size, turn):
 
 
 def test_the_tiles_of_a_telephones_heic_are_put_together_turned_and_reduced(photographs, monkeypatch):
-    monkeypatch.setattr(picture, "WORKING_SIDE", 600)  # of which the picture is four times as long
+    monkeypatch.setattr(opening, "WORKING_SIDE", 600)  # of which the picture is four times as long
     large = photographs[3].resize((2400, 2000), Image.Resampling.BICUBIC)
     tiles = [large.crop((x, y, x + 512, y + 512)) for y in range(0, 2000, 512) for x in range(0, 2400, 512)]
-    image = picture.open_picture(tiled([as_heic(tile) for tile in tiles], 5, large.size, turn=1))
+    image = opening.open_picture(tiled([as_heic(tile) for tile in tiles], 5, large.size, turn=1))
     assert image.size == (1000, 1200)  # reduced by 2, and turned counter-clockwise
     assert image.info["longer_side"] == 2400
     expected = large.transpose(Image.Transpose.ROTATE_90).reduce(2)
@@ -197,7 +197,7 @@ def test_the_tiles_of_a_telephones_heic_are_put_together_turned_and_reduced(phot
 @pytest.mark.parametrize("size", [(397, 299), (64, 65), (33, 400)])
 def test_a_heic_of_an_odd_size_is_cut_to_it(photographs, size):
     image = photographs[0].resize(size)
-    opened = picture.open_picture(as_heic(image))
+    opened = opening.open_picture(as_heic(image))
     assert opened.size == size
     assert np.abs(grey(opened) - grey(image)).mean() < 3
 
@@ -205,7 +205,7 @@ def test_a_heic_of_an_odd_size_is_cut_to_it(photographs, size):
 def test_a_heic_of_too_many_pixels_is_refused_before_it_is_decoded(photographs):
     content = tiled([as_heic(photographs[0])], 1, (10_000, 6_001), turn=0)
     with pytest.raises(Failure, match="60,000,000 pixels"):
-        picture.open_picture(content)
+        opening.open_picture(content)
 
 
 @pytest.mark.parametrize("damage", ["truncated", "changed"])
@@ -219,13 +219,13 @@ def test_a_damaged_heic_is_read_or_refused_in_one_line(photographs, damage):
         for _ in range(8 if damage == "changed" else 0):
             damaged[rng.randrange(40, 700)] = rng.randrange(256)
         try:
-            outcomes.add(type(picture.open_picture(damaged)))
+            outcomes.add(type(opening.open_picture(damaged)))
         except Failure as failure:
             outcomes.add(str(failure))
-    assert picture.DAMAGED in outcomes
+    assert opening.DAMAGED in outcomes
     assert "\n" not in "".join(map(str, outcomes))
     if damage == "truncated":
-        assert outcomes == {picture.DAMAGED}
+        assert outcomes == {opening.DAMAGED}
 
 
 @pytest.fixture
@@ -246,7 +246,7 @@ def test_a_decoder_that_crashes_never_ends_or_is_not_installed_is_a_refusal_in_o
 ):
     content = as_heic(photographs[0])
     started = "    Image.preinit()"
-    monkeypatch.setattr(picture, "HEIC_SECONDS", 1)
+    monkeypatch.setattr(opening, "HEIC_SECONDS", 1)
     for old, new, reason in (
         ('"libde265.so.0"', '"libde265-none.so"', "libde265"),
         (started, "    ctypes.string_at(0)", "damaged"),
@@ -256,8 +256,8 @@ def test_a_decoder_that_crashes_never_ends_or_is_not_installed_is_a_refusal_in_o
             patch.setattr(heic, "__file__", heic.__file__)
             change(old, new)
             with pytest.raises(Failure, match=reason):
-                picture.open_picture(content)
-        monkeypatch.setattr(heic, "__file__", str(Path(picture.__file__).with_name("heic.py")))
+                opening.open_picture(content)
+        monkeypatch.setattr(heic, "__file__", str(Path(opening.__file__).with_name("heic.py")))
 
 
 @pytest.mark.parametrize("attempt", ["open('/dev/null')", "bytearray(memory)", "__import__('socket').socket()"])
@@ -266,4 +266,4 @@ def test_a_hostile_heic_can_open_no_file_and_no_connection_and_take_no_more_memo
         "    decoder = Decoder(library",
         f"    try: {attempt}\n    except (OSError, MemoryError): pass\n    else: return\n    decoder = Decoder(library",
     )
-    assert picture.open_picture(as_heic(photographs[0])).size == (200, 150)
+    assert opening.open_picture(as_heic(photographs[0])).size == (200, 150)

@@ -14,7 +14,7 @@ from PIL import Image
 
 import example
 import stages
-from pictures import outcome, own, picture, prediction, reading
+from pictures import opening, outcome, own, picture, prediction, reading
 from stage import figures, images
 from stage.dataset import DATA_SET
 
@@ -74,7 +74,7 @@ def test_a_file_gets_the_same_probabilities_as_its_prepared_pixels(volume, folde
     stages.assert_succeeds(infer("scans/photo.jpg"))
     (entry,) = published(volume)[1]
     predictor = prediction.load_predictor(volume, folder)
-    read, pixels = reading.read(picture.open_picture(path.read_bytes()), predictor)
+    read, pixels = reading.read(opening.open_picture(path.read_bytes()), predictor)
     assert entry == json.loads(json.dumps({"file": str(path)} | read))
     assert predictor.predict(pixels).items() <= entry.items()
 
@@ -186,7 +186,7 @@ def test_fashion_mnists_own_test_images_as_files_are_predicted_as_their_raw_pixe
     other()
     predictor = prediction.load_predictor(trained, None)  # of any network: only the pixels must be the same
     for pixels in stages.read_fashion_images(200):
-        read, seen = reading.read(picture.open_picture(as_png(Image.fromarray(pixels.numpy()))), predictor)
+        read, seen = reading.read(opening.open_picture(as_png(Image.fromarray(pixels.numpy()))), predictor)
         assert seen.equal(pixels)
         assert read == predictor.predict(pixels)
 
@@ -195,7 +195,7 @@ def test_coloured_images_as_files_are_their_own_pixels_and_larger_ones_are_reduc
     other(shape=(3, 24, 32))
     pixels = torch.randint(0, 256, (24, 32, 3), dtype=torch.uint8)
     image = Image.fromarray(pixels.numpy())
-    assert picture.resize(picture.open_picture(as_png(image))).equal(pixels)
+    assert picture.resize(opening.open_picture(as_png(image))).equal(pixels)
     enlarged = image.resize((32 * 9, 24 * 9), Image.Resampling.NEAREST)
     flat = Image.new("RGB", (2000, 900), (10, 200, 30))
     assert picture.resize(enlarged).shape == (24, 32, 3)

@@ -13,7 +13,7 @@ from PIL import Image, ImageDraw
 import example
 import rendering
 import stages
-from pictures import picture, prediction, reading
+from pictures import opening, prediction, reading
 from stage.process import Failure
 
 RENDERED = 300
@@ -41,7 +41,7 @@ for path in [None, *sys.argv[1:]]:
     if os.fork() == 0:
         if path:
             with open(path, "rb") as file:
-                image = picture.open_picture(file.read())
+                image = opening.open_picture(file.read())
             picture.to_grey(image)
             picture.resize(image)
             own.thumbnail(image)
@@ -89,7 +89,7 @@ def encode(image, name="PNG", **options):
 def outcome(prepare, file):
     """Return the shape of the image prepared from a file, or the reason why the file is refused."""
     try:
-        return prepare(picture.open_picture(file)).shape
+        return prepare(opening.open_picture(file)).shape
     except Failure as failure:
         return str(failure)
 
@@ -117,7 +117,7 @@ def test_rendered_pictures_are_predicted_almost_as_well_as_the_raw_images(predic
     for index in rng.permutation(len(images))[:RENDERED].tolist():
         file = rendering.render(images[index].numpy(), rng)
         correct["raw"] += predictor.predict(images[index])["prediction"] == labels[index]
-        correct["rendered"] += reading.read(picture.open_picture(file), predictor)[0]["prediction"] == labels[index]
+        correct["rendered"] += reading.read(opening.open_picture(file), predictor)[0]["prediction"] == labels[index]
     # This model is of a single epoch; a finished one loses less (docs/drawing.md).
     assert correct["rendered"] >= correct["raw"] - 0.02 * RENDERED
 
@@ -155,7 +155,7 @@ def test_changes_that_leave_the_digit_as_it_is_do_not_matter(prepare, three):
     for orientation, turn in rendering.TURNS.items():
         exif = Image.Exif()
         exif[rendering.ORIENTATION] = orientation
-        changed[f"EXIF orientation {orientation}"] = picture.open_picture(encode(three.transpose(turn), exif=exif))
+        changed[f"EXIF orientation {orientation}"] = opening.open_picture(encode(three.transpose(turn), exif=exif))
     expected = prepare(three)
     differences = {name: difference(prepare(image), expected) for name, image in changed.items()}
     assert {name for name, grey_levels in differences.items() if grey_levels >= 0.5} == set()
@@ -212,7 +212,7 @@ def test_any_size_is_prepared_or_refused(prepare, size, mode):
 @pytest.mark.parametrize("name", FORMATS)
 def test_a_file_of_any_format_is_read_and_a_truncated_one_refused_in_one_line_or_partly_read(prepare, three, name):
     file = encode(three.convert("RGB"), name)
-    prepared = prepare(picture.open_picture(file))
+    prepared = prepare(opening.open_picture(file))
     assert prepared.dtype == torch.uint8
     assert difference(prepared, prepare(three)) < 3
     for length in range(1, len(file), 1 + len(file) // 20):
@@ -234,16 +234,16 @@ def test_modes(prepare, three, mode):
 )
 def test_a_file_that_is_not_a_picture_is_refused(content):
     with pytest.raises(Failure, match="not a picture"):
-        picture.open_picture(content)
+        opening.open_picture(content)
 
 
 def test_the_largest_pictures_that_are_accepted_take_no_more_memory_than_planned(tmp_path):
     sizes = []
     for number, (name, mode, options) in enumerate(LARGEST):
-        each = picture.FORMAT_BYTES.get(name, picture.MODE_BYTES.get(mode, picture.OTHER_BYTES))
+        each = opening.FORMAT_BYTES.get(name, opening.MODE_BYTES.get(mode, opening.OTHER_BYTES))
         each += 2 * len(mode) if name == "JPEG" else 0  # as in needed_memory()
         width = 50_000 if name == "JPEG" else 5_000  # so long that draft() does not reduce it
-        image = Image.new(mode, (width, min(picture.MEMORY // each, picture.MAX_PIXELS) // width))
+        image = Image.new(mode, (width, min(opening.MEMORY // each, opening.MAX_PIXELS) // width))
         sizes.append((tmp_path / f"{number:02}").write_bytes(encode(image, name, **options)))
     malloc = {"MALLOC_MMAP_THRESHOLD_": "33554432", "MALLOC_TRIM_THRESHOLD_": "1000000000"}  # as in the images
     env = os.environ | malloc | {"PYTHONPATH": str(stages.TREE / "model-infer")}
@@ -251,17 +251,17 @@ def test_the_largest_pictures_that_are_accepted_take_no_more_memory_than_planned
     result = subprocess.run(command, env=env, capture_output=True, text=True, check=True)
     base, *peaks = map(int, result.stdout.split())
     taken = [(1024 * (peak - base) - size) // 10**6 for peak, size in zip(peaks, sizes, strict=True)]
-    assert max(taken) <= picture.MEMORY // 10**6 + 30  # for the reduced picture
+    assert max(taken) <= opening.MEMORY // 10**6 + 30  # for the reduced picture
 
 
 @pytest.mark.parametrize(("name", "mode", "options"), LARGEST)
 def test_a_picture_of_more_pixels_than_its_format_and_mode_allow_is_refused(name, mode, options):
     file = encode(Image.new(mode, (500, 500)), name, **options)
     with Image.open(io.BytesIO(file)) as image:
-        needed = picture.needed_memory(image, 500 * 500)
-    picture.open_picture(file, needed)
-    with pytest.raises(picture.TooLarge, match=f"too many pixels: this {name}"):
-        picture.open_picture(file, needed - 1)
+        needed = opening.needed_memory(image, 500 * 500)
+    opening.open_picture(file, needed)
+    with pytest.raises(opening.TooLarge, match=f"too many pixels: this {name}"):
+        opening.open_picture(file, needed - 1)
 
 
 def test_a_photograph_of_a_telephone_may_have_50_megapixels(prepare):
@@ -273,9 +273,9 @@ def test_a_photograph_of_a_telephone_may_have_50_megapixels(prepare):
 def test_a_picture_of_too_many_pixels_is_refused():
     for file in (encode(Image.new("1", (8000, 7501))), encode(Image.new("L", (20_000, 20_000)))):
         with pytest.raises(Failure, match="60,000,000 pixels"):
-            picture.open_picture(file)
+            opening.open_picture(file)
 
 
 def test_only_the_first_frame_of_an_animation_counts(prepare, three):
     file = encode(three, "GIF", save_all=True, append_images=[Image.new("L", three.size, 255)])
-    assert difference(prepare(picture.open_picture(file)), prepare(three)) < 2
+    assert difference(prepare(opening.open_picture(file)), prepare(three)) < 2

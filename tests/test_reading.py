@@ -8,7 +8,7 @@ from PIL import Image
 
 import example
 import stages
-from pictures import prediction, reading
+from pictures import pieces, prediction, reading
 
 sys.path.append(str(stages.TREE / "tests/bench"))
 
@@ -92,7 +92,7 @@ def test_pieces_are_connected_also_below_and_at_corners():
     mask = np.zeros((5, 9), bool)
     mask[:, 0] = mask[:, 4] = mask[4, :5] = True  # a U, whose sides are connected in the last row
     mask[0, 6] = mask[1, 7] = True
-    pieces, boxes = reading.find_pieces(mask)
+    numbers, boxes = pieces.find_pieces(mask)
     assert sorted(boxes) == [(0, 0, 5, 5), (0, 6, 2, 8)]
-    assert (pieces > 0).tolist() == mask.tolist()
-    assert pieces[0, 0] == pieces[0, 4] != pieces[0, 6] == pieces[1, 7]
+    assert (numbers > 0).tolist() == mask.tolist()
+    assert numbers[0, 0] == numbers[0, 4] != numbers[0, 6] == numbers[1, 7]

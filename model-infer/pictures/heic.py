@@ -1,6 +1,6 @@
 """Decodes a HEIC, as iPhones store photographs, from standard input to a PPM on standard output, upright.
 
-picture.py runs this as a process of its own, with its limits as arguments. Before it looks at the file it gives up what
+opening.py runs this as a process of its own, with its limits as arguments. Before it looks at the file it gives up what
 it does not need, so that a hostile file can open no other and no connection. Only the pixels, in HEVC, are decoded by a
 library in C, libde265; the boxes around them (ISO/IEC 14496-12 and 23008-12) are read here. Of a large picture only as
 many pixels are kept as will be looked at; standard error has the factor by which it was reduced.

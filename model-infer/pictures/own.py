@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from pictures import outcome, picture, prediction, reading
+from pictures import opening, outcome, picture, prediction, reading
 from stage import figures, files, folders, limits, locks
 from stage.dataset import DATA_SET
 from stage.figures import as_png, new_figure
@@ -114,7 +114,7 @@ def predict_picture(predictor: prediction.Predictor, path: Path) -> tuple[Result
         raise Failure(f"{path} is a folder. Name the pictures in it.")
     content = bytes(files.read_limited(path, MAX_PICTURE_BYTES, "Name another."))  # Pillow would copy a bytearray
     try:
-        image = picture.open_picture(content)
+        image = opening.open_picture(content)
         read, pixels = reading.read(image, predictor)
     except Failure as failure:
         raise Failure(f"{path}: {failure}") from None

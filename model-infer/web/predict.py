@@ -26,7 +26,7 @@ import msgspec
 import torch
 
 from pictures import reading
-from pictures.picture import MEMORY, TooLarge, open_picture
+from pictures.opening import MEMORY, TooLarge, open_picture
 from pictures.prediction import Predictor, load_predictor
 from stage import process
 from stage.process import Failure

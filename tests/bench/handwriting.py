@@ -24,7 +24,7 @@ import infer
 import rendering
 import strokes
 from pictures import prediction, reading
-from pictures.picture import open_picture
+from pictures.opening import open_picture
 from stage.images import read_images, split_validation
 from stage.process import Failure
 
