@@ -181,7 +181,7 @@ def draw_mistakes(images: torch.Tensor, labels: torch.Tensor, log_probabilities:
     worst = wrong[confidence[wrong].argsort(descending=True)][: side * side]
     figure = new_figure(7, 7.8, layout="tight")
     axes = figure.subplots()
-    axes.set_title(f"The {len(worst)} most confident of {len(wrong)} mistakes on the test images")
+    axes.set_title(f"Mistakes on the test images: {len(worst)} of {len(wrong)}, the most confident first")
     # One picture with all images on it: 25 axes would take longer to draw than the images took to evaluate. A unit is
     # the longer side of an image.
     limits = {"xlim": (0, 1.3 * side), "ylim": (1.6 * side, 0)}
