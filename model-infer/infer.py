@@ -16,16 +16,19 @@ With pictures, by their paths in DATA, it reads those and the training images, a
 
 from stage import limits, locks, process
 
+SAMPLES = 5
+BASE_MEMORY, SAMPLE_MEMORY = 211_500_000, 700_000  # bytes that infer needs, in all and for each sample; measured
+
 if __name__ == "__main__":
     # Before the other imports: a signal during them would end in a traceback, and a lack of memory in a silent kill.
     process.prepare_process()
     with process.exit_on_failure("infer"):
-        limits.check_memory(215_000_000, "infer")  # for the default, 5 samples; main() checks again
+        limits.check_memory(BASE_MEMORY + SAMPLES * SAMPLE_MEMORY, "infer")  # again when the flags are known
 
 import argparse
 import math
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import TypedDict
 
 import torch
 
@@ -38,11 +41,9 @@ from stage.images import read_images
 from stage.output import percent, say
 from stage.process import exit_on_failure
 
-SAMPLES = 5
 # Creates a container of infer if there is none, as after `run --rm`, to copy from. An old `out` would keep its files.
 COPY_COMMAND = "docker compose up --no-start --no-deps infer && docker compose cp infer:/opt/mount/model/. out"
 MAX_SAMPLES = 100  # more would not fit on a readable sheet
-BASE_MEMORY, SAMPLE_MEMORY = 211_500_000, 700_000  # bytes that infer needs, in all and for each sample; measured
 
 
 class Sample(TypedDict):
@@ -60,7 +61,6 @@ def main() -> int:
     args = parse_args()
     with exit_on_failure("infer"):
         limits.check_threads(4)  # torch starts few, since the network predicts on one thread
-        torch.set_num_threads(1)
         status = own.predict_pictures(args.pictures, args.data, args.model) if args.pictures else predict_samples(args)
         if args.model == files.MODEL:
             say(f"infer: copy all files out of the volume into a new folder, out, with: {COPY_COMMAND}")
@@ -146,10 +146,10 @@ def draw(samples: list[Sample], images: torch.Tensor) -> bytes:
         color = figures.BLUE if predicted == true else figures.VERMILION
         confidence = 100 * max(sample["probabilities"])
         center = left + 0.5 * width
-        style: dict[str, Any] = {"ha": "center", "va": "center", "color": color}
         lines = (0.09, 17, f"predicted {predicted}"), (0.2, 10, f"{percent(confidence, 1)}, true class {true}")
         for down, size, text in lines:  # in a smaller size where names are long
-            figure.text(center, top - down * height, text, fontsize=min(size, 290 / len(text)), **style)
+            fontsize = min(size, 290 / len(text))
+            figure.text(center, top - down * height, text, fontsize=fontsize, color=color, ha="center", va="center")
     return as_png(figure)
 
 

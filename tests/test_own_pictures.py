@@ -14,7 +14,7 @@ from PIL import Image
 
 import example
 import stages
-from pictures import opening, outcome, own, picture, prediction, reading
+from pictures import opening, outcome, own, prediction, preparation, reading
 from stage import figures, images
 from stage.dataset import DATA_SET
 
@@ -195,11 +195,11 @@ def test_coloured_images_as_files_are_their_own_pixels_and_larger_ones_are_reduc
     other(shape=(3, 24, 32))
     pixels = torch.randint(0, 256, (24, 32, 3), dtype=torch.uint8)
     image = Image.fromarray(pixels.numpy())
-    assert picture.resize(opening.open_picture(as_png(image))).equal(pixels)
+    assert preparation.resize(opening.open_picture(as_png(image))).equal(pixels)
     enlarged = image.resize((32 * 9, 24 * 9), Image.Resampling.NEAREST)
     flat = Image.new("RGB", (2000, 900), (10, 200, 30))
-    assert picture.resize(enlarged).shape == (24, 32, 3)
-    assert picture.resize(flat).flatten(0, 1).unique(dim=0).tolist() == [[10, 200, 30]]
+    assert preparation.resize(enlarged).shape == (24, 32, 3)
+    assert preparation.resize(flat).flatten(0, 1).unique(dim=0).tolist() == [[10, 200, 30]]
 
 
 @pytest.mark.parametrize("channels", [1, 3])
@@ -208,7 +208,7 @@ def test_coloured_images_as_files_are_their_own_pixels_and_larger_ones_are_reduc
 )
 def test_a_picture_of_any_mode_is_resized(other, mode, channels):
     other(shape=(channels, 32, 16))
-    prepared = picture.resize(Image.new(mode, (50, 40)))
+    prepared = preparation.resize(Image.new(mode, (50, 40)))
     assert prepared.shape == ((32, 16) if channels == 1 else (32, 16, 3))
     assert prepared.dtype == torch.uint8
 
@@ -227,6 +227,16 @@ def test_the_drawing_has_a_bar_for_each_class_whatever_its_name(other, monkeypat
     labels = sorted(label.get_window_extent().y0 for label in right.get_yticklabels())
     assert min(b - a for a, b in pairwise(labels)) > 10  # pixels of 120 dpi: readable
     assert Image.open(io.BytesIO(png)).height >= 456
+
+
+def test_what_is_said_of_several_digits_holds_for_each():
+    def digit(number, best, confidence):
+        rest = (1 - best) / 9
+        probabilities = [best if index == number else rest for index in range(10)]
+        return {"prediction": number, "probabilities": probabilities, "confidence": confidence, "box": (0, 0, 9, 9)}
+
+    read = reading.as_reading([digit(1, 0.999, "unsure"), digit(2, 0.95, "sure")])
+    assert own.as_text(read) == "predicted 12 (each at least 95.0 %), not sure"
 
 
 def test_an_image_unlike_the_trained_ones_is_no_digit_only_where_images_are_digits(other, monkeypatch):

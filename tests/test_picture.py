@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageDraw
+from PIL.PngImagePlugin import PngInfo
 
 import example
 import rendering
@@ -36,14 +37,14 @@ LARGEST = [
 # Prints the peaks of the memory, in kB, of a process that only imports, and of one for each picture.
 MEASURE = """
 import os, sys
-from pictures import own, picture
+from pictures import opening, own, preparation
 for path in [None, *sys.argv[1:]]:
     if os.fork() == 0:
         if path:
             with open(path, "rb") as file:
                 image = opening.open_picture(file.read())
-            picture.to_grey(image)
-            picture.resize(image)
+            preparation.to_grey(image)
+            preparation.resize(image)
             own.thumbnail(image)
         os._exit(0)
     print(os.wait4(-1, 0)[2].ru_maxrss)
@@ -235,6 +236,15 @@ def test_modes(prepare, three, mode):
 def test_a_file_that_is_not_a_picture_is_refused(content):
     with pytest.raises(Failure, match="not a picture"):
         opening.open_picture(content)
+
+
+def test_the_texts_of_a_png_are_no_values_of_ours(prepare, three):
+    texts = PngInfo()
+    for name in ("transparency", "longer_side", "exif"):
+        texts.add_text(name, "x")
+    for mode in ("L", "RGB", "P"):
+        image = three.convert(mode)
+        assert prepare(opening.open_picture(encode(image, pnginfo=texts))).equal(prepare(image))
 
 
 def test_the_largest_pictures_that_are_accepted_take_no_more_memory_than_planned(tmp_path):

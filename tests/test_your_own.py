@@ -322,7 +322,7 @@ TENS = {  # where 10 is not the number of classes
     "model-infer/pictures/heic.py": "the place of a byte",
     "model-infer/pictures/opening.py": "bytes a pixel",
     "model-infer/pictures/own.py": "inches",
-    "model-infer/pictures/picture.py": "pixels, in the preparation of digits for MNIST",
+    "model-infer/pictures/preparation.py": "pixels, in the preparation of digits for MNIST",
     "model-infer/web/bounds.py": "seconds",
     "model-infer/web/metrics.py": "seconds",
 }

@@ -6,15 +6,15 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-Ink = NDArray[np.float32]  # [height, width]
+Levels = NDArray[np.float32]  # grey levels, or levels of ink, [height, width]
 
 
-def average(values: Ink, factor: int) -> Ink:
+def average(values: Levels, factor: int) -> Levels:
     """Return a grid of cells of factor x factor pixels, each the mean of its pixels."""
     return np.asarray(Image.fromarray(values).reduce(factor)) if factor > 1 else values
 
 
-def pad(values: Ink, rows: int, columns: int, value: float = 0) -> Ink:
+def pad(values: Levels, rows: int, columns: int, value: float = 0) -> Levels:
     """Return values with so many rows above and below and columns on either side. np.pad() takes 10 times as long."""
     height, width = values.shape
     padded = np.full((height + 2 * rows, width + 2 * columns), value, dtype=np.float32)
@@ -22,7 +22,7 @@ def pad(values: Ink, rows: int, columns: int, value: float = 0) -> Ink:
     return padded
 
 
-def largest(values: Ink, factor: int) -> Ink:
+def largest(values: Levels, factor: int) -> Levels:
     """Return a grid of cells of factor x factor pixels, each the maximum of its pixels."""
     height, width = values.shape
     values = np.pad(values, [(0, -height % factor), (0, -width % factor)], mode="edge")
@@ -30,8 +30,8 @@ def largest(values: Ink, factor: int) -> Ink:
     return reduce(np.maximum, (rows[:, start::factor] for start in range(factor)))
 
 
-def window_max(values: Ink, radius: int) -> Ink:
-    """Return the maximum of the square of 2 * radius + 1 around each value, without what is outside."""
+def window_max(values: Levels, radius: int) -> Levels:
+    """Return the maximum of the square of 2 * radius + 1 around each value, as if there were nothing outside."""
     for _ in ("down", "along"):
         values = pad(values, radius, 0, -np.inf)
         width = 1  # of the windows whose maxima are known: two of them make one of up to twice the width
@@ -42,6 +42,6 @@ def window_max(values: Ink, radius: int) -> Ink:
     return values
 
 
-def grid_factor(values: Ink, side: int) -> int:
+def grid_factor(values: Levels, side: int) -> int:
     """Return the side of a grid's cell in pixels, so that the longer side has so many cells at most."""
     return 1 + (int(max(values.shape)) - 1) // side

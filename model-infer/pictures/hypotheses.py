@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from pictures.grids import Ink, average, grid_factor, window_max
+from pictures.grids import Levels, average, grid_factor, window_max
 
 GRID_SIDE = 100  # cells of the longer side of the grid on which uneven light is looked for
 BACKGROUND_WINDOW = 0.2  # of the longer side: what is narrower may be ink, what is wider is background
@@ -28,13 +28,13 @@ STRICT = 0.8  # nearer than that must be each digit under a hypothesis that is n
 class Hypothesis(NamedTuple):
     """What may be the ink of a picture."""
 
-    ink: Ink  # 0 where there is none
+    ink: Levels  # 0 where there is none
     full: float  # the level of full ink
-    raw: Ink  # the picture's own levels, such that ink has more than its surroundings
-    enough: float = 0.0  # neither tried nor followed by others if what has been found is less unlike digits than that
+    raw: Levels  # the picture's own levels, such that ink has more than its surroundings
+    enough: float = 0.0  # the cost of what has been found up to which neither this one is tried nor those after it
 
 
-def hypotheses(grey: Ink) -> Iterator[Hypothesis]:
+def hypotheses(grey: Levels) -> Iterator[Hypothesis]:
     """Yield what may be the ink of a picture, the likeliest first; nothing if the picture is blank."""
     dark = 255 - grey
     found: list[Hypothesis] = []
@@ -46,22 +46,22 @@ def hypotheses(grey: Ink) -> Iterator[Hypothesis]:
     else:
         paper = background(grey)
         # As a share of the light that the paper gets: so a shadow vanishes.
-        shares: Ink = np.asarray((paper - grey) * (255 / paper.clip(128)), dtype=np.float32)
+        shares: Levels = np.asarray((paper - grey) * (255 / paper.clip(128)), dtype=np.float32)
         uneven = (shares, dark), (grey + background(dark) - 255, grey)
-        found += [one for values, raw in uneven if (one := level(values, raw))]
+        found += [one for values, raw in uneven if (one := subtract_background(values, raw))]
         even = [dark, grey]
     if not found:
         return
     enough = 1.0 if is_flat else GOOD
     yield from (one._replace(enough=enough) for one in found)
-    yield from (one._replace(enough=enough) for raw in even if (one := level(raw - raw.min(), raw)))
+    yield from (one._replace(enough=enough) for raw in even if (one := subtract_background(raw - raw.min(), raw)))
     ink, full, raw, _ = found[0]
     for share in FAINT:
         rest = full * (1 - share) / 3  # so that strokes, whose edges are lighter, do not become much thinner
         yield Hypothesis((ink - share * full).clip(0, rest), rest, raw, STRICT)
 
 
-def level(ink: Ink, raw: Ink) -> Hypothesis | None:
+def subtract_background(ink: Levels, raw: Levels) -> Hypothesis | None:
     """Return ink with background 0; None if there is only noise."""
     rest = ink[ink <= ink.max() / 2]  # which is mostly background, even where most of the picture is ink
     ink = ink - median(rest)
@@ -73,7 +73,7 @@ def level(ink: Ink, raw: Ink) -> Hypothesis | None:
     return Hypothesis(ink.clip(0, full), full, raw)
 
 
-def full_level(ink: Ink) -> float:
+def full_level(ink: Levels) -> float:
     """Return the level of full ink: the highest one, but for single pixels."""
     if min(ink.shape) < 2:
         return float(ink.max())
@@ -81,7 +81,7 @@ def full_level(ink: Ink) -> float:
     return float((rows[:, :-1] + rows[:, 1:]).max()) / 4
 
 
-def has_flat_background(grey: Ink) -> bool:
+def has_flat_background(grey: Levels) -> bool:
     """Return whether most of a picture has one level, as in drawings, and no shadow reaches its edges, only ink."""
     ink = np.abs(grey - grey[0, 0])
     darkest = max(edge.max() for edge in (ink[0], ink[-1], ink[:, 0], ink[:, -1]))
@@ -93,7 +93,7 @@ def median(values: NDArray[np.float32]) -> float:
     return float(np.median(values[::7] if values.size > 10_000 else values))
 
 
-def background(grey: Ink) -> Ink:
+def background(grey: Levels) -> Levels:
     """Return what a picture with dark ink would be without it: a grey closing, a maximum and then a minimum filter.
 
     A shadow, which is wider than the window, stays; so do the edges of light and shadow.

@@ -32,7 +32,7 @@ WORKING_SIDE = 1000  # pixels of the longer side, about, to which larger picture
 
 # A picture may claim any size; beyond twice this number Pillow refuses to decode it, in whatever part of a file it is.
 Image.MAX_IMAGE_PIXELS = MAX_PIXELS // 2
-warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # for half of what is refused
+warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # for more than half of what is refused
 
 
 class TooLarge(Failure):
@@ -44,26 +44,32 @@ def open_picture(content: bytes | bytearray, memory: int = MEMORY) -> Image.Imag
 
     Raise Failure if there is none, or it is damaged, and TooLarge if it takes more than some bytes of memory.
     """
-    try:
-        if memory < MEMORY and is_heic(content):
+    factor = 1
+    if is_heic(content):
+        if memory < MEMORY:
             raise TooLarge("a HEIC may take all the memory")
+        content, factor = decode_heic(content)
+    try:
         Image.init()
         formats = [name for name in Image.OPEN if name in LINE_BY_LINE or name in FORMAT_BYTES]
-        content, factor = decode_heic(content) if is_heic(content) else (content, 1)
         with Image.open(io.BytesIO(content), formats=formats) as image:
-            pixels = image.width * image.height
-            longer = max(image.size)
-            image.info["longer_side"] = factor * longer  # which draft() may reduce
+            pixels, longer = image.width * image.height, max(image.size)
             # Of a JPEG only as many pixels are decoded as will be looked at.
-            image.draft(None, (WORKING_SIDE * image.width // longer, WORKING_SIDE * image.height // longer))
+            image.draft(None, (WORKING_SIDE * image.width // longer or 1, WORKING_SIDE * image.height // longer or 1))
             needed = needed_memory(image, pixels)
             if needed > memory:
                 limits = f"takes {needed // 10**6:,} MB to decode, of at most {memory // 10**6:,} MB"
                 raise TooLarge(f"too many pixels: this {image.format} ({image.mode}) {limits}")
             if image.format in ("JPEG", "MPO"):
-                return upright(load_jpeg(image, content))
-            image.load()
-            return upright(image.getchannel("L") if image.mode == "LAB" else image)  # Pillow cannot convert Lab colours
+                whole = load_jpeg(image, content)
+            else:
+                image.load()
+                whole = image.getchannel("L") if image.mode == "LAB" else image  # Pillow cannot convert Lab colours
+            # The texts of a PNG are in `info` too, under any name. Text is no colour, and takes no other value's place.
+            if isinstance(whole.info.get("transparency"), str):
+                del whole.info["transparency"]
+            whole.info["longer_side"] = factor * longer  # before draft()
+            return upright(whole)
     except Failure:
         raise
     except UnidentifiedImageError:
@@ -115,9 +121,9 @@ def load_jpeg(image: ImageFile.ImageFile, content: bytes | bytearray) -> Image.I
 
 
 def needed_memory(image: Image.Image, pixels: int) -> int:
-    """Return the bytes that it takes to decode and prepare a picture of so many pixels, fewer after draft()."""
+    """Return the bytes that it takes to decode and prepare a picture; `pixels` is their number before draft()."""
     each = FORMAT_BYTES.get(image.format or "", MODE_BYTES.get(image.mode, OTHER_BYTES))
-    # Of a progressive JPEG, libjpeg keeps 2 bytes for each pixel and band, of the whole picture.
+    # Of a progressive JPEG, libjpeg keeps 2 bytes for each pixel and band, of the whole picture. Any may be one.
     coefficients = 2 * len(image.getbands()) * pixels if image.format in ("JPEG", "MPO") else 0
     return each * image.width * image.height + coefficients
 

@@ -1,6 +1,7 @@
 """Predicts the user's own pictures: finds the files, predicts each, and draws the predictions."""
 
 import glob
+import itertools
 import os
 import re
 import warnings
@@ -11,7 +12,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from pictures import opening, outcome, picture, prediction, reading
+from pictures import opening, outcome, prediction, preparation, reading
 from stage import figures, files, folders, limits, locks
 from stage.dataset import DATA_SET
 from stage.figures import as_png, new_figure
@@ -21,7 +22,7 @@ from stage.process import Failure
 
 warnings.filterwarnings("ignore", message="Glyph")  # matplotlib's font lacks characters of some file names
 
-BRACKETS_OR_LETTER = r"\[!?\]?[^]]*\]|[^\W\d_]"
+BRACKETS_OR_LETTER = r"\[!?\]?[^]]*\]|[^\W\d_]"  # in a name with wildcards
 MAX_PICTURES = 1_000
 MAX_PICTURE_BYTES = 200_000_000
 MEMORY = 1_000_000_000  # bytes that a run needs with the largest picture, an uncompressed TIFF; measured: 980 MB
@@ -38,8 +39,8 @@ def predict_pictures(names: list[str], data: Path, model: Path) -> int:
     limits.check_memory(MEMORY, "infer with pictures")
     folder = model / OWN_RESULTS
     folders.check_destination(folder)
-    predictor = prediction.load_predictor(model, data)
     paths = find_pictures(names, data, folder)
+    predictor = prediction.load_predictor(model, data)
     results: list[Result] = []
     contents: dict[str, bytes] = {}  # of the files to publish, by name
     for path in paths:
@@ -128,7 +129,8 @@ def new_name(result: Result, taken: dict[str, bytes]) -> str:
     predicted = "".join(str(one) for one in predictions if one is not None) or "none"
     stem = os.fsencode(Path(result["file"]).stem).decode(errors="replace")  # names need not be UTF-8
     stem = stem.encode()[:200].decode(errors="ignore")  # a name has at most 255 bytes
-    names = (f"{predicted}_{stem}{suffix}.png" for suffix in ["", *(f"-{n}" for n in range(2, MAX_PICTURES + 1))])
+    suffixes = itertools.chain([""], (f"-{number}" for number in itertools.count(2)))
+    names = (f"{predicted}_{stem}{suffix}.png" for suffix in suffixes)
     return next(name for name in names if name not in taken)
 
 
@@ -138,7 +140,8 @@ def as_text(result: Result) -> str:
     parts = result.get("digits", [])
     if len(parts) > 1:
         doubt = {"sure": "", "unsure": ", not sure"}.get(result["confidence"], ", ? does not look like a digit")
-        return f"predicted {''.join(map(name_of, parts))} (each at least {percent(100 * best, 1)}){doubt}"
+        least = min(max(part["probabilities"]) for part in parts)
+        return f"predicted {''.join(map(name_of, parts))} (each at least {percent(100 * least, 1)}){doubt}"
     most_likely = f"{DATA_SET.classes[result['probabilities'].index(best)]} ({percent(100 * best, 1)})"
     if result["confidence"] == outcome.UNLIKE:
         unlike = "does not look like a digit" if outcome.UNLIKE == "no digit" else "unlike the images it was trained on"
@@ -172,10 +175,10 @@ def draw(name: str, image: Image.Image, pixels: torch.Tensor, result: Result) ->
     bars = right.barh(
         range(len(names)), percentages, color=[figures.BLUE if one else figures.GREY for one in predicted]
     )
-    right.bar_label(bars, [f"{percentage:.1f}" for percentage in percentages], padding=3, fontsize=9)
+    right.bar_label(bars, [percent(percentage, 1) for percentage in percentages], padding=3, fontsize=9)
     right.set_yticks(range(len(names)), names, parse_math=False)
-    # Up to 118: the label of a bar of 100 % needs some room.
-    right.set(xlim=(0, 118), xticks=range(0, 101, 25), xlabel="probability in percent", ylabel="class")
+    # Up to 125: the label of a bar of 100 % needs some room.
+    right.set(xlim=(0, 125), xticks=range(0, 101, 25), xlabel="probability in percent", ylabel="class")
     right.invert_yaxis()
     right.spines[["top", "right"]].set_visible(False)
     color = figures.BLUE if result["confidence"] == "sure" else figures.VERMILION
@@ -188,7 +191,7 @@ def thumbnail(image: Image.Image) -> Image.Image:
 
     The picture itself may be reduced too: there may not be enough memory for a copy.
     """
-    small = picture.stretch(image) if image.mode.startswith(("I", "F")) else image
+    small = preparation.stretch(image) if image.mode.startswith(("I", "F")) else image
     small.thumbnail((480, 480), reducing_gap=2)
     small = small.convert("RGBA")
     return Image.alpha_composite(Image.new("RGBA", small.size, "#dddddd"), small).convert("RGB")

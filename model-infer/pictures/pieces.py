@@ -5,7 +5,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from pictures.grids import Ink
+from pictures.grids import Levels
 from pictures.outcome import Box
 
 MAX_PIECES = 40  # of ink that are looked at: the largest
@@ -13,7 +13,7 @@ PEAK = 0.5  # of the darkest level of all pieces: a piece all lighter is a shado
 EDGE_STRIP = 0.1  # of the picture's shorter side: ink no further from the edge is a frame
 EDGE_SHARE = 0.25  # of the picture's edge: ink along as much of it is a frame, or what lies beside the paper
 SPECK = 0.03  # of the area of the largest piece: what is smaller is dropped
-SMALL = 0.4  # of the length of the largest piece: what is shorter is no digit, and dropped unless it is near one
+SHORT = 0.4  # of the length of the largest piece: what is shorter is no digit, and dropped unless it is near one
 NEAR = 0.15  # of the length of the largest piece
 
 Mask = NDArray[np.bool_]  # [height, width]
@@ -28,7 +28,7 @@ class Part(NamedTuple):
     at_edge: bool  # of the picture, where others are not: more likely what lies beside the paper than a digit
 
 
-def find_parts(cells: Ink, pieces: Pieces, boxes: list[Box]) -> list[Part]:
+def find_parts(cells: Levels, pieces: Pieces, boxes: list[Box]) -> list[Part]:
     """Return parts of digits, each the numbers of its pieces, from left to right: no frames, shadows and specks."""
     areas = np.bincount(pieces.ravel())[1:]
     largest_first = [int(number) for number in 1 + np.argsort(-areas)[:MAX_PIECES]]
@@ -39,8 +39,8 @@ def find_parts(cells: Ink, pieces: Pieces, boxes: list[Box]) -> list[Part]:
     length = {n: max(box[n][2] - box[n][0], box[n][3] - box[n][1]) for n in numbers}
     longest = max(length.values())
     parts: list[Part] = []
-    for n in sorted(numbers, key=lambda n: (length[n] < SMALL * longest, box[n][1])):
-        if length[n] < SMALL * longest:  # after all others
+    for n in sorted(numbers, key=lambda n: (length[n] < SHORT * longest, box[n][1])):
+        if length[n] < SHORT * longest:  # after all others
             nearest = min(range(len(parts)), key=lambda i: gap(parts[i].box, box[n]))
             if gap(parts[nearest].box, box[n]) > NEAR * longest or areas[n - 1] < SPECK * areas.max():
                 continue
@@ -88,7 +88,7 @@ def overlap(one: Box, other: Box) -> float:
     return (min(one[3], other[3]) - max(one[1], other[1])) / min(one[3] - one[1], other[3] - other[1])
 
 
-def bounds(mask: Mask) -> Box:
+def bounding_box(mask: Mask) -> Box:
     """Return the smallest box that contains a mask."""
     rows, columns = (np.nonzero(mask.any(axis))[0].tolist() for axis in (1, 0))
     return rows[0], columns[0], rows[-1] + 1, columns[-1] + 1

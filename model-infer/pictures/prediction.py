@@ -1,6 +1,6 @@
 """Predicts one image: the classes' probabilities, and whether the prediction is sure, unsure, or "no digit".
 
-Reads   MODEL/mnist_cnn.pt: the model; MODEL/eval_results.json, if it exists; DATA/MNIST/raw: the raw training files
+Reads   MODEL/mnist_cnn.pt: the model; MODEL/eval_results.json, if it exists; DATA: the training images
 
 Images are predicted one at a time, on one thread. So the same pixels get the same probabilities, to the last bit,
 whether they come from the test images, a file or an HTTP request.
@@ -43,9 +43,9 @@ class Predictor:
     accuracy: float | None = None  # on the test images, in percent; None if it has not been evaluated
     # Of each class, the features of the training images predicted as it, float32 [F, N]; empty: no image is UNLIKE.
     known: Sequence[torch.Tensor] = ()
-    length: float = 1.0  # of features, squared
-    like: float = 1.0  # the distance up to which a prediction may be sure
-    unlike: float = 1.0  # the cosine distance beyond which an image is UNLIKE
+    squared_length: float = 1.0  # of an image's features: the number of layers that they are from
+    unlike: float = 1.0  # the cosine distance beyond which an image is UNLIKE: the unit of distances()
+    like: float = 1.0  # the distance, in that unit, up to which a prediction may be sure
 
     def __post_init__(self) -> None:
         self.model.eval()
@@ -103,7 +103,7 @@ class Predictor:
         nearest = [
             (one @ each).max().item() if each.numel() else 0.0 for one, each in zip(features, known, strict=True)
         ]
-        return [(1 - cosine / self.length) / self.unlike for cosine in nearest]
+        return [(1 - cosine / self.squared_length) / self.unlike for cosine in nearest]
 
     def predict(self, image: torch.Tensor) -> Prediction:
         """Predict an image, uint8 [H, W] or [H, W, C]."""
@@ -159,7 +159,8 @@ def learn_likeness(predictor: Predictor, training: torch.Tensor, validation: tor
     log_probabilities, known = predictor.forward_many(training[:: -(-len(training) // KNOWN_IMAGES)])
     predictions, classes = log_probabilities.argmax(1), range(log_probabilities.shape[1])
     predictor.known = [known[predictions == number].T.contiguous() for number in classes]
-    predictor.length = (known[0] @ known[0]).item()
+    predictor.squared_length = (known[0] @ known[0]).item()
+    # In units of predictor.unlike, which is still 1: cosine distances.
     distances = sorted(predictor.distances(*predictor.forward_many(validation)))
     # One image fewer than the fraction: in batches, distances differ in the last bits from those of single images.
     predictor.unlike = max(distances[-max(1, int(FLAGGED_FRACTION * len(distances)))], 1e-6)

@@ -13,12 +13,12 @@ import numpy as np
 import torch
 from PIL import Image
 
-from pictures.grids import Ink, average, grid_factor, largest, window_max
+from pictures.grids import Levels, average, grid_factor, largest, window_max
 from pictures.hypotheses import GOOD, STRICT, Hypothesis, hypotheses
 from pictures.outcome import CONFIDENCES, MAX_DIGITS, Box, Digit, Prediction, Reading
-from pictures.picture import resize, to_grey, to_mnist
-from pictures.pieces import Mask, Part, bounds, find_parts, find_pieces, gap, numbers_of, union
+from pictures.pieces import Mask, Part, Pieces, bounding_box, find_parts, find_pieces, gap, numbers_of, union
 from pictures.prediction import Predictor
+from pictures.preparation import resize, to_grey, to_mnist
 from stage.dataset import DATA_SET
 from stage.process import Failure
 
@@ -28,11 +28,13 @@ NOISE_SHARE = 0.35  # of the standard deviation that is left in means of 4 x 4 p
 PIECE_LEVEL = 0.25  # of full ink, in the darkest pixel of a grid's cell: what belongs to a piece of ink
 JOINED = 0.3  # of the length of the largest part: how far apart two parts of a digit may be
 DENSE = 75  # grey levels of an image's mean: above that of nearly all of MNIST's
-CLOSE, NOT_ALONE = 0.15, 0.25  # if more than this share of what is so close, in lengths, is as dark: parts of something
+# If more than NOT_ALONE of what is within CLOSE lengths of the ink is as dark, it is part of something larger.
+CLOSE, NOT_ALONE = 0.15, 0.25
 # Costs, of the distance that is UNLIKE:
-OTHERS = 0.7  # where all around the digits is as dark as they are
-LATER = 0.15  # of a hypothesis that is not the first
-EACH = 0.1  # of a digit
+SURROUNDINGS_COST = 0.7  # times how much of what is around the digits is as dark as they are
+LATER_COST = 0.15  # of a hypothesis that is not the first
+DIGIT_COST = 0.1  # of a digit
+DENSE_COST = 9.0  # of an image that is dense
 
 
 class Candidate(NamedTuple):
@@ -73,12 +75,12 @@ def as_reading(digits: list[Digit]) -> Reading:
     }
 
 
-def find_digits(grey: Ink, predictor: Predictor) -> list[Candidate]:
+def find_digits(grey: Levels, predictor: Predictor) -> list[Candidate]:
     """Return the digits of a picture, from left to right. Raise Failure if it is blank.
 
     They are looked for on a smaller picture, and then again in the part of the picture itself where they are.
     """
-    factor = 1 + (max(grey.shape) - 1) // SEARCH_SIDE
+    factor = grid_factor(grey, SEARCH_SIDE)
     digits = search(average(grey, factor), predictor)[1]
     if not digits:
         raise Failure("blank: there is nothing to read on it")
@@ -94,25 +96,28 @@ def find_digits(grey: Ink, predictor: Predictor) -> list[Candidate]:
     return [one._replace(box=scaled(one.box, factor)) for one in digits]
 
 
-def search(grey: Ink, predictor: Predictor) -> tuple[float, list[Candidate]]:
+def search(grey: Levels, predictor: Predictor) -> tuple[float, list[Candidate]]:
     """Return how unlike digits is what is on a picture, 1 for UNLIKE, and the digits, by the likeliest hypothesis."""
-    best: tuple[float, list[Candidate]] = (float("inf"), [])
-    for number, hypothesis in enumerate(hypotheses(grey)):
-        if number == 0:
-            whole = all_as_one(hypothesis)
-            prediction, distance = predictor.assess(whole.pixels)
-            best = float("inf"), [whole._replace(prediction=prediction)]
-            if distance <= GOOD and not has_gap(hypothesis, whole.box):
-                return distance, best[1]
-            if distance + EACH <= hypothesis.enough and not is_dense(whole.pixels) and is_one_part(hypothesis):
-                return distance, best[1]
-            if average(grey, 4).std() <= NOISE_SHARE * grey.std():
-                return float("inf"), []
-        elif best[0] <= hypothesis.enough:
+    remaining = hypotheses(grey)
+    if not (first := next(remaining, None)):
+        return float("inf"), []
+    whole = all_as_one(first)
+    prediction, distance = predictor.assess(whole.pixels)
+    whole = whole._replace(prediction=prediction)
+    is_one = distance <= GOOD and not has_gap(first, whole.box)
+    if is_one or (distance + DIGIT_COST <= first.enough and not is_dense(whole.pixels) and is_one_part(first)):
+        return distance, [whole]
+    if average(grey, 4).std() <= NOISE_SHARE * grey.std():
+        return float("inf"), []
+    best = min((float("inf"), [whole]), divide(first, predictor), key=itemgetter(0))
+    if best[0] <= first.enough:
+        return best
+    for hypothesis in remaining:
+        if best[0] <= hypothesis.enough:
             break
         cost, digits = divide(hypothesis, predictor)
-        if number == 0 or all(digit.distance <= STRICT for digit in digits):
-            best = min(best, (cost + LATER * (number > 0), digits), key=itemgetter(0))
+        if all(digit.distance <= STRICT for digit in digits):
+            best = min(best, (cost + LATER_COST, digits), key=itemgetter(0))
         if best[0] <= hypothesis.enough:
             break
     return best
@@ -121,7 +126,7 @@ def search(grey: Ink, predictor: Predictor) -> tuple[float, list[Candidate]]:
 def all_as_one(hypothesis: Hypothesis) -> Candidate:
     """Return all ink as one digit."""
     ink, full, *_ = hypothesis
-    box = top, left, bottom, right = bounds(ink >= PIECE_LEVEL * full)
+    box = top, left, bottom, right = bounding_box(ink >= PIECE_LEVEL * full)
     margin = 1 + max(bottom - top, right - left) // 16  # the strokes' edges are lighter
     inside = ink[max(0, top - margin) : bottom + margin, max(0, left - margin) : right + margin]
     return Candidate(box, torch.from_numpy(to_mnist(inside, full)))
@@ -140,19 +145,22 @@ def is_dense(pixels: torch.Tensor) -> bool:
 
 def is_one_part(hypothesis: Hypothesis) -> bool:
     """Return whether all ink is one part of a digit, which leaves nothing to divide."""
-    ink, full, *_ = hypothesis
-    cells = largest(ink, grid_factor(ink, PIECE_SIDE))
-    pieces, boxes = find_pieces(cells >= PIECE_LEVEL * full)
-    return len(boxes) == 1 or [len(part.numbers) for part in find_parts(cells, pieces, boxes)] == [len(boxes)]
+    pieces, parts, _ = parts_of(hypothesis)
+    return [len(part.numbers) for part in parts] == [pieces.max()]
+
+
+def parts_of(hypothesis: Hypothesis) -> tuple[Pieces, list[Part], int]:
+    """Return the piece of each cell of a grid, the parts of digits, and the side of a cell in pixels."""
+    factor = grid_factor(hypothesis.ink, PIECE_SIDE)
+    cells = largest(hypothesis.ink, factor)
+    pieces, boxes = find_pieces(cells >= PIECE_LEVEL * hypothesis.full)
+    return pieces, find_parts(cells, pieces, boxes), factor
 
 
 def divide(hypothesis: Hypothesis, predictor: Predictor) -> tuple[float, list[Candidate]]:
     """Return how unlike digits the ink is, on average (1 is UNLIKE), and its likeliest digits, from left to right."""
     ink, full, raw, _ = hypothesis
-    factor = grid_factor(ink, PIECE_SIDE)
-    cells = largest(ink, factor)
-    pieces, boxes = find_pieces(cells >= PIECE_LEVEL * full)
-    parts = find_parts(cells, pieces, boxes)
+    pieces, parts, factor = parts_of(hypothesis)
     if not 0 < len(parts) <= MAX_DIGITS:
         return float("inf"), []
 
@@ -163,15 +171,15 @@ def divide(hypothesis: Hypothesis, predictor: Predictor) -> tuple[float, list[Ca
     if not parts:
         return float("inf"), []
     chosen, levels = np.isin(pieces, numbers_of(parts)), average(raw, factor)
-    if others(levels, chosen, CLOSE) > NOT_ALONE:
+    if dark_share_around(levels, chosen, CLOSE) > NOT_ALONE:
         return float("inf"), []
     spans = find_spans(parts)
     candidates = [cut_parts(parts[start:end]) for start, end in spans]
     images = torch.stack([candidate.pixels for candidate in candidates])
     distances = predictor.distances(*predictor.forward(images))
-    distances = [9.0 if is_dense(image) else one for image, one in zip(images, distances, strict=True)]
+    distances = [DENSE_COST if is_dense(image) else one for image, one in zip(images, distances, strict=True)]
     cost, digits = best_division(spans, candidates, distances)
-    return cost / len(parts) + OTHERS * others(levels, chosen, 1), digits
+    return cost / len(parts) + SURROUNDINGS_COST * dark_share_around(levels, chosen, 1), digits
 
 
 def find_spans(parts: list[Part]) -> list[tuple[int, int]]:
@@ -193,7 +201,7 @@ def best_division(
     """Return the least cost of dividing all parts into digits, and these digits, by dynamic programming."""
     best: list[tuple[float, list[Candidate]]] = [(0.0, [])]  # of the first parts: none, one, two ...
     for (start, end), candidate, distance in zip(spans, candidates, distances, strict=True):
-        cost = best[start][0] + (end - start) * distance + EACH
+        cost = best[start][0] + (end - start) * distance + DIGIT_COST
         if end == len(best):
             best.append((float("inf"), []))
         if cost < best[end][0]:
@@ -201,22 +209,21 @@ def best_division(
     return best[-1]
 
 
-def others(raw: Ink, chosen: Mask, reach: float) -> float:
+def dark_share_around(raw: Levels, chosen: Mask, reach: float) -> float:
     """Return how much of what is around the chosen cells is as dark as they are, or as light: 0 to 1.
 
-    It is much where what was chosen is not ink, but paper between strokes. Around is what is within their length, times
-    reach.
+    It is much where paper between strokes was taken for ink. Around is what is within `reach` lengths of the cells.
     """
-    top, left, bottom, right = bounds(chosen)
+    top, left, bottom, right = bounding_box(chosen)
     margin = 1 + int(reach * max(bottom - top, right - left))
     rows, columns = slice(max(0, top - margin), bottom + margin), slice(max(0, left - margin), right + margin)
     chosen, raw = chosen[rows, columns], raw[rows, columns]
-    return float((raw[~chosen] >= np.quantile(raw[chosen], 0.5)).mean()) if not chosen.all() else 0.0
+    return float((raw[~chosen] >= np.median(raw[chosen])).mean()) if not chosen.all() else 0.0
 
 
-def cut_out(ink: Ink, full: float, chosen: Mask, inked: Mask, factor: int) -> Candidate:
+def cut_out(ink: Levels, full: float, chosen: Mask, inked: Mask, factor: int) -> Candidate:
     """Return the digit that the chosen cells are, with the lighter edges of its strokes, without other inked cells."""
-    top, left, bottom, right = bounds(chosen)
+    top, left, bottom, right = bounding_box(chosen)
     margin = 1 + max(bottom - top, right - left) // 16  # strokes' edges are up to one of a digit's 20 pixels wide
     rows, columns = slice(max(0, top - margin), bottom + margin), slice(max(0, left - margin), right + margin)
     near = window_max(chosen[rows, columns].astype(np.float32), margin) > 0

@@ -7,7 +7,7 @@ How MNIST was made is lost. The reconstruction of Yadav and Bottou (2019), "Cold
 full ink is 255, and placed into 28 x 28 by its centre of mass. reading.py says what is ink, and which
 of it is a digit.
 
-Pixels are numbers of ink in here: 0 is background, 255 full ink, as in MNIST.
+Up to fill_transparent(), pixels are grey levels, 0 to 255; from to_mnist() on, levels of ink: 0 is background.
 """
 
 import numpy as np
@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from pictures.grids import Ink, average, largest, pad, window_max
+from pictures.grids import Levels, average, largest, pad, window_max
 from pictures.opening import WORKING_SIDE
 from pictures.outcome import Box
 from stage import images
@@ -30,7 +30,7 @@ def resize(image: Image.Image) -> torch.Tensor:
     return torch.from_numpy(np.array(images.fit(stretch(image) if image.mode.startswith(("I", "F")) else image)))
 
 
-def to_grey(image: Image.Image) -> Ink:
+def to_grey(image: Image.Image) -> Levels:
     """Return the grey levels of a picture, 0 to 255, float32 [height, width], at most 1.5 times WORKING_SIDE long."""
     if image.mode.startswith(("I", "F")):
         image = stretch(image)
@@ -63,12 +63,12 @@ def stretch(image: Image.Image) -> Image.Image:
     return Image.fromarray(scaled.clip(0, 255, out=scaled).astype(np.uint8))
 
 
-def shrink(image: Image.Image, factor: int) -> Ink:
+def shrink(image: Image.Image, factor: int) -> Levels:
     """Reduce a picture of one channel by a whole factor, averaging, to float32 [height, width]."""
     return np.asarray(image.reduce(factor) if factor > 1 else image, dtype=np.float32)
 
 
-def fill_transparent(grey: Ink, alpha: Ink) -> Ink:
+def fill_transparent(grey: Levels, alpha: Levels) -> Levels:
     """Lay a picture over a background, by the opacity of each pixel, 0 to 1.
 
     Where most of it is opaque, the background is on it, and is what the transparent rest gets too. Otherwise it is ink
@@ -82,8 +82,11 @@ def fill_transparent(grey: Ink, alpha: Ink) -> Ink:
     return np.asarray(alpha * grey + (1 - alpha) * background, dtype=np.float32)
 
 
-def to_mnist(ink: Ink, full: float) -> NDArray[np.uint8]:
-    """Turn the ink of a digit into an image like MNIST's, uint8 [28, 28], by the steps of Yadav and Bottou."""
+def to_mnist(ink: Levels, full: float) -> NDArray[np.uint8]:
+    """Turn the ink of a digit, whose full level is given, into an image like MNIST's, uint8 [28, 28]: 255 is full ink.
+
+    The steps are those of Yadav and Bottou.
+    """
     ink = widen(ink)
     top, left, bottom, right = tight_box(ink, full)
     side = max(bottom - top, right - left, MIN_SIDE)
@@ -98,8 +101,8 @@ def to_mnist(ink: Ink, full: float) -> NDArray[np.uint8]:
     return canvas[10:38, 10:38].copy()
 
 
-def widen(ink: Ink) -> Ink:
-    """Return the ink with its strokes made wider if they are thinner than pens leave them on paper.
+def widen(ink: Levels) -> Levels:
+    """Return the ink with its strokes made wider, on a coarser grid, if they are thinner than pens leave them on paper.
 
     Their mean width is twice the ink divided by the length of its edges, which is the sum of the steps across them.
     """
@@ -114,7 +117,7 @@ def widen(ink: Ink) -> Ink:
     return window_max(cells, max(1, round((NORMAL * side - width) / factor / 2) - (factor > 1)))
 
 
-def tight_box(ink: Ink, full: float) -> Box:
+def tight_box(ink: Levels, full: float) -> Box:
     """Return the smallest box with all ink: what is ink on average over a twentieth of the digit along its side."""
     span = max(1, max(ink.shape) // 20)
     sides = []
@@ -125,7 +128,7 @@ def tight_box(ink: Ink, full: float) -> Box:
     return sides[0][0], sides[1][0], sides[0][-1] + 1, sides[1][-1] + 1
 
 
-def overlaps(length: int, side: int) -> Ink:
+def overlaps(length: int, side: int) -> Levels:
     """Return how much of each of 20 cells along a side each of the `length` pixels in its middle covers: [20, length].
 
     The middle is rounded to one of the 20 pixels: so a picture of an image of MNIST gives back that image's own pixels.
