@@ -530,6 +530,43 @@ def test_a_process_that_is_killed_while_it_is_idle_costs_nothing(trained, digit,
             assert service.predict(digit)[0] == 200
 
 
+@pytest.mark.parametrize(("left", "status"), [(b"damaged", "SETUP_FAILED"), (None, "STARTING")])
+def test_processes_that_end_are_replaced_once_the_model_can_be_loaded_and_until_then_it_says_why_not(
+    volume, digit, left, status
+):
+    weights = volume / "mnist_cnn.pt"
+    whole = weights.read_bytes()
+    with serving(volume) as service:
+        served = processes_of(service)
+        weights.unlink()
+        if left:
+            weights.write_bytes(left)
+        stages.wait_until(lambda: weights.name in service.health()["setup"]["logs"])
+        for number in served:
+            os.kill(number, signal.SIGKILL)
+        stages.wait_until(lambda: service.health()["status"] == status, status)
+        code, _, response = service("POST", "/predictions", {"input": {"image": data_url(digit)}})
+        assert (code, response["detail"]) == (503, service.health()["setup"]["logs"])
+        assert process.command("train") in response["detail"]
+        weights.write_bytes(whole)
+        stages.wait_until(lambda: service.health()["status"] == "READY")
+        assert service.predict(digit)[0] == 200
+
+
+def test_a_damaged_model_is_not_loaded_again_and_again_while_a_process_is_missing(volume):
+    async def check():
+        async with loaded(volume) as model:
+            (volume / "mnist_cnn.pt").write_bytes(b"damaged")
+            await model.refresh()
+            one = model.served.pool.processes[0]
+            one.end()
+            await asyncio.sleep(0)  # until the pool has noticed it
+            assert not model.served.pool.is_whole()
+            assert not model.has_changed()
+
+    asyncio.run(check())
+
+
 def test_a_picture_that_takes_too_long_ends_the_process_that_predicts_it(trained, monkeypatch):
     monkeypatch.setattr(pool, "SECONDS", 0.2)
 

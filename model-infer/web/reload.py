@@ -41,9 +41,12 @@ class ServedModel:
         self.watched = True  # whether the service still looks for a new one
 
     def has_changed(self) -> bool:
-        """Return whether a file has changed since the last call of begin(), or a process has ended."""
+        """Return whether a file has changed since the last call of begin(), or a process has ended.
+
+        A model that could not be loaded is not tried again for a process that has ended.
+        """
         seen = tuple(fingerprint(path) for path in self.paths)
-        return seen != self.seen or bool(self.served and not self.served.pool.is_whole())
+        return seen != self.seen or bool(self.served and not self.failed and not self.served.pool.is_whole())
 
     def begin(self) -> None:
         """Start to load the model, if there is one."""
@@ -59,6 +62,9 @@ class ServedModel:
 
     async def refresh(self) -> None:
         """Load the model if one of its files has changed since the last call, or a process has ended."""
+        if self.served and not self.served.pool.processes:  # all have ended
+            self.served.pool.end()
+            self.served, self.seen = None, ()
         if not self.pool and not self.has_changed():
             return
         async with self.large:

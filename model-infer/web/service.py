@@ -20,7 +20,7 @@ from stage.dataset import DATA_SET
 from web import api, results
 from web.bounds import RETRY_SECONDS, Bounds
 from web.metrics import CONTENT_TYPE, Metrics
-from web.pool import LARGE, Reply
+from web.pool import LARGE, Pool, Reply
 from web.reload import ServedModel
 
 MAX_WAITING = 64  # pictures that are predicted, or wait for that
@@ -51,8 +51,6 @@ class Service:
 
         Raise HTTPException if the service is busy.
         """
-        if self.model.served is None:
-            raise busy(self.model.problem)
         if self.waiting >= MAX_WAITING:
             raise busy("too many pictures are waiting. Try again.")
         self.waiting += 1
@@ -72,12 +70,17 @@ class Service:
 
     async def predict(self, prediction_id: str, body: bytes) -> Reply:
         """Have a picture predicted; large pictures one at a time. Raise EOFError if the process ends that does it."""
-        assert self.model.served
-        reply = await self.model.served.pool.predict(prediction_id, body, may_be_large=False)
+        reply = await self.pool().predict(prediction_id, body, may_be_large=False)
         if reply.status != LARGE:
             return reply
         async with self.model.large:
-            return await self.model.served.pool.predict(prediction_id, body, may_be_large=True)
+            return await self.pool().predict(prediction_id, body, may_be_large=True)
+
+    def pool(self) -> Pool:
+        """Return the processes that predict. Raise HTTPException if there is no model."""
+        if self.model.served is None:
+            raise busy(self.model.problem)
+        return self.model.served.pool
 
     async def health_check(self, request: Request) -> Response:
         """GET /health-check: respond with the state of the service."""
