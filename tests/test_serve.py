@@ -325,8 +325,10 @@ CHUNKED, CHUNK = b"Transfer-Encoding: chunked\r\n\r\n", b"f4240\r\n" + b" " * 1_
         (b"/predictions", CHUNKED, CHUNK),
         (b"/predictions", b"", b"X: " + b"x" * 100_000 + b"\r\n"),
         (b"/no", CHUNKED, CHUNK),
+        (b"/predictions", CHUNKED + b"2\r\n{}\r\n0\r\n", b"X: " + b"x" * 100_000 + b"\r\n"),
+        (b"/predictions", CHUNKED + b"2;", b"x" * 100_000),
     ],
-    ids=["a body", "headers", "a body that no endpoint reads"],
+    ids=["a body", "headers", "a body that no endpoint reads", "headers after the body", "an extension of a chunk"],
 )
 def test_a_request_without_end_is_cut_off(service, path, more, part):
     with socket.create_connection(("127.0.0.1", service.port), timeout=WAIT) as connection:
