@@ -4,6 +4,7 @@ import asyncio
 import base64
 import contextlib
 import dataclasses
+import errno
 import http.client
 import io
 import json
@@ -566,6 +567,51 @@ def test_a_damaged_model_is_not_loaded_again_and_again_while_a_process_is_missin
             assert not model.served.pool.is_whole()
             assert not model.has_changed()
 
+    asyncio.run(check())
+
+
+def test_a_process_that_cannot_be_started_is_tried_again_and_reported_once(trained, monkeypatch, capsys):
+    def no_pool(model, data):
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    async def check():
+        async with loaded(trained) as model:
+            for one in model.served.pool.processes:
+                one.end()
+            await asyncio.sleep(0)  # until the pool has noticed it
+            with monkeypatch.context() as patch:
+                patch.setattr(reload, "Pool", no_pool)
+                await model.refresh()
+                await model.refresh()
+                assert (model.served, model.failed) == (None, True)
+                assert "Too many open files" in model.problem
+            await model.refresh()
+            assert model.served.pool.is_whole()
+
+    asyncio.run(check())
+    assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+def test_a_process_that_ends_while_others_load_is_not_counted_as_loaded(trained, monkeypatch):
+    monkeypatch.setattr(pool, "count_cores", lambda: 2)
+    receive, held = pool.Process.data_received, []
+
+    def hold_first(process, data):
+        held.append((process, data)) if process is one.processes[0] else receive(process, data)
+
+    async def check():
+        loading = asyncio.create_task(one.load())
+        while not held or not one.processes[-1].reply.done():
+            await asyncio.sleep(0.01)
+        one.processes[-1].end()
+        await asyncio.sleep(0)  # until its connection is lost
+        receive(*held[0])
+        with pytest.raises(EOFError):
+            await loading
+        one.end()
+
+    one = pool.Pool(trained, stages.DATA)
+    monkeypatch.setattr(pool.Process, "data_received", hold_first)
     asyncio.run(check())
 
 

@@ -132,6 +132,8 @@ class Pool:
                 raise Failure(reply.body.decode())
             loaded = msgspec.json.decode(reply.body, type=Loaded)
             process.pid, process.when_done = loaded.pid, self.process_done
+            if process.transport.is_closing():
+                raise EOFError("the process has ended")
             self.idle.put_nowait(process)
         self.loaded = loaded
 

@@ -37,6 +37,7 @@ class ServedModel:
         self.large = asyncio.Lock()  # held by whatever takes much memory: a new pool, a large picture
         self.served: Served | None = None  # None until a model has been loaded
         self.problem = LOADING  # why the model in the volume is not served, or ""
+        self.printed = ""  # the last problem that was printed
         self.failed = False  # whether it could not be loaded
         self.watched = True  # whether the service still looks for a new one
 
@@ -68,8 +69,13 @@ class ServedModel:
         if not self.pool and not self.has_changed():
             return
         async with self.large:
-            if not self.pool:
-                self.begin()
+            try:
+                if not self.pool:
+                    self.begin()
+            except OSError as error:  # too many processes or open files
+                self.seen = ()  # the next call tries again
+                fix = "Raise MNIST_PIDS, or the limit of open files."
+                self.report(f"cannot start the processes that predict ({error.strerror}). {fix}", failed=True)
             if not self.pool:
                 return
             pool = self.pool
@@ -88,7 +94,7 @@ class ServedModel:
         assert isinstance(published, tuple)
         now = as_iso(datetime.now(UTC).timestamp())
         self.served = Served(pool, loaded.sha256, loaded.accuracy, as_iso(published[0] / 1e9), now)
-        self.problem, self.failed = "", False
+        self.problem, self.printed, self.failed = "", "", False
         if old:
             old.pool.replace()
         say(f"serve: loaded the model {loaded.sha256[:12]}, {as_text(loaded.accuracy)}")
@@ -101,9 +107,9 @@ class ServedModel:
 
     def report(self, problem: str, failed: bool) -> None:
         """Note why the model in the volume is not served, and print it, once."""
-        if problem != self.problem:
+        if problem != self.printed:
             print_error(f"serve: {problem}")
-        self.problem, self.failed = problem, failed
+        self.problem, self.printed, self.failed = problem, problem, failed
 
 
 def fingerprint(path: Path) -> tuple[int, int, int] | None:
