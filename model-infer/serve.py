@@ -15,6 +15,7 @@ if __name__ == "__main__":
     process.prepare_process("serve", needed_memory=215_000_000)  # before other imports, as in infer.py
 
 import argparse
+import signal
 import socket
 import sys
 
@@ -30,6 +31,8 @@ HOSTS = ("localhost", "serve")  # and every address; `serve` is its host name in
 def main() -> int:
     """Run the service until a signal stops it, and return the exit status."""
     args = parse_args()
+    # As the first process of a container, it becomes the parent of processes whose own has ended.
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # or they would stay, and count, until serve ends
     with exit_on_failure("serve"):
         process.check_memory(MEMORY, "serve")
         process.check_threads(20)  # as many as processes and threads, with a margin

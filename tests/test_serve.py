@@ -507,6 +507,14 @@ def processes_of(service):
     return [*started, *(child for number in started for child in stages.children(number))]
 
 
+def has_ended(number):
+    """Return whether a process has ended, whether or not its parent has noted it."""
+    try:
+        return ") Z" in Path(f"/proc/{number}/stat").read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return True
+
+
 def test_a_process_that_is_killed_costs_its_request_only_and_is_replaced(trained, digit):
     with serving(trained) as service:
         before = processes_of(service)
@@ -528,7 +536,7 @@ def test_a_process_that_is_killed_while_it_is_idle_costs_nothing(trained, digit,
         assert service.predict(digit)[0] == 200
         before = processes_of(service)
         os.kill(before[which], signal.SIGKILL)
-        stages.wait_until(lambda: ") Z" in Path(f"/proc/{before[which]}/stat").read_text())
+        stages.wait_until(lambda: has_ended(before[which]))
         while {*before} & {*processes_of(service)}:
             assert service.predict(digit)[0] == 200
 
@@ -613,6 +621,23 @@ def test_a_process_that_ends_while_others_load_is_not_counted_as_loaded(trained,
     one = pool.Pool(trained, stages.DATA)
     monkeypatch.setattr(pool.Process, "data_received", hold_first)
     asyncio.run(check())
+
+
+AS_FIRST_PROCESS = """
+import ctypes, os, sys
+ctypes.CDLL(None).prctl(36, 1)  # PR_SET_CHILD_SUBREAPER: it adopts processes, as the first one of a container does
+os.execv(sys.executable, [sys.executable, {!r}, *sys.argv[1:]])
+"""
+
+
+def test_as_the_first_process_of_a_container_it_keeps_no_processes_that_have_ended(volume, tmp_path):
+    (tmp_path / "serve.py").write_text(AS_FIRST_PROCESS.format(stages.command("serve", model=volume)[1]))
+    with serving(volume, program=str(tmp_path / "serve.py")) as service:
+        (main,) = stages.children(service.process.pid)
+        orphans = stages.children(main)
+        second = publish_model(volume, 1.01)
+        stages.wait_until(lambda: service.health()["model"]["sha256"] == second)
+        stages.wait_until(lambda: not any(Path(f"/proc/{number}").exists() for number in (main, *orphans)))
 
 
 def test_a_picture_that_takes_too_long_ends_the_process_that_predicts_it(trained, monkeypatch):

@@ -100,6 +100,7 @@ class Process(asyncio.Protocol):
         if self.pid:
             with suppress(ProcessLookupError):
                 os.kill(self.pid, signal.SIGKILL)
+            self.pid = 0  # soon, it may be that of another process
 
 
 class Pool:
