@@ -316,6 +316,14 @@ def test_a_request_is_accepted_or_refused_with_its_status(service, status, metho
     assert "Content-Security-Policy" in response_headers
 
 
+def test_a_request_for_another_protocol_is_answered_without_it_or_refused_for_it(service):
+    headers = {"Connection": "Upgrade, HTTP2-Settings", "Upgrade": "h2c", "HTTP2-Settings": "AAMAAABk"}
+    assert service("GET", "/health-check", **headers)[0] == 200
+    status, answered, response = service("POST", "/predictions", {"input": {"image": "x"}}, **headers)
+    assert (status, answered["Connection"]) == (400, "close")
+    assert "without Upgrade" in response["detail"]
+
+
 HEAD = b"POST %s HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
 CHUNKED, CHUNK = b"Transfer-Encoding: chunked\r\n\r\n", b"f4240\r\n" + b" " * 1_000_000 + b"\r\n"
 
