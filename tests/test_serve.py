@@ -38,6 +38,7 @@ from pictures.prediction import load_predictor
 from stage import dataset, process
 from stage.images import read_images
 from web import pool, predict, reload
+from web.bounds import Bounds, Refused
 from web.metrics import Metrics
 from web.results import read_results
 from web.service import Service as Endpoints
@@ -314,6 +315,14 @@ def test_a_request_is_accepted_or_refused_with_its_status(service, status, metho
     actual, response_headers, _ = service(method, path, b"{}" if method in ("POST", "PUT") else None, **headers)
     assert actual == status
     assert "Content-Security-Policy" in response_headers
+
+
+def test_names_are_allowed_as_they_are_in_the_host_header():
+    bounds = Bounds(None, ["Digits.example:8000", "two.example.", "::1"], Metrics())
+    for host in ("digits.example", "TWO.example:80"):
+        bounds.check({"method": "GET", "path": "/", "headers": [(b"host", host.encode())]})
+    with pytest.raises(Refused, match="--allow-host"):
+        bounds.check({"method": "GET", "path": "/", "headers": []})
 
 
 def test_a_request_for_another_protocol_is_answered_without_it_or_refused_for_it(service):

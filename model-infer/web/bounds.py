@@ -47,7 +47,7 @@ class Bounds:
 
     def __init__(self, app: ASGIApp, hosts: Iterable[str], metrics: Metrics) -> None:
         self.app, self.metrics = app, metrics
-        self.hosts = {host.lower() for host in hosts}
+        self.hosts = {host_name(host) for host in hosts} - {""}  # from ::1, an address, which is allowed anyway
         self.requests = 0  # in progress
         self.bytes = 0  # of their bodies
 
