@@ -221,6 +221,11 @@ def test_metrics_count_requests_and_name_the_model(service, digit, trained):
                  'mnist_request_duration_seconds_bucket{le="0.005",route="/predictions"}',
                  f'mnist_model_info{{sha256="{stages.sha256(trained / "mnist_cnn.pt")}"}} 1.0'):  # fmt: skip
         assert name in text
+    one, all_together = (
+        float(re.search(rf"^{name}_bytes (\S+)", text, re.MULTILINE)[1])
+        for name in ("process_resident_memory", "mnist_memory")
+    )
+    assert all_together > one + 50_000_000  # torch is loaded in the processes that predict only
 
 
 # Hostile requests -----------------------------------------------------------------------------------------------------

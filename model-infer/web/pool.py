@@ -157,6 +157,10 @@ class Pool:
         if not process.transport.is_closing() or not self.processes:  # so that a request that waits fails at once
             self.idle.put_nowait(process)
 
+    def ids(self) -> list[int]:
+        """Return the ids of the processes, as far as they are known."""
+        return [self.process.pid, *(process.pid for process in self.processes if process.pid)]
+
     def is_whole(self) -> bool:
         """Return whether no process has ended."""
         return len(self.processes) == len(self.sockets)

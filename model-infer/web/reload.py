@@ -99,11 +99,14 @@ class ServedModel:
             old.pool.replace()
         say(f"serve: loaded the model {loaded.sha256[:12]}, {as_text(loaded.accuracy)}")
 
+    def pools(self) -> list[Pool]:
+        """Return the processes that load a model, and those that predict."""
+        return [pool for pool in (self.pool, self.served and self.served.pool) if pool]
+
     def end(self) -> None:
         """End all processes."""
-        for pool in (self.pool, self.served and self.served.pool):
-            if pool:
-                pool.end()
+        for pool in self.pools():
+            pool.end()
 
     def report(self, problem: str, failed: bool) -> None:
         """Note why the model in the volume is not served, and print it, once."""

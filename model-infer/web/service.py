@@ -3,6 +3,7 @@
 import asyncio
 import html
 import json
+import os
 from collections.abc import AsyncIterator, Iterable
 from contextlib import asynccontextmanager, suppress
 from datetime import UTC, datetime
@@ -116,6 +117,7 @@ class Service:
         """GET /metrics: respond with the service's metrics in Prometheus' text format."""
         if served := self.model.served:
             self.metrics.set_model(served.sha256, served.accuracy)
+        self.metrics.set_memory({os.getpid(), *(number for pool in self.model.pools() for number in pool.ids())})
         return Response(self.metrics.as_text(), media_type=CONTENT_TYPE)
 
 
