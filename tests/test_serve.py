@@ -662,19 +662,20 @@ def test_as_the_first_process_of_a_container_it_keeps_no_processes_that_have_end
         stages.wait_until(lambda: not any(Path(f"/proc/{number}").exists() for number in (main, *orphans)))
 
 
-def test_a_picture_that_takes_too_long_ends_the_process_that_predicts_it(trained, monkeypatch):
+def test_a_picture_that_takes_too_long_ends_the_process_that_predicts_it(trained, monkeypatch, caplog):
     monkeypatch.setattr(pool, "SECONDS", 0.2)
 
     async def check():
         async with loaded(trained) as model:
             for each in model.served.pool.processes:
                 os.kill(each.pid, signal.SIGSTOP)
-            for _ in range(4):  # there are at most as many processes
+            for _ in range(10):  # there are fewer processes
                 with pytest.raises(EOFError):
                     await model.served.pool.predict("", b"{}", False)
             assert not model.served.pool.processes
 
     asyncio.run(check())
+    assert not caplog.records  # asyncio warns of what is written to a closed connection
 
 
 def test_of_32_clients_each_gets_the_bits_that_a_file_gets(service, trained, data):

@@ -62,10 +62,11 @@ class Process(asyncio.Protocol):
         """Send a request, and return the future of the reply, which is an EOFError if the process ends."""
         loop, name = asyncio.get_running_loop(), prediction_id.encode()
         self.reply, self.timer = loop.create_future(), loop.call_later(SECONDS, self.end)
-        self.transport.write(REQUEST.pack(may_be_large, len(name), len(body)) + name)
-        self.transport.write(body)
         if self.transport.is_closing():
             self.connection_lost(None)
+        else:
+            self.transport.write(REQUEST.pack(may_be_large, len(name), len(body)) + name)
+            self.transport.write(body)
         return self.reply
 
     def data_received(self, data: bytes) -> None:
