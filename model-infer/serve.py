@@ -17,6 +17,7 @@ if __name__ == "__main__":
         limits.check_memory(215_000_000, "serve")
 
 import argparse
+import signal
 import socket
 import sys
 
@@ -33,6 +34,8 @@ HOSTS = ("localhost", "serve")  # and every address; `serve` is its host name in
 def main() -> int:
     """Run the service until a signal stops it, and return the exit status."""
     args = parse_args()
+    # As the first process of a container, it becomes the parent of processes whose own has ended.
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # or they would stay, and count, until serve ends
     with exit_on_failure("serve"):
         limits.check_memory(MEMORY, "serve")
         limits.check_threads(20)  # as many as processes and threads, with a margin

@@ -47,7 +47,7 @@ class Bounds:
 
     def __init__(self, app: ASGIApp, hosts: Iterable[str], metrics: Metrics) -> None:
         self.app, self.metrics = app, metrics
-        self.hosts = {host.lower() for host in hosts}
+        self.hosts = {host_name(host) for host in hosts} - {""}  # from ::1, an address, which is allowed anyway
         self.requests = 0  # in progress
         self.bytes = 0  # of their bodies
 
@@ -65,7 +65,8 @@ class Bounds:
             if message["type"] == "http.response.start":
                 status = message["status"]
                 # uvicorn reads a body to its end even after the response, unless the connection is to be closed.
-                close = {"Connection": "close"} if status == 408 or may_be_endless(scope) else {}
+                unread = status == 408 or may_be_endless(scope) or asks_for_upgrade(dict(scope["headers"]))
+                close = {"Connection": "close"} if unread else {}
                 message["headers"] = [*message["headers"], *as_raw(SECURITY_HEADERS | close)]
             await send(message)
 
@@ -110,6 +111,8 @@ class Bounds:
             # A foreign page may send this type only after a CORS preflight, which is never granted.
             if headers.get(b"content-type", b"").partition(b";")[0].strip().lower() != b"application/json":
                 raise Refused(415, "the Content-Type is not JSON. Send application/json.")
+            if asks_for_upgrade(headers):  # uvicorn drops the body then
+                raise Refused(400, "no other protocol than HTTP/1.1 is spoken. Send the request without Upgrade.")
             length = content_length(headers.get(b"content-length", b""))
             self.check_size(length, length)
 
@@ -148,6 +151,11 @@ def may_be_endless(scope: Scope) -> bool:
     """Return whether the body of a request may exceed its limit: it is in chunks, or its announced size exceeds it."""
     headers = dict(scope["headers"])
     return b"transfer-encoding" in headers or content_length(headers.get(b"content-length", b"")) > MAX_BODY
+
+
+def asks_for_upgrade(headers: dict[bytes, bytes]) -> bool:
+    """Return whether a client would rather go on with another protocol, such as h2c, HTTP/2 without TLS."""
+    return b"upgrade" in headers and b"upgrade" in headers.get(b"connection", b"").lower()
 
 
 def content_length(value: bytes) -> int:

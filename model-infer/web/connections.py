@@ -24,7 +24,7 @@ class Protocol(HttpToolsProtocol):
         """Wait for the first request; if there are too many connections, close the one that is idle the longest."""
         super().connection_made(transport)
         self.timer: asyncio.TimerHandle | None = None
-        self.has_headers, self.header_bytes = False, 0  # of a request; the bytes received of incomplete ones
+        self.header_bytes = 0  # received since the last complete headers, or part of a body
         self.limit(HEADER_SECONDS)
         if len(self.connections) > MAX_CONNECTIONS:
             oldest = min(self.connections, key=lambda connection: connection.idle_since)  # type: ignore[union-attr]
@@ -43,19 +43,17 @@ class Protocol(HttpToolsProtocol):
             self.limit(HEADER_SECONDS)
         self.header_bytes += len(data)
         super().data_received(data)
-        if self.has_headers:
-            self.header_bytes = 0
-        elif self.header_bytes > MAX_HEADER_BYTES:
+        if self.header_bytes > MAX_HEADER_BYTES:
             self.transport.abort()
 
-    def on_message_begin(self) -> None:
-        """Begin with the headers of a request."""
-        self.has_headers = False
-        super().on_message_begin()
+    def on_body(self, body: bytes) -> None:
+        """Take a part of a body. What comes between two, and headers after the last, have the limit of headers."""
+        self.header_bytes = 0
+        super().on_body(body)
 
     def on_headers_complete(self) -> None:
         """Begin with the response to a request, whose body may still be on its way."""
-        self.has_headers = True
+        self.header_bytes = 0
         super().on_headers_complete()
         self.limit(REQUEST_SECONDS)
         self.idle_since = math.inf

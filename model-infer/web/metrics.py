@@ -1,5 +1,10 @@
 """Collects the service's metrics, in Prometheus' text format."""
 
+import re
+from collections.abc import Iterable
+from contextlib import suppress
+from pathlib import Path
+
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, generate_latest
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
 
@@ -14,7 +19,10 @@ class Metrics:
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
-        ProcessCollector(registry=self.registry)  # memory and CPU time, from /proc
+        ProcessCollector(registry=self.registry)  # memory and CPU time of the process that answers requests, from /proc
+        self.memory = Gauge(
+            "mnist_memory_bytes", "Memory of all processes; what they share is counted once.", registry=self.registry
+        )
         self.requests = Counter(
             "mnist_requests", "Requests by route and HTTP status.", ["route", "status"], registry=self.registry
         )
@@ -56,6 +64,18 @@ class Metrics:
         self.sha256 = sha256
         self.accuracy.set(float("nan") if accuracy is None else accuracy / 100)
 
+    def set_memory(self, processes: Iterable[int]) -> None:
+        """Set the memory that processes, by their ids, take together."""
+        self.memory.set(sum(map(memory_of, processes)))
+
     def as_text(self) -> bytes:
         """Return all metrics: the body of GET /metrics."""
         return generate_latest(self.registry)
+
+
+def memory_of(process: int) -> int:
+    """Return the bytes of memory of a process, with its part of what it shares with others; 0 if it has ended."""
+    with suppress(OSError):
+        share = re.search(r"^Pss: +(\d+) kB", Path(f"/proc/{process}/smaps_rollup").read_text(), re.MULTILINE)
+        return 1024 * int(share[1]) if share else 0
+    return 0

@@ -63,10 +63,11 @@ class Process(asyncio.Protocol):
         """Send a request, and return the future of the reply, which is an EOFError if the process ends."""
         loop, name = asyncio.get_running_loop(), prediction_id.encode()
         self.reply, self.timer = loop.create_future(), loop.call_later(SECONDS, self.end)
-        self.transport.write(REQUEST.pack(may_be_large, len(name), len(body)) + name)
-        self.transport.write(body)
         if self.transport.is_closing():
             self.connection_lost(None)
+        else:
+            self.transport.write(REQUEST.pack(may_be_large, len(name), len(body)) + name)
+            self.transport.write(body)
         return self.reply
 
     def data_received(self, data: bytes) -> None:
@@ -101,6 +102,7 @@ class Process(asyncio.Protocol):
         if self.pid:
             with suppress(ProcessLookupError):
                 os.kill(self.pid, signal.SIGKILL)
+            self.pid = 0  # soon, it may be that of another process
 
 
 class Pool:
@@ -133,6 +135,8 @@ class Pool:
                 raise Failure(reply.body.decode())
             loaded = msgspec.json.decode(reply.body, type=Loaded)
             process.pid, process.when_done = loaded.pid, self.process_done
+            if process.transport.is_closing():
+                raise EOFError("the process has ended")
             self.idle.put_nowait(process)
         self.loaded = loaded
 
@@ -154,6 +158,10 @@ class Pool:
             self.processes = [one for one in self.processes if one is not process]
         if not process.transport.is_closing() or not self.processes:  # so that a request that waits fails at once
             self.idle.put_nowait(process)
+
+    def ids(self) -> list[int]:
+        """Return the ids of the processes, as far as they are known."""
+        return [self.process.pid, *(process.pid for process in self.processes if process.pid)]
 
     def is_whole(self) -> bool:
         """Return whether no process has ended."""

@@ -38,13 +38,17 @@ class ServedModel:
         self.large = asyncio.Lock()  # held by whatever takes much memory: a new pool, a large picture
         self.served: Served | None = None  # None until a model has been loaded
         self.problem = LOADING  # why the model in the volume is not served, or ""
+        self.printed = ""  # the last problem that was printed
         self.failed = False  # whether it could not be loaded
         self.watched = True  # whether the service still looks for a new one
 
     def has_changed(self) -> bool:
-        """Return whether a file has changed since the last call of begin(), or a process has ended."""
+        """Return whether a file has changed since the last call of begin(), or a process has ended.
+
+        A model that could not be loaded is not tried again for a process that has ended.
+        """
         seen = tuple(fingerprint(path) for path in self.paths)
-        return seen != self.seen or bool(self.served and not self.served.pool.is_whole())
+        return seen != self.seen or bool(self.served and not self.failed and not self.served.pool.is_whole())
 
     def begin(self) -> None:
         """Start to load the model, if there is one."""
@@ -60,11 +64,19 @@ class ServedModel:
 
     async def refresh(self) -> None:
         """Load the model if one of its files has changed since the last call, or a process has ended."""
+        if self.served and not self.served.pool.processes:  # all have ended
+            self.served.pool.end()
+            self.served, self.seen = None, ()
         if not self.pool and not self.has_changed():
             return
         async with self.large:
-            if not self.pool:
-                self.begin()
+            try:
+                if not self.pool:
+                    self.begin()
+            except OSError as error:  # too many processes or open files
+                self.seen = ()  # the next call tries again
+                fix = "Raise MNIST_PIDS, or the limit of open files."
+                self.report(f"cannot start the processes that predict ({error.strerror}). {fix}", failed=True)
             if not self.pool:
                 return
             pool = self.pool
@@ -83,22 +95,25 @@ class ServedModel:
         assert isinstance(published, tuple)
         now = as_iso(datetime.now(UTC).timestamp())
         self.served = Served(pool, loaded.sha256, loaded.accuracy, as_iso(published[0] / 1e9), now)
-        self.problem, self.failed = "", False
+        self.problem, self.printed, self.failed = "", "", False
         if old:
             old.pool.replace()
         say(f"serve: loaded the model {loaded.sha256[:12]}, {as_text(loaded.accuracy)}")
 
+    def pools(self) -> list[Pool]:
+        """Return the processes that load a model, and those that predict."""
+        return [pool for pool in (self.pool, self.served and self.served.pool) if pool]
+
     def end(self) -> None:
         """End all processes."""
-        for pool in (self.pool, self.served and self.served.pool):
-            if pool:
-                pool.end()
+        for pool in self.pools():
+            pool.end()
 
     def report(self, problem: str, failed: bool) -> None:
         """Note why the model in the volume is not served, and print it, once."""
-        if problem != self.problem:
+        if problem != self.printed:
             print_error(f"serve: {problem}")
-        self.problem, self.failed = problem, failed
+        self.problem, self.printed, self.failed = problem, problem, failed
 
 
 def fingerprint(path: Path) -> tuple[int, int, int] | None:

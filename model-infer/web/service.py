@@ -3,6 +3,7 @@
 import asyncio
 import html
 import json
+import os
 from collections.abc import AsyncIterator, Iterable
 from contextlib import asynccontextmanager, suppress
 from datetime import UTC, datetime
@@ -20,7 +21,7 @@ from stage.dataset import DATA_SET
 from web import api, results
 from web.bounds import RETRY_SECONDS, Bounds
 from web.metrics import CONTENT_TYPE, Metrics
-from web.pool import LARGE, Reply
+from web.pool import LARGE, Pool, Reply
 from web.reload import ServedModel
 
 MAX_WAITING = 64  # pictures that are predicted, or wait for that
@@ -51,8 +52,6 @@ class Service:
 
         Raise HTTPException if the service is busy.
         """
-        if self.model.served is None:
-            raise busy(self.model.problem)
         if self.waiting >= MAX_WAITING:
             raise busy("too many pictures are waiting. Try again.")
         self.waiting += 1
@@ -72,12 +71,17 @@ class Service:
 
     async def predict(self, prediction_id: str, body: bytes) -> Reply:
         """Have a picture predicted; large pictures one at a time. Raise EOFError if the process ends that does it."""
-        assert self.model.served
-        reply = await self.model.served.pool.predict(prediction_id, body, may_be_large=False)
+        reply = await self.pool().predict(prediction_id, body, may_be_large=False)
         if reply.status != LARGE:
             return reply
         async with self.model.large:
-            return await self.model.served.pool.predict(prediction_id, body, may_be_large=True)
+            return await self.pool().predict(prediction_id, body, may_be_large=True)
+
+    def pool(self) -> Pool:
+        """Return the processes that predict. Raise HTTPException if there is no model."""
+        if self.model.served is None:
+            raise busy(self.model.problem)
+        return self.model.served.pool
 
     async def health_check(self, request: Request) -> Response:
         """GET /health-check: respond with the state of the service."""
@@ -113,6 +117,7 @@ class Service:
         """GET /metrics: respond with the service's metrics in Prometheus' text format."""
         if served := self.model.served:
             self.metrics.set_model(served.sha256, served.accuracy)
+        self.metrics.set_memory({os.getpid(), *(number for pool in self.model.pools() for number in pool.ids())})
         return Response(self.metrics.as_text(), media_type=CONTENT_TYPE)
 
 

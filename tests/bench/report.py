@@ -87,7 +87,7 @@ def serve_rows(runs):
     yield make_row("serve: the network alone, one image", values(runs, "serve", "network_seconds"), [], "ms")
     ours, other = values(runs, "serve", "ready_seconds"), values(runs, "serve", "import in serve")
     yield make_row("serve: container's start to ready, against `import torch`", ours, other, "s", cost=True)
-    yield make_row("serve: memory of the process", values(runs, "serve", "serve_bytes"), [], "MB")
+    yield make_row("serve: memory of its processes", values(runs, "serve", "serve_bytes"), [], "MB")
 
 
 def service_table(runs):

@@ -83,7 +83,7 @@ def measure(project):
         if number == STARTS - 1:
             figures = measure_requests(port, make_bodies(DATA))
             metrics = get(port, "/metrics").decode()
-            figures["serve_bytes"] = float(re.search(r"^process_resident_memory_bytes (\S+)", metrics, re.M)[1])
+            figures["serve_bytes"] = float(re.search(r"^mnist_memory_bytes (\S+)", metrics, re.M)[1])
         docker("rm", "--force", container.id)
     predicted = containers.run(project, "infer", "/opt/tests/bench/speeds.py", "predict_one")
     figures |= {"ready_seconds": statistics.median(starts), "import in serve": statistics.median(imports)}
