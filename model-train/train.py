@@ -10,8 +10,8 @@ Writes  MODEL/mnist_cnn.pt: the state_dict of the finished model
     docker compose run --rm train --epochs 20
     python model-train/train.py --data data --model model
 
-What MODEL contains decides what train does: see training/plan.py. This process does not train itself: it hands out
-batches to the workers, which train as hogwild.py describes, and it validates, saves and publishes.
+What MODEL contains decides what train does: docs/operations.md has the table. This process only hands out batches to
+the workers, which train as hogwild.py describes, and it validates, saves and publishes.
 """
 
 from stage import process
@@ -24,6 +24,7 @@ if __name__ == "__main__":
     first_look.end_if_nothing_to_do()
 
 import argparse
+import contextlib
 import hashlib
 import io
 import time
@@ -39,7 +40,7 @@ from stage.output import percent, print_error, say
 from stage.process import Failure, exit_on_failure
 from training import plan, settings
 from training.alone import Alone
-from training.checkpoint import Checkpoints
+from training.checkpoint import Checkpoints, serialize
 from training.data import read_data
 from training.details.curves import draw_curves
 from training.details.lock import volume_lock
@@ -53,7 +54,7 @@ from training.workers import Workers
 if TYPE_CHECKING:
     from cluster.nodes import Nodes
 
-LEARNED = 0.1  # the part of what chance gets wrong that a model must get right, to be published
+MIN_LEARNED = 0.1  # a model is published if it gets right this part of what predicting the commonest class gets wrong
 
 
 def main() -> int:
@@ -79,9 +80,9 @@ def train_alone(todo: plan.Plan, args: argparse.Namespace) -> int:
     """Train on this machine alone, from the start or from a checkpoint, and return the exit status."""
     data = read_data(args.data)
     training, validation = split_validation(*to_tensors(data))
-    todo = plan.with_data(todo, data.sha256, len(training[0]), args.folder)
+    sha256 = data.sha256
     del data  # the tensors may be copies
-    record, shared = start_or_resume(todo, *training, args.folder)
+    record, shared = start_or_resume(todo, sha256, *training, args.volume)
     say(f"train: {todo.message} ({todo.settings.as_flags()})")
     return train(record, shared, validation, Alone(), args)
 
@@ -91,27 +92,27 @@ def train(
 ) -> int:
     """Train, on one machine or together with other nodes; publish the model, and return the exit status."""
     process.imports_done()  # before the workers are forked, which share what there is
-    folder = args.folder if nodes.rank == 0 else None  # node 0 alone writes to the volume
+    folder = args.volume if nodes.rank == 0 else None  # node 0 alone writes to the volume
     checkpoints = Checkpoints(folder, shared, record)
-    progress = Progress(record, len(shared.images), args.log_interval, quiet=nodes.rank > 0)
     stop = StopRequest()
     process.handle_stop_signals(stop.handle)
-    name = f"node {nodes.rank}: " if nodes.world > 1 else ""
+    prefix = f"train: node {nodes.rank}: " if nodes.world > 1 else "train: "
     try:
-        with Workers(shared, record, stop, nodes.rank, nodes.world) as workers:
+        with (
+            Workers(shared, record, stop, nodes.rank, nodes.world) as workers,
+            contextlib.closing(Progress(record, args.log_interval, quiet=nodes.rank > 0)) as progress,
+        ):
             train_epochs(record, shared, validation, workers, nodes, checkpoints, progress)
     except Stopped as stopped:
         hint = f". {RESUME_HINT}" if nodes.world == 1 else ""  # cluster/launch.py has its own
         outcome = "a dry run saves nothing" if args.dry_run else f"{stopped.progress}{hint}"
-        print_error(f"train: {name}stopped by {process.signal_name(stopped.number)}; {outcome}")
+        print_error(f"{prefix}stopped by {process.signal_name(stopped.number)}; {outcome}")
         return 128 + stopped.number
-    finally:
-        progress.close()
-    nodes.publish(lambda: publish_model(record, shared, folder, chance_of(validation[1])))
+    nodes.publish(lambda: publish_model(record, shared, folder, validation[1]))
     if stop.number:
         outcome = "a dry run publishes nothing" if args.dry_run else "the model is published"
         signal = process.signal_name(stop.number)
-        print_error(f"train: {name}stopped by {signal}, but the training had finished: {outcome}")
+        print_error(f"{prefix}stopped by {signal}, but the training had finished: {outcome}")
         return 128 + stop.number
     return 0
 
@@ -133,6 +134,7 @@ def train_epochs(
             limit = nodes.next_sync(end_of_epoch)  # the workers train on the batches before this one, then wait
             while workers.poll(limit):
                 progress.update()
+                # Several nodes must all pause at the same batch, so these stop and save at the next sync only.
                 if nodes.world == 1 and (workers.stop.number or checkpoints.is_due()):
                     limit = workers.next  # send no more batches: the loop ends when those that are sent are done
             is_stopping = nodes.sync(workers)
@@ -141,7 +143,7 @@ def train_epochs(
                 checkpoints.save()
                 raise nodes.stopped(workers.stop)
             if checkpoints.is_due():
-                checkpoint = checkpoints.serialize()
+                checkpoint = serialize(shared, record)
                 workers.hand_out(nodes.next_sync(end_of_epoch))  # to train on while it is written
                 checkpoints.write(checkpoint)
         if epoch + 1 == record.settings.epochs:
@@ -149,28 +151,25 @@ def train_epochs(
         images, labels = (each[nodes.rank :: nodes.world] for each in validation)  # each node validates on a part
         sums = nodes.sum(validate(shared.model, images, labels), workers)
         record.update(end_of_epoch, time.monotonic() - began)
-        record.add_epoch(sums.tolist(), len(shared.images))
+        record.add_epoch(sums.tolist())
         progress.print_epoch()
     checkpoints.save()
 
 
-def chance_of(labels: torch.Tensor) -> float:
-    """Return the accuracy, in percent, of a model that predicts the most frequent of the labels, int64 [N]."""
-    return 100 * labels.bincount().max().item() / len(labels)
-
-
-def publish_model(record: Record, shared: SharedState, folder: Path | None, chance: float) -> None:
+def publish_model(record: Record, shared: SharedState, folder: Path | None, labels: torch.Tensor) -> None:
     """Publish the curves, the model, and the record that marks the training as finished, if there is a folder.
 
-    Raise Failure if the model has not learned anything: its validation accuracy is not well above chance, in percent.
+    Raise Failure if the model has not learned anything: its validation accuracy is not well above that of always
+    predicting the commonest of the labels of the validation images, int64 [N].
     """
     if not folder:
         return
+    chance = 100 * labels.bincount().max().item() / len(labels)
     accuracy = record.history[-1].validation_accuracy
-    if accuracy < chance + LEARNED * (100 - chance):
+    if accuracy < chance + MIN_LEARNED * (100 - chance):
         raise Failure(
             f"the validation accuracy after the last epoch is only {accuracy:.2f} % (chance is {chance:.0f} %); the "
-            f"model is not published. Settings: {record.settings.as_flags()}. {FRESH_HINT}"
+            f"model is not published. Try a smaller --lr. Settings: {record.settings.as_flags()}. {FRESH_HINT}"
         )
     buffer = io.BytesIO()
     torch.save(shared.state_dict(), buffer)

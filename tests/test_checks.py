@@ -16,7 +16,7 @@ from stage import weights
 from stage.images import read_images
 from stage.process import Failure
 from training import checkpoint, plan, settings, start
-from training.details import checks, limits
+from training.details import checks, needs
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +35,7 @@ def use(monkeypatch):
 def begin(images, labels, folder=None, **changes):
     """What a training with its defaults begins with."""
     wanted = settings.Settings(**{"epochs": 1} | changes)
-    return start.start_or_resume(plan.Plan("start", "", wanted), images, labels, folder)
+    return start.start_or_resume(plan.Plan("start", "", wanted), {}, images, labels, folder)
 
 
 @pytest.mark.parametrize("name", networks.NETWORKS)
@@ -136,12 +136,12 @@ def test_the_largest_checkpoint_of_a_network_is_under_the_limit(use, training, t
 
 
 def test_memory_that_is_too_small_for_the_parameters_is_told(use, training, monkeypatch):
-    needs = []
-    monkeypatch.setattr(limits.process, "check_memory", lambda needed, what: needs.append(needed))
+    bytes_needed = []
+    monkeypatch.setattr(needs.limits, "check_memory", lambda needed, what: bytes_needed.append(needed))
     begin(*training)
     use(networks.NETWORKS["MLP"])
     begin(*training)
-    assert needs[1] - needs[0] > 10 * 4 * 2_000_000
+    assert bytes_needed[1] - bytes_needed[0] > 10 * 4 * 2_000_000
 
 
 @pytest.fixture

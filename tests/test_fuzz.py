@@ -111,7 +111,7 @@ def resume(folder, content):
     (folder / "checkpoint.pt").write_bytes(content)
     (folder / "train_results.json").write_text(json.dumps(RECORD))
     with one_line_at_most():
-        resumed, shared = start.start_or_resume(plan.Plan("resume", "", WANTED), IMAGES, LABELS, folder)
+        resumed, shared = start.start_or_resume(plan.Plan("resume", "", WANTED), {}, IMAGES, LABELS, folder)
         assert shared.parameters.isfinite().all()
         assert all(isinstance(line, record.EpochRecord) for line in resumed.history)
 

@@ -15,7 +15,7 @@ def resume(folder, **requested):
     """The record and the shared state of the training that goes on from a volume."""
     decided = plan.decide(requested, False, folder)
     assert decided.action == "resume"
-    return start.start_or_resume(decided, IMAGES, LABELS, folder)
+    return start.start_or_resume(decided, decided.data_sha256, IMAGES, LABELS, folder)
 
 
 def test_the_record_says_how_fast_and_how_well_the_training_went_and_how_long_each_worker_waited(trained):
@@ -83,6 +83,6 @@ def test_the_losses_accuracy_and_seconds_of_an_epoch_are_its_own():
     for worker, loss, seconds, validation in ((0, 2.0, 5.0, [10.0, 90, 100]), (1, 1.0, 8.0, [5.0, 95, 100])):
         new.workers[worker].add(960, 10, 960 * loss, 0.0)
         new.update(10, seconds)
-        new.add_epoch(validation, 960)
+        new.add_epoch(validation)
     found = [(e.train_loss, e.validation_loss, e.validation_accuracy, e.seconds) for e in new.history]
     assert found == [(2.0, 0.1, 90.0, 5.0), (1.0, 0.05, 95.0, 3.0)]

@@ -158,8 +158,8 @@ def test_a_worker_that_stands_still_is_killed_and_its_batches_redone(new_workers
 
 
 def test_the_message_of_a_killed_worker_says_what_becomes_of_its_batches():
-    assert workers.death_message(1, signal.SIGKILL, []) == "worker 1 was killed by SIGKILL while idle"
-    assert workers.death_message(1, signal.SIGKILL, [7]).endswith(" killed by SIGKILL; other workers redo its batch 7")
+    assert workers.killed_message(1, signal.SIGKILL, []) == "worker 1 was killed by SIGKILL while idle"
+    assert workers.killed_message(1, signal.SIGKILL, [7]).endswith(" killed by SIGKILL; other workers redo its batch 7")
 
 
 def test_a_clock_of_running_time_counts_a_pause_for_little(monkeypatch):
@@ -170,5 +170,3 @@ def test_a_clock_of_running_time_counts_a_pause_for_little(monkeypatch):
         now[0] += seconds
         clock.seconds()
     assert clock.seconds() == pytest.approx(0.5 + clock.LONGEST_GAP + 0.25)
-    clock.reset()
-    assert clock.seconds() == 0

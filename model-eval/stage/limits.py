@@ -5,7 +5,7 @@ import os
 import threading
 from pathlib import Path
 
-from stage.process import THREADS_HINT, Failure
+from stage.process import NO_THREADS, Failure
 
 
 def count_cores() -> int:
@@ -45,7 +45,7 @@ def check_threads(count: int) -> None:
             thread.start()
             threads.append(thread)
     except RuntimeError:
-        raise Failure(THREADS_HINT) from None
+        raise Failure(NO_THREADS) from None
     finally:
         release.set()
         for thread in threads:  # forking while they run would not be safe

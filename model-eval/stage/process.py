@@ -21,11 +21,11 @@ from stage.output import can_write, flush, print_error
 STOP_SIGNALS = (signal.SIGHUP, signal.SIGINT, signal.SIGQUIT, signal.SIGTERM)
 # With any of these, torch's OpenMP binds the thread that imports it to one core, and so all workers that it forks.
 BINDING_VARIABLES = ("OMP_PROC_BIND", "OMP_PLACES", "GOMP_CPU_AFFINITY", "KMP_AFFINITY")
-THREADS_HINT = "cannot start enough processes and threads. Raise MNIST_PIDS, then run it again."
+NO_THREADS = "cannot start enough processes and threads. Raise MNIST_PIDS (without Docker: ulimit -u), then try again."
 
 
 def command(stage: str, *flags: str) -> str:
-    """Return the words to type that run a stage: in the image, in a job of Slurm, or else as `make local` does."""
+    """Return the command that runs a stage: in the image, in a job of Slurm, or else as `make local` does."""
     folder = {"train": "model-train", "evaluate": "model-eval", "infer": "model-infer"}[stage]
     if Path("/opt/entrypoint.sh").exists():
         words = f"docker compose run --rm {stage}"
@@ -55,7 +55,7 @@ def prepare_process() -> None:
     gc.disable()  # until imports_done(): imports make many objects that stay, and need not be looked at again and again
     handle_stop_signals(lambda number, frame: os._exit(128 + number))
     signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)  # blocked by the image's entrypoint until they are handled
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # inherited as ignored, it would hide the death of workers
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # inherited as ignored, it would hide that workers have ended
     for descriptor in (0, 1, 2):
         try:
             os.fstat(descriptor)
@@ -75,7 +75,7 @@ def prepare_process() -> None:
 
 
 def imports_done() -> None:
-    """Have the garbage collector look after new objects, and ignore those that there are. Call it after all imports."""
+    """Have the garbage collector look after new objects, and ignore existing ones. Call it after all imports."""
     gc.freeze()
     gc.enable()
 
@@ -127,7 +127,7 @@ def exit_on_failure(stage: str) -> Iterator[None]:
     except (OSError, RuntimeError) as error:
         # A failed fork raises EAGAIN, a thread that cannot be started a RuntimeError with this text.
         if getattr(error, "errno", None) == errno.EAGAIN or "can't start new thread" in str(error):
-            print_error(f"{stage}: {THREADS_HINT}")
+            print_error(f"{stage}: {NO_THREADS}")
         elif isinstance(error, OSError):
             print_error(f"{stage}: {error}. Fix the cause, then run it again.")
         else:

@@ -34,7 +34,7 @@ def add_folder_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def nonempty(kind: Callable[[str], Any]) -> Callable[[str], Any]:
-    """Return a parser of texts that are not empty: as a path, that of an unset variable is the current folder."""
+    """Return a parser of texts that are not empty: as a path, `--data "$UNSET"` would be the current folder."""
 
     def parse(text: str) -> Any:
         if not text:

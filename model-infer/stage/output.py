@@ -30,10 +30,10 @@ def percent(value: float, digits: int = 2) -> str:
     return f"{value if value == 100 else min(value, 100 - 10**-digits):.{digits}f} %"
 
 
-def can_write(stream: IO[str]) -> bool:
-    """Return whether a standard stream accepts text within a second; a pipe that nobody reads does not."""
+def can_write(stream: IO[str], seconds: float = 1) -> bool:
+    """Return whether a standard stream accepts text within some seconds; a pipe that nobody reads does not."""
     try:
-        return bool(select.select([], [stream.fileno()], [], 1)[1])
+        return bool(select.select([], [stream.fileno()], [], seconds)[1])
     except ValueError:  # not backed by a file descriptor
         return True
 

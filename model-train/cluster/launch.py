@@ -41,10 +41,10 @@ from stage.process import Failure, exit_on_failure
 from training import settings
 
 TRAIN = Path(__file__).parents[1] / "train.py"
-STOP_SECONDS = 4  # for train to end after a signal; it needs 3 at most
-ELSEWHERE = "192.0.2.1"  # an address that is nobody's (RFC 5737): the way to it is that to other networks
+TRAIN_STOP_SECONDS = 4  # for train to end after a signal; it needs 3 at most
+ELSEWHERE = "192.0.2.1"  # an address reserved for documentation (RFC 5737): the way to it is the default route
 SIOCGIFADDR = 0x8915  # asks Linux for the address of a network interface: netdevice(7)
-RESUME_HINT = "Start all nodes again with the same flags: the training resumes from its last checkpoint"
+RESTART_HINT = "Start all nodes again with the same flags: the training resumes from its last checkpoint"
 
 
 def main() -> int:
@@ -107,7 +107,7 @@ def parse_endpoint(text: str) -> tuple[str, int]:
 
 
 def find_endpoint(args: argparse.Namespace) -> tuple[str, int]:
-    """Return host and port where the nodes meet. Raise Failure with status 2 if that is not said, or wrong."""
+    """Return host and port where the nodes meet. Raise Failure with status 2 if it is missing or invalid."""
     if args.rdzv_endpoint:
         host, port = args.rdzv_endpoint
         return host, port
@@ -135,7 +135,7 @@ def end_when_stopped() -> None:
     def wait_for_signals() -> None:
         while number := os.read(reader, 1)[0]:
             if number in process.STOP_SIGNALS:
-                time.sleep(STOP_SECONDS)
+                time.sleep(TRAIN_STOP_SECONDS)
                 os._exit(128 + number)
 
     threading.Thread(target=wait_for_signals, daemon=True).start()
@@ -210,16 +210,16 @@ def launch(args: argparse.Namespace, host: str, port: int) -> int:
     except (ValueError, AssertionError) as error:
         refuse_variables(str(error))
     except SignalException as stopped:
-        print_error(f"launch: stopped by {stopped.sigval.name}. {RESUME_HINT}")
+        print_error(f"launch: stopped by {stopped.sigval.name}. {RESTART_HINT}")
         return 128 + stopped.sigval
     except ChildFailedError:
-        raise Failure(f"gave up after {args.max_restarts} restarts. {RESUME_HINT}") from None
+        raise Failure(f"gave up after {args.max_restarts} restarts. {RESTART_HINT}") from None
     except rendezvous.RendezvousClosedError:
-        raise Failure(f"the training at {where} has ended. {RESUME_HINT}") from None
+        raise Failure(f"the training at {where} has ended. {RESTART_HINT}") from None
     except rendezvous.RendezvousTimeoutError:
-        raise Failure(f"too few nodes came to {where} in {args.join_timeout} s. {RESUME_HINT}") from None
+        raise Failure(f"too few nodes came to {where} in {args.join_timeout} s. {RESTART_HINT}") from None
     except (rendezvous.RendezvousError, RuntimeError):
-        hint = f"The node at {where} must run, and be reachable from here. {RESUME_HINT}"
+        hint = f"The node at {where} must run, and be reachable from here. {RESTART_HINT}"
         raise Failure(f"cannot reach the rendezvous at {where}. {hint}") from None
 
 

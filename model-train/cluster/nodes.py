@@ -30,16 +30,16 @@ from stage.images import Images, split_validation, to_tensors
 from stage.output import print_error, say
 from stage.process import Failure
 from training import plan, settings
-from training.checkpoint import Checkpoints, parse_checkpoint, restore
+from training.checkpoint import parse_checkpoint, restore, serialize
 from training.data import read_data
-from training.details.limits import check_limits
 from training.details.lock import volume_lock
+from training.details.needs import check_limits
 from training.record import LostWorker, Record
 from training.start import start_or_resume
 from training.stopping import SAVED, Stopped, StopRequest
 from training.workers import Workers
 
-STOP_SECONDS = 5  # from the first to the last of the signals that stop all nodes
+SIGNALS_SECONDS = 5  # from the first to the last of the signals that stop all nodes
 
 
 def train_on_node(args: argparse.Namespace, requested: dict[str, Any], train: Callable[..., int]) -> int:
@@ -83,9 +83,9 @@ class Preparation:
         descriptions = [json.loads(text) for text in self.node.exchange("description", self.describe)]
         self.node.exchange("comparison", lambda: check_same(descriptions, self.node.rank))
         fresh = all(description["starts over"] for description in descriptions)
-        start, *_ = self.node.exchange("start", (lambda: self.decide(fresh)) if leads else bytes)
+        start, *_ = self.node.exchange("start", (lambda: self.decide(fresh)) if leads else nothing)
         if start:
-            self.node.exchange("following", bytes if leads else lambda: self.follow(start))
+            self.node.exchange("following", nothing if leads else lambda: self.follow(start))
             self.has_begun.write_bytes(b"1")
         return self.started
 
@@ -105,7 +105,7 @@ class Preparation:
 
     def decide(self, fresh: bool) -> bytes:
         """On node 0: decide what to do, as on one machine; return the checkpoint to start from, empty for nothing."""
-        folder, world = self.args.folder, self.node.world
+        folder, world = self.args.volume, self.node.world
         if folder:
             folder.mkdir(parents=True, exist_ok=True)
             self.lock.enter_context(volume_lock(folder))
@@ -115,22 +115,21 @@ class Preparation:
             say(f"train: {todo.message}")
             return b""
         check_limits(todo.settings)
-        todo = plan.with_data(todo, self.data_sha256, len(self.training[0]), folder)
-        batches = batches_per_epoch(todo.settings.batch_size, todo.images or 0)
+        batches = batches_per_epoch(todo.settings.batch_size, len(self.training[0][: todo.images]))
         if world > batches:
             hint = "Use fewer nodes, or a smaller --batch-size"
             raise Failure(f"an epoch has {batches} batches, too few for {world} nodes. {hint}", status=2)
-        record, shared = self.started = start_or_resume(todo, *self.training, folder)
+        record, shared = self.started = start_or_resume(todo, self.data_sha256, *self.training, folder)
         say(f"train: {todo.message} on {world} node{'s' * (world > 1)} ({todo.settings.as_flags()})")
-        return Checkpoints(None, shared, record).serialize()
+        return serialize(shared, record)
 
     def follow(self, start: bytes) -> bytes:
         """On the other nodes: start from the checkpoint of node 0, which must be in the volume of this node too."""
         path = Path("the checkpoint that node 0 has sent")
         record, tensors = parse_checkpoint(start, path)
         check_limits(record.settings)
-        if self.args.folder:
-            check_volume(self.args.folder, record, self.node)
+        if self.args.volume:
+            check_volume(self.args.volume, record, self.node)
         count = self.dry_run.images if self.dry_run else None
         shared = SharedState(record, *(part[:count] for part in self.training))
         restore(shared, record, tensors, path)
@@ -139,7 +138,12 @@ class Preparation:
         return b""
 
 
-def check_same(descriptions: list[dict[str, dict[str, str]]], rank: int) -> bytes:
+def nothing() -> bytes:
+    """Do nothing: what a node does while others do their part."""
+    return b""
+
+
+def check_same(descriptions: list[dict[str, Any]], rank: int) -> bytes:
     """Raise Failure with status 2, naming what differs, unless a node has the flags, data and programs of node 0."""
     hints = {
         "flags": "Start all nodes with the same flags",
@@ -217,8 +221,9 @@ class Nodes:
     def news(self) -> torch.Tensor:
         """Return what each worker of this node has done since the last time: float32 [workers, 6].
 
-        That is images, steps, sum of losses, seconds waited, and the signal that killed it and the batch that it had,
-        if it was killed. The batch, from 1, is counted from then, since float32 has no large integers.
+        Renumber killed ones among those of all nodes. The numbers are images, steps, sum of losses, seconds waited, and
+        the signal that killed it and the batch that it had, if it was killed. The batch, from 1, is counted from then,
+        since float32 has no large integers.
         """
         now, known = (
             torch.tensor([astuple(worker)[1:] for worker in each]) for each in (self.record.workers, self.known)
@@ -238,7 +243,7 @@ class Nodes:
 
     def stopped(self, stop: StopRequest) -> Exception:
         """Return what ends this node, since one was asked to stop: Stopped if this one is asked too, else LostNode."""
-        deadline = time.monotonic() + STOP_SECONDS
+        deadline = time.monotonic() + SIGNALS_SECONDS
         while not stop.number and time.monotonic() < deadline:
             time.sleep(0.01)
         return Stopped(stop.number, SAVED) if stop.number else LostNode("another node was stopped")

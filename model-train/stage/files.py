@@ -24,6 +24,7 @@ RESULTS, PREDICTIONS, PREDICTIONS_SHEET = "results", "predictions.json", "predic
 # Files that serve only as locks; the last one is in the data folder.
 TRAIN_LOCK, PUBLISH_LOCK, DOWNLOAD_LOCK = ".train.lock", ".publish.lock", ".download.lock"
 MAX_MODEL_BYTES = 4_000_000_000  # of any network; weights.py has the limit for this one
+MAX_RECORD_BYTES = 10_000_000  # of train_results.json: it takes a few kB, and 200 bytes more with every epoch
 OWN_RESULTS = "own"  # the pictures of infer and its predictions.json, for pictures of the user's own
 EXPORT = "export"  # what evaluate --export writes
 
@@ -109,6 +110,8 @@ def check_destinations(folder: Path, *names: str) -> None:
 
 def removal_hint(path: Path) -> str:
     """Return the command that removes what is in the way, in the volume or in a local folder."""
+    if DATA in path.parents:  # which is mounted from there
+        path = "data" / path.relative_to(DATA)
     # Without DAC_OVERRIDE, root may not remove another user's files.
     inside = "docker compose run --rm --no-deps --cap-add DAC_OVERRIDE --entrypoint rm train -r"
     return f"Remove it with: {inside if MODEL in path.parents else 'rm -r'} {shlex.quote(str(path))}"
@@ -122,18 +125,16 @@ def publish(path: Path, content: bytes | bytearray) -> None:
     # Always the same name: a crash leaves at most one such file, which the next run removes.
     part = path.with_name(f".{path.name}.part")
     try:
-        try:
-            remove(part)
-            with open(part, "xb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-                os.fchmod(file.fileno(), 0o644)
-            part.rename(path)
-        except OSError:
-            part.unlink(missing_ok=True)
-            raise
+        remove(part)
+        with open(part, "xb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+            os.fchmod(file.fileno(), 0o644)
+        part.rename(path)
     except OSError as error:
+        with contextlib.suppress(OSError):
+            part.unlink(missing_ok=True)
         kept = "an existing file is unchanged"
         raise Failure(f"cannot write {path} ({error.strerror}); {kept}. {write_hint(error)}") from None
 

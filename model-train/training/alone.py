@@ -26,7 +26,7 @@ class Alone:
         return values
 
     def stopped(self, stop: StopRequest) -> Exception:
-        """Return what ends this node, since one was asked to stop; the progress must be saved."""
+        """Return what ends this node, since one was asked to stop; the progress has been saved."""
         return Stopped(stop.number, SAVED)
 
     def publish(self, publish_model: Callable[[], None]) -> None:

@@ -10,8 +10,7 @@ import torch
 import net
 from hogwild import OPTIMIZER_STATE, SharedState
 from stage import weights
-from stage.code import MAX_RECORD_BYTES
-from stage.files import CHECKPOINT, FRESH_HINT, publish, read_limited
+from stage.files import CHECKPOINT, FRESH_HINT, MAX_RECORD_BYTES, publish, read_limited
 from stage.process import Failure
 from training.record import Record, parse_record
 from training.settings import MAX_WORKERS
@@ -30,13 +29,6 @@ class Checkpoints:
         """Return whether it is time for the next checkpoint."""
         return time.monotonic() > self.last_saved + CHECKPOINT_SECONDS
 
-    def serialize(self) -> bytes:
-        """Return the contents of a checkpoint. The workers must be idle."""
-        shared, buffer = self.shared, io.BytesIO()
-        parts = {"model": shared.state_dict(), **shared.optimizer_state, "sum": shared.parameter_sums.sum(0)}
-        torch.save(parts | {"results": self.record.to_json()}, buffer)
-        return buffer.getvalue()
-
     def write(self, content: bytes) -> None:
         """Publish a checkpoint, then the record: if train is killed in between, the record is older, never newer."""
         if self.folder:
@@ -46,7 +38,15 @@ class Checkpoints:
 
     def save(self) -> None:
         """Publish a checkpoint now. The workers must be idle."""
-        self.write(self.serialize())
+        self.write(serialize(self.shared, self.record))
+
+
+def serialize(shared: SharedState, record: Record) -> bytes:
+    """Return the contents of a checkpoint. The workers must be idle."""
+    buffer = io.BytesIO()
+    parts = {"model": shared.state_dict(), **shared.optimizer_state, "sum": shared.parameter_sums.sum(0)}
+    torch.save(parts | {"results": record.to_json()}, buffer)
+    return buffer.getvalue()
 
 
 def read_checkpoint(path: Path) -> tuple[Record, dict[str, Any]]:

@@ -6,12 +6,12 @@ from stage.output import print_error, say
 from stage.process import Failure, exit_on_failure
 from training import plan, settings
 from training.data import read_data
-from training.details.limits import check_limits
 from training.details.lock import Busy, volume_lock
+from training.details.needs import check_limits
 
 
 def end_if_nothing_to_do() -> None:
-    """End the process if the volume has all that is requested, after a look at the data, or if it must be refused."""
+    """End the process if there is nothing to do, after a look at the data, or if what is requested must be refused."""
     args, requested = settings.parse_args()
     if settings.is_node():
         return
@@ -23,7 +23,7 @@ def end_if_nothing_to_do() -> None:
         todo = plan.decide(requested, args.fresh, args.model)
         if todo.action != "nothing":
             try:
-                with volume_lock(args.model):  # main() locks it again
+                with volume_lock(args.model):  # to know whether another training is at work; main() locks it again
                     check_limits(todo.settings)
                     return
             except Busy as busy:

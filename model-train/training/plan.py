@@ -1,27 +1,7 @@
-"""Decides what train has to do, from its flags and the volume, before torch is imported.
+"""Decides what train has to do, from its flags and the volume's train_results.json, before torch is imported.
 
-| in the volume           | requested                                    | decision                             |
-| ---                     | ---                                          | ---                                  |
-| empty                   | anything                                     | start                                |
-| an unfinished training  | no settings, or the same                     | resume                               |
-| one without a batch     | no settings, or the same                     | start                                |
-| an unfinished training  | another number of epochs, more than are done | resume, with the schedule recomputed |
-| an unfinished training  | no more epochs than are done                 | refuse                               |
-| an unfinished training  | another number of workers                    | resume, and say what that changes    |
-| a finished model        | no settings, or no more epochs               | do nothing                           |
-| a finished model        | more epochs, perhaps other workers           | resume                               |
-| one that was deleted    | no settings, or the same                     | resume, which publishes it again     |
-| one that was replaced   | no settings; more epochs                     | do nothing; refuse                   |
-| either                  | other settings than that, or other data      | refuse, and name the difference      |
-| either, of other code   | anything (stage/code.py says which code)     | refuse, and name what was edited     |
-| a model, no record      | no settings; any settings                    | do nothing; refuse                   |
-| a checkpoint, no record | anything                                     | refuse                               |
-| anything                | --fresh                                      | start                                |
-
-While another training has the volume's lock, all that is not "do nothing" is refused, with one exception: if nothing is
-requested and there is a finished model, do nothing, so that evaluate, infer and serve can use it.
-
-The record is train_results.json.
+docs/operations.md has the table of all cases. While another training has the volume's lock, all but "do nothing" is
+refused; it is also what to do if nothing is requested and there is a finished model, for the stages that use it.
 """
 
 import math
@@ -59,10 +39,10 @@ class Plan(Struct):
     action: Literal["nothing", "start", "resume"]
     message: str
     settings: Settings
-    images: int | None = None  # to train on, the first ones; None: all
+    images: int | None = None  # to train on, at most, the first ones; None: all
     nodes: int = 1  # machines that train together
     run: str = ""  # of the record to resume
-    data_sha256: dict[str, str] | None = None  # of the training in the volume, if any; then of the data that was read
+    data_sha256: dict[str, str] | None = None  # of the training in the volume, if any
 
 
 def dry_run(requested: dict[str, Any], nodes: int = 1) -> Plan:
@@ -125,7 +105,7 @@ def check_same_training(record: Record, requested: dict[str, Any], folder: Path,
     if changed:
         since = f"{', '.join(changed)} changed since the training in {folder}"
         raise Failure(f"{since}: undo that, or train anew. {FRESH_HINT}", status=2)
-    names = [name for name in record.settings.differences(requested) if name not in may_change]
+    names = [name for name in requested if name not in may_change and requested[name] != getattr(record.settings, name)]
     if names:
         has = ", ".join(f"{flag(name)} {getattr(record.settings, name)}" for name in names)
         wants = ", ".join(f"{flag(name)} {requested[name]}" for name in names)
@@ -137,18 +117,6 @@ def check_data(plan: Plan, data_sha256: dict[str, str], folder: Path | None) -> 
     """Raise Failure with status 2 if the training in the volume used other data than this."""
     if plan.data_sha256 not in (None, data_sha256):
         raise Failure(f"the training in {folder} used other data than this {DATA_SET.name}. {FRESH_HINT}", status=2)
-
-
-def with_data(plan: Plan, data_sha256: dict[str, str], images: int, folder: Path | None) -> Plan:
-    """Return the plan for the data that was read, of which so many images are to train on.
-
-    Raise Failure with status 2 if the training in the volume used other data, or if a batch is larger than the data.
-    """
-    check_data(plan, data_sha256, folder)
-    if plan.settings.batch_size > images:
-        wanted = f"--batch-size {plan.settings.batch_size:,} is larger than the {images:,} training images"
-        raise Failure(f"{wanted}: give a smaller one", status=2)
-    return replace(plan, data_sha256=data_sha256, images=min(images, plan.images or images))
 
 
 def check_epochs(record: Record, requested: int, folder: Path) -> None:

@@ -12,10 +12,11 @@ from msgspec import Meta, field
 
 from stage import VERSION, code
 from stage.dataset import batches_per_epoch
-from stage.files import FRESH_HINT, TRAIN_RESULTS, publish, read_limited
+from stage.files import FRESH_HINT, MAX_RECORD_BYTES, TRAIN_RESULTS, publish, read_limited
 from stage.process import Failure
 from training.settings import Settings
 
+# Up to 2**62: sums of two stay in 64 bits.
 Count = Annotated[int, Meta(ge=0, le=2**62)]
 Number = Annotated[float, Meta(ge=0, le=2**62)]
 Text = Annotated[str, Meta(pattern=r"^[ -~]*\Z")]  # messages may show it on a terminal
@@ -54,6 +55,11 @@ class LostWorker(msgspec.Struct):
     batch: Count | None
 
 
+def package_versions() -> dict[str, str]:
+    """Return the versions of Python and of the packages that training depends on."""
+    return {"python": platform.python_version()} | {name: version(name) for name in ("torch", "torchvision")}
+
+
 class Record(msgspec.Struct):
     """The record of a training: settings, progress, history. Saved as train_results.json and in checkpoints."""
 
@@ -76,7 +82,7 @@ class Record(msgspec.Struct):
     nodes: Count = 1  # machines that train together, or did so last; workers of the same rank share a WorkerRecord
     precision: Text = "float32"  # of the convolutions
     model_sha256: Text = ""
-    versions: dict[str, str] = field(default_factory=lambda: package_versions())
+    versions: dict[str, str] = field(default_factory=package_versions)
 
     @classmethod
     def new(
@@ -93,23 +99,24 @@ class Record(msgspec.Struct):
     def update(self, batches: int, seconds: float) -> None:
         """Note how many batches are finished, and after how many seconds of training."""
         self.batches, self.seconds = batches, seconds
-        self.images_per_second = self.totals()[1] / seconds
+        _, images, _ = self.totals()
+        self.images_per_second = images / seconds
 
     def totals(self) -> tuple[int, int, float]:
         """Return the sums over all workers: steps, images, and the images' losses."""
         workers = self.workers
         return sum(w.steps for w in workers), sum(w.images for w in workers), sum(w.loss_sum for w in workers)
 
-    def add_epoch(self, validation: list[float], images: int) -> None:
-        """Append an epoch over `images` images. Its loss and time are the totals minus those of earlier epochs.
+    def add_epoch(self, validation: list[float]) -> None:
+        """Append an epoch. Its loss and time are the totals minus those of earlier epochs.
 
         The validation is the sum of the losses, the number of correct predictions, and that of validation images.
         """
-        loss, correct, count = validation
+        (loss, correct, count), (_, _, loss_sum) = validation, self.totals()
         self.history.append(
             EpochRecord(
                 epoch=len(self.history) + 1,
-                train_loss=self.totals()[2] / images - sum(epoch.train_loss for epoch in self.history),
+                train_loss=loss_sum / self.training_images - sum(epoch.train_loss for epoch in self.history),
                 validation_loss=loss / count,
                 validation_accuracy=100 * correct / count,
                 seconds=self.seconds - sum(epoch.seconds for epoch in self.history),
@@ -125,18 +132,13 @@ class Record(msgspec.Struct):
         return self.batches / batches_per_epoch(self.settings.batch_size, self.training_images)
 
 
-def package_versions() -> dict[str, str]:
-    """Return the versions of Python and of the packages that training depends on."""
-    return {"python": platform.python_version()} | {name: version(name) for name in ("torch", "torchvision")}
-
-
 def read_record(folder: Path) -> Record | None:
     """Read train_results.json; return None if there is none. Raise Failure if it cannot be used."""
     path = folder / TRAIN_RESULTS
     if not path.exists():
         return None
     try:
-        return parse_record(read_limited(path, code.MAX_RECORD_BYTES, FRESH_HINT))
+        return parse_record(read_limited(path, MAX_RECORD_BYTES, FRESH_HINT))
     except ValueError as error:
         raise Failure(f"{path} cannot be used: {error}. {FRESH_HINT}") from None
 

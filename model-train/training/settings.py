@@ -1,4 +1,4 @@
-"""The settings of a training, type, default, range and help of each in one place, and the command line of train."""
+"""The settings of a training, with the type, default, range and help of each, and the command line of train."""
 
 import argparse
 import os
@@ -57,10 +57,6 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         given = [f"{flag(name)} {value}" for name, value in values.items() if value != SETTINGS[name].default]
         return " ".join(given) or "default settings"
 
-    def differences(self, requested: dict[str, Any]) -> list[str]:
-        """Return the names of requested settings that differ."""
-        return [name for name, value in requested.items() if value != getattr(self, name)]
-
 
 SETTINGS = {item.name: item for item in msgspec.structs.fields(Settings)}
 
@@ -116,5 +112,5 @@ def parse_args() -> tuple[argparse.Namespace, dict[str, Any]]:
     parser.add_argument("--fresh", action="store_true", help=text)
     flags.add_folder_flags(parser)
     args = parser.parse_args()
-    args.folder = None if args.dry_run else args.model  # the volume, if it is read and written at all
+    args.volume = None if args.dry_run else args.model  # if it is read and written at all
     return args, {name: getattr(args, name) for name in SETTINGS if getattr(args, name) is not None}

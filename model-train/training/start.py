@@ -11,8 +11,8 @@ from stage.output import say
 from stage.process import Failure
 from training.checkpoint import read_checkpoint, restore
 from training.details import checks
-from training.details.limits import check_memory
-from training.plan import MAY_CHANGE, Plan
+from training.details.needs import check_training_memory
+from training.plan import MAY_CHANGE, Plan, check_data, check_epochs
 from training.record import Record
 
 AUTOGRAD_NOTE = (
@@ -21,22 +21,28 @@ AUTOGRAD_NOTE = (
 
 
 def start_or_resume(
-    plan: Plan, images: torch.Tensor, labels: torch.Tensor, folder: Path | None
+    plan: Plan, data_sha256: dict[str, str], images: torch.Tensor, labels: torch.Tensor, folder: Path | None
 ) -> tuple[Record, SharedState]:
     """Return the record and the shared state of the planned training, new or from the checkpoint in the folder.
 
-    Raise Failure if the checkpoint is missing, damaged, or of another training, or if net.py cannot be trained.
+    The images, uint8 [N, H, W] or [N, H, W, C], and labels, int64 [N], are all that there are to train on. Raise
+    Failure if they do not fit the plan; if the checkpoint is missing, damaged, or of another training; or if net.py
+    cannot be trained.
     """
-    check_memory(plan.settings, checks.count_parameters(plan.settings.dropout))
+    check_data(plan, data_sha256, folder)
+    if plan.settings.batch_size > len(images):
+        problem = f"--batch-size {plan.settings.batch_size:,} is larger than the {len(images):,} training images"
+        raise Failure(f"{problem}: give a smaller one", status=2)
+    check_training_memory(plan.settings, checks.count_parameters(plan.settings.dropout))
     images, labels = images[: plan.images], labels[: plan.images]
-    old, path = None, (folder or Path()) / CHECKPOINT
-    if plan.action == "resume":
+    record, old = Record.new(plan.settings, len(images), data_sha256, plan.nodes), None
+    if folder and plan.action == "resume":
+        path = folder / CHECKPOINT
         old, tensors = read_checkpoint(path)
         changed = {name: getattr(plan.settings, name) for name in MAY_CHANGE}
         if old.run != plan.run or replace(old.settings, **changed) != plan.settings:
             raise Failure(f"{path} and {TRAIN_RESULTS} belong to different trainings. {FRESH_HINT}")
-    record = Record.new(plan.settings, len(images), plan.data_sha256, plan.nodes)
-    if old:
+        check_epochs(old, plan.settings.epochs, folder)  # it may have done more than train_results.json says
         record = resumed(old, record)
     shared = SharedState(record, images, labels)
     checks.check_training(record, shared)
@@ -52,7 +58,7 @@ def start_or_resume(
 
 
 def resumed(old: Record, new: Record) -> Record:
-    """Return the record of a training that goes on, from its checkpoint's and a new one, of this run and machine."""
+    """Return the record of a training that goes on: its progress is that of its checkpoint, all else is new."""
     for place, worker in enumerate(old.workers):  # the counts of workers that no longer exist go to the remaining ones
         new.workers[place % len(new.workers)].add(worker.images, worker.steps, worker.loss_sum, worker.waited_seconds)
     # A training that had ended is continued: its learning rate is down to 0, and starts again.
@@ -66,7 +72,6 @@ def resumed(old: Record, new: Record) -> Record:
         images_per_second=old.images_per_second,
         history=old.history,
         lost_workers=old.lost_workers,
-        model_sha256=old.model_sha256,
     )
 
 

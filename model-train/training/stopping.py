@@ -3,9 +3,11 @@
 import time
 from types import FrameType
 
-from stage.process import command, signal_name
+from stage.process import command
 
-STOP_SECONDS = 1.5  # for the batches that the workers have when the training is asked to stop
+# For the batches that the workers have when the training is asked to stop. All of that may take 3 s, and Compose kills
+# after 5 (stop_grace_period).
+BATCH_SECONDS = 1.5
 SAVED = "progress saved"
 LOST = "a batch took too long, so progress since the last checkpoint is lost"
 RESUME_HINT = f"Resume with: {command('train')}"
@@ -24,21 +26,17 @@ class RunningClock:
         self.elapsed, self.last_call = 0.0, time.monotonic()
 
     def seconds(self) -> float:
-        """Return the seconds since the clock was created or reset; call it many times a second."""
+        """Return the seconds since the clock was created; call it many times a second."""
         now = time.monotonic()
         self.elapsed, self.last_call = self.elapsed + min(now - self.last_call, self.LONGEST_GAP), now
         return self.elapsed
-
-    def reset(self) -> None:
-        """Restart from 0."""
-        self.elapsed, self.last_call = 0.0, time.monotonic()
 
 
 class Stopped(Exception):
     """A signal has ended the training; `progress` says what has become of it."""
 
     def __init__(self, number: int, progress: str) -> None:
-        super().__init__(f"stopped by {signal_name(number)}; {progress}")
+        super().__init__(number, progress)
         self.number, self.progress = number, progress
 
 
@@ -55,4 +53,4 @@ class StopRequest:
 
     def is_overdue(self) -> bool:
         """Return whether the time is used up."""
-        return bool(self.number) and self.clock.seconds() > STOP_SECONDS
+        return bool(self.number) and self.clock.seconds() > BATCH_SECONDS

@@ -106,7 +106,7 @@ class Workers:
     def __init__(self, shared: SharedState, record: Record, stop: StopRequest, rank: int, world: int) -> None:
         self.shared, self.record, self.stop = shared, record, stop
         # The first batch that is not done, and whose number is rank modulo world.
-        self.next, self.step = record.batches + (rank - record.batches) % world, world
+        self.next, self.world = record.batches + (rank - record.batches) % world, world
         self.returned: list[int] = []  # batches of killed workers
         self.ahead = max(2, min(AHEAD_BATCHES, AHEAD_IMAGES // record.settings.batch_size))
         self.living: list[Worker] = []
@@ -158,55 +158,56 @@ class Workers:
             if self.returned:
                 self.returned.remove(number)
             else:
-                self.next += self.step
+                self.next += self.world
 
     def watch(self) -> None:
         """Count answers; notice workers that were killed; kill those that hang. Raise what poll() raises."""
         before = self.steps()
         for worker in [*self.living]:
             if worker.take_answers():
-                self.bury(worker)
+                self.handle_end(worker)
         if not self.living:
             hint = "The last checkpoint is intact. If memory ran out, raise MNIST_MEMORY"
             raise Failure(f"all workers were killed. {hint}. {RESUME_HINT}")
         if self.stop.is_overdue():
             raise Stopped(self.stop.number, LOST)
         if self.steps() > before:
-            self.since_last_answer.reset()
+            self.since_last_answer = RunningClock()
         elif self.since_last_answer.seconds() > HANG_SECONDS:
-            self.since_last_answer.reset()
+            self.since_last_answer = RunningClock()
             self.kill_hanging()
 
     def steps(self) -> int:
         """Return the number of batches that have been answered."""
         return sum(counts.steps for counts in self.record.workers)
 
-    def bury(self, worker: Worker) -> None:
+    def handle_end(self, worker: Worker) -> None:
         """Take back the batches of a worker that was killed. Raise Failure if it has ended by itself."""
         worker.end(time.monotonic() + 1)
         exit_code = worker.process.exitcode or 0
         if exit_code >= 0:
             flags = self.record.settings.as_flags()
-            raise Failure(f"worker {worker.rank} failed: {worker.error}. Settings: {flags}. {FRESH_HINT}")
-        say(f"train: {death_message(worker.rank, -exit_code, worker.sent)}")
+            hint = "If the loss is not finite, try a smaller --lr"
+            raise Failure(f"worker {worker.rank} failed: {worker.error}. {hint}. Settings: {flags}. {FRESH_HINT}")
+        say(f"train: {killed_message(worker.rank, -exit_code, worker.sent)}")
         self.record.lost_workers.append(LostWorker(worker.rank, -exit_code, worker.sent[0] if worker.sent else None))
         self.living.remove(worker)
         self.returned += worker.sent
 
     def kill_hanging(self) -> None:
-        """Kill busy workers that have not used the CPU since the last call; watch() then notices their death."""
+        """Kill busy workers that have not used the CPU since the last call; watch() then finds that they have ended."""
         before, self.cpu_times = self.cpu_times, {worker.rank: cpu_time(worker.process.pid) for worker in self.living}
         for worker in self.living:
             if worker.sent and before.get(worker.rank) == self.cpu_times[worker.rank]:
                 worker.process.kill()
 
 
-def death_message(rank: int, number: int, batches: list[int]) -> str:
+def killed_message(rank: int, number: int, batches: list[int]) -> str:
     """Return the message that a signal killed a worker, idle or with batches to do."""
-    death = f"worker {rank} was killed by {signal_name(number)}"
+    text = f"worker {rank} was killed by {signal_name(number)}"
     if not batches:
-        return f"{death} while idle"
-    return f"{death}; other workers redo its batch{'es' * (len(batches) > 1)} {', '.join(map(str, batches))}"
+        return f"{text} while idle"
+    return f"{text}; other workers redo its batch{'es' * (len(batches) > 1)} {', '.join(map(str, batches))}"
 
 
 def cpu_time(pid: int | None) -> str:
@@ -219,7 +220,7 @@ def cpu_time(pid: int | None) -> str:
 
 
 def run_worker(rank: int, shared: SharedState, parent: socket.socket) -> None:
-    """Train on each batch that the parent sends, and answer; end when it shuts the socket down. The main function.
+    """Train on each batch that the parent sends, and answer; end when it shuts the socket down.
 
     An answer is a list: batch, images, sum of their losses, seconds waited for the batch. An error is a text.
     """

@@ -17,7 +17,7 @@ from stage import weights
 from stage.dataset import DATA_SET
 from stage.files import CHECKPOINT, WEIGHTS
 from stage.process import Failure
-from training.checkpoint import Checkpoints, parse_checkpoint, restore
+from training.checkpoint import parse_checkpoint, restore, serialize
 from training.record import Record
 
 CLASSES = len(DATA_SET.classes)
@@ -81,12 +81,12 @@ def check_step(shared: SharedState, x: torch.Tensor, labels: torch.Tensor) -> No
 
 def check_files(record: Record, shared: SharedState) -> None:
     """Raise Failure unless the model and a checkpoint, of one worker, can be read by what reads them later."""
-    one, path, model_file = copy.copy(shared), Path(CHECKPOINT), io.BytesIO()
-    one.parameter_sums = shared.parameter_sums[:1].clone()
-    one.optimizer_state = {name: state[:1].clone() for name, state in shared.optimizer_state.items()}
-    alone = replace(record, workers=record.workers[:1], settings=replace(record.settings, num_processes=1))
+    one_worker, path, model_file = copy.copy(shared), Path(CHECKPOINT), io.BytesIO()
+    one_worker.parameter_sums = shared.parameter_sums[:1].clone()
+    one_worker.optimizer_state = {name: state[:1].clone() for name, state in shared.optimizer_state.items()}
+    its_record = replace(record, workers=record.workers[:1], settings=replace(record.settings, num_processes=1))
     with blaming_net("what is saved of this network could not be read again"):
-        restore(one, *parse_checkpoint(Checkpoints(None, one, alone).serialize(), path), path)
+        restore(one_worker, *parse_checkpoint(serialize(one_worker, its_record), path), path)
         torch.save(shared.state_dict(), model_file)
         content = weights.unpickle(model_file.getvalue(), shared.model, path, "")
         weights.load_weights(shared.model, content, Path(WEIGHTS), "")

@@ -3,6 +3,7 @@
 import contextlib
 import gzip
 import hashlib
+import http.client
 import io
 import socket
 import zlib
@@ -40,8 +41,8 @@ def download(data: Path, problem: Failure) -> None:
                     publish(raw / name, read_raw(part, name))
             finally:
                 remove(part)
-    except (OSError, RuntimeError, Failure) as error:
-        reason = str(error).splitlines()[0].rstrip(":.")
+    except (OSError, RuntimeError, http.client.HTTPException, Failure) as error:
+        reason = (str(error) or type(error).__name__).splitlines()[0].rstrip(":.")
         raise Failure(f"downloading {DATA_SET.name} failed ({reason}), and {problem}") from None
 
 
@@ -107,9 +108,11 @@ def invalid_names(data: Path) -> list[str]:
 def download_with_torchvision(folder: Path) -> None:
     """Download the data set into a folder from torchvision's mirrors. Raise RuntimeError if it does not know it."""
     from torchvision import datasets  # imported here: it takes a second, and nothing else needs it
+    from tqdm import tqdm
 
     if not hasattr(datasets, DATA_SET.name):
         raise RuntimeError("torchvision has no data set of this name")
+    tqdm.monitor_interval = 0  # torchvision's bar would start a thread, which stays while the workers are forked
     before = socket.getdefaulttimeout()
     socket.setdefaulttimeout(DOWNLOAD_TIMEOUT)
     try:

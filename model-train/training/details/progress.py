@@ -3,6 +3,8 @@
 import contextlib
 import sys
 import time
+from collections.abc import Callable
+from typing import Any
 
 from stage.output import can_write, percent, say
 from training.record import Record
@@ -13,24 +15,22 @@ LINE_SECONDS = 5
 class Progress:
     """Shows the progress: a bar on a terminal; elsewhere a line every few seconds, or every `log_interval` batches."""
 
-    def __init__(self, record: Record, images_per_epoch: int, log_interval: int | None, quiet: bool) -> None:
+    def __init__(self, record: Record, log_interval: int | None, quiet: bool) -> None:
         self.record, self.log_interval, self.quiet = record, log_interval, quiet
-        self.total = record.settings.epochs * images_per_epoch
+        self.total = record.settings.epochs * record.training_images
         self.first = self.last = (time.monotonic(), *record.totals())
         self.bar = None
         if sys.stdout.isatty() and not log_interval and not quiet:
             from tqdm import tqdm  # imported only where it is used
 
-            images = record.totals()[1]
+            _, images, _ = record.totals()
             self.bar = tqdm(total=self.total, initial=images, unit=" images", unit_scale=True, file=sys.stdout)
 
     def update(self) -> None:
         """Show what the workers have done, when it is time; call this many times a second."""
         steps, images, loss_sum = self.record.totals()
         if self.bar is not None:
-            if can_write(sys.stdout):
-                with contextlib.suppress(OSError):  # the terminal is gone
-                    self.bar.update(images - self.bar.n)
+            self.on_bar(lambda bar: bar.update(images - bar.n))
         elif self.is_due(steps) and not self.quiet:
             self.print_line(steps, images, loss_sum)
 
@@ -44,9 +44,9 @@ class Progress:
     def print_line(self, steps: int, images: int, loss_sum: float) -> None:
         """Print the images so far, the speed since the start, the loss since the last line, and the time left."""
         now = time.monotonic()
-        _, _, last_images, last_loss_sum = self.last
+        (began, _, first_images, _), (_, _, last_images, last_loss_sum) = self.first, self.last
         self.last = now, steps, images, loss_sum
-        speed = (images - self.first[2]) / (now - self.first[0])
+        speed = (images - first_images) / (now - began)
         loss = (loss_sum - last_loss_sum) / (images - last_images)
         left = max(0, self.total - images) / speed
         say(f"train: {images:,} of {self.total:,} images, {speed:,.0f} images/s, loss {loss:.4f}, {left:.0f} s left")
@@ -61,12 +61,14 @@ class Progress:
         )
         if self.bar is None and not self.quiet:
             say(text)
-        elif self.bar is not None and can_write(sys.stdout):
-            with contextlib.suppress(OSError):
-                self.bar.write(text, file=sys.stdout)
+        self.on_bar(lambda bar: bar.write(text, file=sys.stdout))
 
     def close(self) -> None:
         """End the line of the bar."""
-        if self.bar is not None and can_write(sys.stdout):
-            with contextlib.suppress(OSError):
-                self.bar.close()
+        self.on_bar(lambda bar: bar.close())
+
+    def on_bar(self, show: Callable[[Any], object]) -> None:
+        """Change the bar, if there is one and the terminal takes it now; the training does not wait for that."""
+        if self.bar is not None and can_write(sys.stdout, seconds=0):
+            with contextlib.suppress(OSError):  # the terminal is gone
+                show(self.bar)

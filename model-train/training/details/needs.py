@@ -14,14 +14,14 @@ PARENT_COPIES, WORKER_COPIES = 7, 5
 def check_limits(wanted: Settings) -> None:
     """Raise Failure if the container lacks memory or processes for the settings; warn if it has too few cores."""
     workers = wanted.num_processes
-    check_memory(wanted)
+    check_training_memory(wanted)
     limits.check_threads(2 * workers + 2)  # the workers, as many threads for validation, and a margin
     cores = limits.count_cores()
     if workers > cores:
         say(f"train: warning: {workers} workers share {cores} core{'s' * (cores > 1)}, which slows training down")
 
 
-def check_memory(wanted: Settings, parameters: int = 0) -> None:
+def check_training_memory(wanted: Settings, parameters: int = 0) -> None:
     """Raise Failure if the container lacks memory for the settings and a network of so many parameters (float32)."""
     workers, batch_size = wanted.num_processes, wanted.batch_size
     needed = PARENT_MEMORY + workers * (WORKER_MEMORY + batch_size * IMAGE_MEMORY)
