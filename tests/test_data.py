@@ -7,9 +7,11 @@ import hashlib
 import http.server
 import io
 import shutil
+import socketserver
 import struct
 import sys
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import pytest
@@ -120,6 +122,24 @@ def test_train_with_nothing_to_do_only_warns_of_data_that_it_cannot_download(cop
     mirrors_at(NOWHERE)
     stages.assert_fails(stages.call("train", data=copied, model=volume), 0, names[0], "make data")
     assert stages.contents(copied) == before
+
+
+class NoHttp(socketserver.BaseRequestHandler):
+    def handle(self):
+        self.request.sendall(b"no\n\n")
+
+
+def test_a_mirror_that_does_not_speak_http_fails_the_download_in_one_line(copied, tmp_path, mirrors_at):
+    damage(copied, "missing", *stages.RAW_FILES)
+    answer = type(
+        "Answer", (socketserver.BaseRequestHandler,), {"handle": lambda self: self.request.sendall(b"no\n\n")}
+    )
+    with socketserver.TCPServer(("127.0.0.1", 0), answer) as server, ThreadPoolExecutor() as pool:
+        pool.submit(server.serve_forever)
+        mirrors_at(f"http://127.0.0.1:{server.server_address[1]}/")
+        ended = stages.call("train", data=copied, model=tmp_path / "model")
+        server.shutdown()
+    stages.assert_fails(ended, 1, "downloading MNIST failed (no", "make data")
 
 
 @pytest.mark.parametrize("moment", ["downloading", "unpacking"])

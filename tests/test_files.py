@@ -49,6 +49,13 @@ def test_reading_a_file_takes_the_memory_of_its_size_not_of_its_limit(tmp_path):
         files.read_limited(tmp_path / "file", 6, "")
 
 
+def test_a_folder_in_place_of_a_file_of_the_data_is_named_as_it_is_outside_the_container(tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "DATA", tmp_path)
+    (tmp_path / "MNIST").mkdir()
+    with pytest.raises(Failure, match=r"is a folder, not a file\. Remove it with: rm -r data/MNIST$"):
+        files.read_limited(tmp_path / "MNIST", 9, "")
+
+
 def test_the_sha256_of_a_model_is_that_of_its_file(tmp_path):
     (tmp_path / "file").write_bytes(b"content")
     assert files.sha256_of_model(tmp_path / "file", "") == stages.sha256(tmp_path / "file")

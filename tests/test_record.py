@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import stages
+from stage.process import Failure
 from training import plan, record, settings, start
 
 IMAGES = torch.zeros(1, 28, 28, dtype=torch.uint8).expand(55_000, 28, 28)
@@ -62,6 +63,12 @@ def test_a_training_goes_on_with_its_sum_of_parameters_but_not_with_another_numb
     stages.edit_checkpoint(folder, sum=lambda saved: summed)
     _, shared = resume(folder, **requested)
     assert shared.parameter_sums.sum(0).equal(torch.zeros_like(summed) if requested else summed)
+
+
+def test_no_more_epochs_than_the_checkpoint_has_done_are_refused_though_the_record_is_older(unfinished):
+    stages.edit_record(unfinished, batches=10, history=[])  # train was killed between the publication of the two
+    with pytest.raises(Failure, match=r"already done 1\.0 of 3 epochs"):
+        resume(unfinished, epochs=1)
 
 
 @pytest.mark.parametrize("workers", [1, 2, 3])
