@@ -24,7 +24,7 @@ import sys
 from stage import flags
 from stage.output import say
 from stage.process import exit_on_failure
-from web.reload import ServedModel
+from web.served_model import ServedModel
 
 MEMORY = 950_000_000  # bytes for all processes, the largest picture, and the bodies at once; measured: 877 MB
 STOP_SECONDS = 2  # for the requests in progress on a stop signal
@@ -38,10 +38,10 @@ def main() -> int:
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # or they would stay, and count, until serve ends
     with exit_on_failure("serve"):
         limits.check_memory(MEMORY, "serve")
-        limits.check_threads(20)  # as many as processes and threads, with a margin
+        limits.check_threads(20)  # as many as workers and threads, with a margin
         with listen(args.host, args.port) as listener:
             model = ServedModel(args.model, args.data)
-            model.begin()
+            model.start_loading()
             run(model, {*HOSTS, args.host, *args.allow_host}, listener)
     return 0
 
@@ -59,7 +59,7 @@ def listen(host: str, port: int) -> socket.socket:
 
 def run(model: ServedModel, hosts: set[str], listener: socket.socket) -> None:
     """Respond to requests until a signal stops the service."""
-    # Imported here, while the processes that predict import torch.
+    # Imported here, while the workers import torch.
     import uvicorn
 
     from web.connections import KEEP_ALIVE_SECONDS, Protocol

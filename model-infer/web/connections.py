@@ -17,7 +17,7 @@ class Protocol(HttpToolsProtocol):
 
     Uvicorn's only timer, between two requests, ends with any byte, and a client that does not read has no limit at all.
     A new connection beyond the limit takes the place of the one that has been idle the longest. There always is one:
-    Bounds answers at most MAX_REQUESTS at a time, and refuses more at once.
+    RequestLimits answers at most MAX_REQUESTS at a time, and refuses more at once.
     """
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]

@@ -19,10 +19,10 @@ from starlette.routing import Route
 
 from stage.dataset import DATA_SET
 from web import api, results
-from web.bounds import RETRY_SECONDS, Bounds
 from web.metrics import CONTENT_TYPE, Metrics
 from web.pool import LARGE, Pool, Reply
-from web.reload import ServedModel
+from web.request_limits import RETRY_SECONDS, RequestLimits
+from web.served_model import ServedModel
 
 MAX_WAITING = 64  # pictures that are predicted, or wait for that
 WAIT_SECONDS = 20  # for a prediction, with its time in the queue
@@ -62,7 +62,7 @@ class Service:
         except TimeoutError:
             raise busy(f"the prediction took more than {WAIT_SECONDS} s. Try again.") from None
         except EOFError:
-            raise busy("the process that predicts has ended; another one is started. Try again.") from None
+            raise busy("the worker has ended; another one is started. Try again.") from None
         finally:
             self.waiting -= 1
         if reply.outcome:
@@ -70,15 +70,15 @@ class Service:
         return Response(reply.body, reply.status, NO_STORE, "application/json")
 
     async def predict(self, prediction_id: str, body: bytes) -> Reply:
-        """Have a picture predicted; large pictures one at a time. Raise EOFError if the process ends that does it."""
+        """Have a picture predicted; large pictures one at a time. Raise EOFError if its worker ends."""
         reply = await self.pool().predict(prediction_id, body, may_be_large=False)
         if reply.status != LARGE:
             return reply
-        async with self.model.large:
+        async with self.model.memory_lock:
             return await self.pool().predict(prediction_id, body, may_be_large=True)
 
     def pool(self) -> Pool:
-        """Return the processes that predict. Raise HTTPException if there is no model."""
+        """Return the workers. Raise HTTPException if there is no model."""
         if self.model.served is None:
             raise busy(self.model.problem)
         return self.model.served.pool
@@ -172,8 +172,8 @@ def make_app(model: ServedModel, hosts: Iterable[str]) -> Starlette:
         Route("/metrics", service.read_metrics),
         *page_routes(),
     ]
-    bounds = Middleware(Bounds, hosts=hosts, metrics=metrics)
-    return Starlette(routes=routes, middleware=[bounds], exception_handlers={HTTPException: refuse}, lifespan=lifespan)
+    limits = Middleware(RequestLimits, hosts=hosts, metrics=metrics)
+    return Starlette(routes=routes, middleware=[limits], exception_handlers={HTTPException: refuse}, lifespan=lifespan)
 
 
 async def watch(model: ServedModel) -> None:

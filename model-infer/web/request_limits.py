@@ -42,7 +42,7 @@ class Refused(Exception):
         self.status = status
 
 
-class Bounds:
+class RequestLimits:
     """ASGI middleware that refuses requests beyond the limits, and adds the security headers to every response."""
 
     def __init__(self, app: ASGIApp, hosts: Iterable[str], metrics: Metrics) -> None:

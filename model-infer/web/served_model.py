@@ -35,7 +35,7 @@ class ServedModel:
         self.paths = (model / WEIGHTS, model / EVAL_RESULTS, DATA_SET.training_path(data))
         self.seen: tuple[object, ...] = ()  # the fingerprints of these files when they were last read
         self.pool: Pool | None = None  # which loads the model, or a new one
-        self.large = asyncio.Lock()  # held by whatever takes much memory: a new pool, a large picture
+        self.memory_lock = asyncio.Lock()  # held by whatever takes much memory: a new pool, a large picture
         self.served: Served | None = None  # None until a model has been loaded
         self.problem = LOADING  # why the model in the volume is not served, or ""
         self.printed = ""  # the last problem that was printed
@@ -43,14 +43,14 @@ class ServedModel:
         self.watched = True  # whether the service still looks for a new one
 
     def has_changed(self) -> bool:
-        """Return whether a file has changed since the last call of begin(), or a process has ended.
+        """Return whether a file has changed since the last call of start_loading(), or a worker has ended.
 
-        A model that could not be loaded is not tried again for a process that has ended.
+        A model that could not be loaded is not tried again for a worker that has ended.
         """
         seen = tuple(fingerprint(path) for path in self.paths)
         return seen != self.seen or bool(self.served and not self.failed and not self.served.pool.is_whole())
 
-    def begin(self) -> None:
+    def start_loading(self) -> None:
         """Start to load the model, if there is one."""
         # Taken before reading, so that a change during it is noticed by the next call.
         self.seen = seen = tuple(fingerprint(path) for path in self.paths)
@@ -63,20 +63,20 @@ class ServedModel:
         self.pool = Pool(self.folder, self.data)
 
     async def refresh(self) -> None:
-        """Load the model if one of its files has changed since the last call, or a process has ended."""
-        if self.served and not self.served.pool.processes:  # all have ended
+        """Load the model if one of its files has changed since the last call, or a worker has ended."""
+        if self.served and not self.served.pool.workers:  # all have ended
             self.served.pool.end()
             self.served, self.seen = None, ()
         if not self.pool and not self.has_changed():
             return
-        async with self.large:
+        async with self.memory_lock:
             try:
                 if not self.pool:
-                    self.begin()
+                    self.start_loading()
             except OSError as error:  # too many processes or open files
                 self.seen = ()  # the next call tries again
                 fix = "Raise MNIST_PIDS, or the limit of open files."
-                self.report(f"cannot start the processes that predict ({error.strerror}). {fix}", failed=True)
+                self.report(f"cannot start the workers ({error.strerror}). {fix}", failed=True)
             if not self.pool:
                 return
             pool = self.pool
@@ -86,7 +86,7 @@ class ServedModel:
                 self.report(str(failure), failed=True)
             except (OSError, EOFError):
                 self.seen = ()  # the next call tries again
-                self.report("the process that loads the model has ended. Raise MNIST_MEMORY.", failed=True)
+                self.report("the worker that loads the model has ended. Raise MNIST_MEMORY.", failed=True)
             self.pool = None
             if not (loaded := pool.loaded):
                 pool.end()
@@ -101,11 +101,11 @@ class ServedModel:
         say(f"serve: loaded the model {loaded.sha256[:12]}, {as_text(loaded.accuracy)}")
 
     def pools(self) -> list[Pool]:
-        """Return the processes that load a model, and those that predict."""
+        """Return the pool that loads a model, and the one that predicts."""
         return [pool for pool in (self.pool, self.served and self.served.pool) if pool]
 
     def end(self) -> None:
-        """End all processes."""
+        """End all workers."""
         for pool in self.pools():
             pool.end()
 
