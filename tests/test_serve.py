@@ -32,6 +32,7 @@ import torch
 from PIL import Image
 
 import nodes
+import serve
 import stages
 from pictures import reading
 from pictures.prediction import load_predictor
@@ -108,6 +109,26 @@ def service(trained):
 def digit(data):
     """A PNG of a 7, dark on white, 280 x 280 pixels."""
     return as_file(Image.fromarray(255 - read_images(data, "test")[0][0].numpy()).resize((280, 280)))
+
+
+# Starting -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "192.0.2.7"], ids=["the port is in use", "not of this machine"])
+def test_an_address_that_it_cannot_listen_on_is_refused_in_one_line_with_the_flags_that_change_it(tmp_path, host):
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = str(other.getsockname()[1])
+        result = stages.run("serve", "--host", host, "--port", port, model=tmp_path)
+    stages.assert_fails(result, 1, host, port, "--port", "MNIST_PORT", "--host")
+
+
+@pytest.mark.parametrize(("host", "url"), [("127.0.0.1", "127.0.0.1"), ("0.0.0.0", "127.0.0.1"), ("::", "[::1]")])
+def test_the_address_that_it_prints_can_be_opened(capsys, host, url):
+    if host == "::" and not socket.has_dualstack_ipv6():
+        pytest.skip("this machine has no IPv6")
+    port = nodes.free_port()
+    serve.listen(host, port).close()
+    assert f"http://{url}:{port} " in capsys.readouterr().out
 
 
 # The API --------------------------------------------------------------------------------------------------------------

@@ -30,7 +30,8 @@ class Input(Struct, forbid_unknown_fields=True):
     image: Annotated[
         str,
         Meta(
-            description="A picture, in any format that Pillow opens, as a base64 data URL. Other URLs are refused.",
+            description="A picture as a base64 data URL: JPEG, HEIC, PNG, GIF, TIFF, WebP, AVIF and others. "
+            "Other URLs are refused.",
             extra_json_schema={"pattern": DATA_URL, "example": "data:image/png;base64,iVBORw0KG..."},
         ),
     ]
