@@ -1,6 +1,7 @@
 """Reloads the served model when its file in the volume changes."""
 
 import asyncio
+import time
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import NamedTuple
@@ -13,6 +14,8 @@ from web.pool import Pool
 
 FIRST_SECOND, LAST_SECOND = -62_135_596_800, 253_402_300_799  # of the years 1 to 9999, which datetime can represent
 LOADING = "the model is being loaded"
+Fingerprint = tuple[int, int, int]  # modification time (ns), inode and size of a file, which tell whether it changed
+MISSING: Fingerprint = (0, 0, 0)
 NO_MODEL = f"there is no model yet. Train one with: {command('train')}"
 
 
@@ -33,7 +36,7 @@ class ServedModel:
         self.folder, self.data = model, data
         # What a loaded model depends on: its file, its evaluation, and the images that its threshold is found on.
         self.paths = (model / WEIGHTS, model / EVAL_RESULTS, DATA_SET.training_path(data))
-        self.seen: tuple[object, ...] = ()  # the fingerprints of these files when they were last read
+        self.seen: tuple[Fingerprint, ...] = ()  # the fingerprints of these files when they were last read
         self.pool: Pool | None = None  # which loads the model, or a new one
         self.memory_lock = asyncio.Lock()  # held by whatever takes much memory: a new pool, a large picture
         self.served: Served | None = None  # None until a model has been loaded
@@ -53,8 +56,8 @@ class ServedModel:
     def start_loading(self) -> None:
         """Start to load the model, if there is one."""
         # Taken before reading, so that a change during it is noticed by the next call.
-        self.seen = seen = tuple(fingerprint(path) for path in self.paths)
-        if seen[0] is None:
+        self.seen = tuple(fingerprint(path) for path in self.paths)
+        if self.seen[0] == MISSING:
             gone = f"{self.paths[0]} is gone; the model loaded from it stays in use. Train one with: {command('train')}"
             self.report(gone if self.served else NO_MODEL, failed=False)
             return
@@ -91,10 +94,8 @@ class ServedModel:
             if not (loaded := pool.loaded):
                 pool.end()
                 return
-        old, published = self.served, self.seen[0]
-        assert isinstance(published, tuple)
-        now = as_iso(datetime.now(UTC).timestamp())
-        self.served = Served(pool, loaded.sha256, loaded.accuracy, as_iso(published[0] / 1e9), now)
+        old, published = self.served, as_iso(self.seen[0][0] / 1e9)
+        self.served = Served(pool, loaded.sha256, loaded.accuracy, published, now())
         self.problem, self.printed, self.failed = "", "", False
         if old:
             old.pool.replace()
@@ -116,13 +117,18 @@ class ServedModel:
         self.problem, self.printed, self.failed = problem, problem, failed
 
 
-def fingerprint(path: Path) -> tuple[int, int, int] | None:
-    """Return modification time (ns), inode and size of a file, which tell whether it changed; None if it is missing."""
+def fingerprint(path: Path) -> Fingerprint:
+    """Return the fingerprint of a file, or MISSING."""
     try:
         status = path.stat()
     except OSError:
-        return None
+        return MISSING
     return status.st_mtime_ns, status.st_ino, status.st_size
+
+
+def now() -> str:
+    """Return the current time in ISO 8601."""
+    return as_iso(time.time())
 
 
 def as_iso(seconds: float) -> str:
