@@ -26,21 +26,23 @@ from functools import partial
 from html import unescape
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import AsyncMock, Mock
 
 import pytest
 import torch
 from PIL import Image
+from starlette.exceptions import HTTPException
 
 import nodes
 import serve
 import stages
 from pictures import reading
-from pictures.prediction import load_predictor
+from pictures.prediction import NotFinite, load_predictor
 from stage import dataset, process
 from stage.images import read_images
 from web import pool, served_model, worker
 from web.metrics import Metrics
-from web.request_limits import Refused, RequestLimits
+from web.request_limits import RequestLimits
 from web.results import read_results
 from web.service import Service as Endpoints
 from web.service import watch
@@ -347,8 +349,29 @@ def test_names_are_allowed_as_they_are_in_the_host_header():
     limits = RequestLimits(None, ["Digits.example:8000", "two.example.", "::1"], Metrics())
     for host in ("digits.example", "TWO.example:80"):
         limits.check({"method": "GET", "path": "/", "headers": [(b"host", host.encode())]})
-    with pytest.raises(Refused, match="--allow-host"):
+    with pytest.raises(HTTPException, match="--allow-host"):
         limits.check({"method": "GET", "path": "/", "headers": []})
+
+
+def test_a_response_that_has_begun_when_the_service_stops_is_not_begun_again():
+    sent = []
+
+    async def begin(scope, receive, send):
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await asyncio.Event().wait()
+
+    async def send(message):
+        sent.append(message["type"])
+
+    async def check():
+        scope = {"type": "http", "method": "GET", "path": "/health-check", "headers": []}
+        request = asyncio.create_task(RequestLimits(begin, [], Metrics())(scope, None, send))
+        await asyncio.sleep(0)  # until it waits
+        request.cancel()
+        await asyncio.wait([request])
+
+    asyncio.run(check())
+    assert sent == ["http.response.start"]
 
 
 def test_a_request_for_another_protocol_is_answered_without_it_or_refused_for_it(service):
@@ -831,3 +854,30 @@ def test_the_image_in_an_answer_is_coloured_where_the_data_set_is(monkeypatch):
     output = json.loads(worker.answer(predictor, bytearray(json.dumps(body).encode()), "", False).body)["output"]
     seen = Image.open(io.BytesIO(base64.b64decode(output["image"].partition(",")[2])))
     assert (seen.mode, seen.size, seen.getpixel((5, 5))) == ("RGB", (48, 32), (10, 200, 30))
+
+
+# Faults that are not the client's -------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def ask(digit, monkeypatch):
+    """A function that has a worker answer a request for a prediction that ends in an error."""
+
+    def ask(error):
+        monkeypatch.setattr(reading, "read", Mock(side_effect=error))
+        return worker.answer(None, bytearray(json.dumps({"input": {"image": data_url(digit)}}).encode()), "", False)
+
+    return ask
+
+
+def test_a_model_that_cannot_predict_a_picture_is_the_services_fault(ask):
+    reply = ask(NotFinite("not finite"))
+    model = SimpleNamespace(served=SimpleNamespace(pool=SimpleNamespace(predict=AsyncMock(return_value=reply))))
+    request = SimpleNamespace(path_params={}, body=AsyncMock(return_value=b""))
+    with pytest.raises(HTTPException, match="503: not finite"):
+        asyncio.run(Endpoints(model, Metrics()).predict_picture(request))
+
+
+def test_a_bug_is_not_taken_for_a_body_that_is_not_json(ask):
+    with pytest.raises(ValueError, match="a bug"):
+        ask(ValueError("a bug"))

@@ -24,7 +24,7 @@ PICTURE_SECONDS = 20  # for a picture; then its worker is killed
 MAX_WORKERS = 3  # each takes 60 MB, and up to 80 MB more for a picture
 REQUEST = struct.Struct("!?II")  # whether the picture may be large; the sizes of ID and body
 REPLY = struct.Struct("!H24pI")  # HTTP status, or one of the following; outcome; the body's size
-FAILED = 0  # the model could not be loaded; the body says why
+FAILED = 0  # the model cannot be loaded, or cannot predict; the body says why
 LARGE = 1  # the picture is large; not predicted
 
 

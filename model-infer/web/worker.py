@@ -27,7 +27,7 @@ import torch
 
 from pictures import reading
 from pictures.opening import MEMORY, TooLarge, open_picture
-from pictures.prediction import Predictor, load_predictor
+from pictures.prediction import NotFinite, Predictor, load_predictor
 from stage import process
 from stage.process import Failure
 from web import api
@@ -99,9 +99,15 @@ def send(connection: socket.socket, reply: Reply) -> None:
 
 def answer(predictor: Predictor, body: bytearray, prediction_id: str, may_be_large: bool) -> Reply:
     """Return the reply to a request for a prediction; the ID is that in its path, or empty. This empties the body."""
-    outcome = ""
     try:
         request = msgspec.json.decode(body, type=api.PredictionRequest)
+    except msgspec.ValidationError as error:
+        # It may have a key that the client sent: it is cut, and line breaks in it escaped.
+        return refusal(422, ascii(str(error)[:200])[1:-1])
+    except (msgspec.DecodeError, RecursionError):
+        return refusal(400, "the body is not valid JSON.")
+    outcome = ""
+    try:
         body.clear()  # the picture is to be the only copy in memory while it is decoded
         chosen = choose_id(prediction_id, request.id)
         outcome = "refused"
@@ -119,15 +125,16 @@ def answer(predictor: Predictor, body: bytearray, prediction_id: str, may_be_lar
             "metrics": {"predict_time": round(time.perf_counter() - started, 6)},
         }
         return Reply(200, read["confidence"], msgspec.json.encode(content))
+    except NotFinite as failure:
+        return Reply(FAILED, "", str(failure).encode())
     except TooLarge as failure:
-        status, problem = 422 if may_be_large else LARGE, str(failure)
+        return refusal(422 if may_be_large else LARGE, str(failure), outcome)
     except Failure as failure:
-        status, problem = 422, str(failure)
-    except msgspec.ValidationError as error:
-        # It may have a key that the client sent: it is cut, and line breaks in it escaped.
-        status, problem = 422, ascii(str(error)[:200])[1:-1]
-    except (msgspec.DecodeError, RecursionError, ValueError):
-        status, problem = 400, "the body is not valid JSON."
+        return refusal(422, str(failure), outcome)
+
+
+def refusal(status: int, problem: str, outcome: str = "") -> Reply:
+    """Return the reply to a request that is refused, with the reason in one line."""
     return Reply(status, outcome, msgspec.json.encode({"detail": problem}))
 
 
