@@ -57,8 +57,7 @@ def listen(host: str, port: int) -> socket.socket:
     # Inherited by the connections. asyncio sets it only on sockets created for TCP by name; without it, the second
     # packet of a response waits 40 ms for the client's delayed acknowledgement of the first.
     listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    name = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
-    name = f"[{name}]" if ":" in name else name
+    name = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(host, f"[{host}]" if ":" in host else host)
     say(f"serve: open http://{name}:{port} in a browser")
     return listener
 

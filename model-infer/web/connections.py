@@ -23,10 +23,9 @@ class Protocol(HttpToolsProtocol):
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Wait for the first request; if there are too many connections, close the one that is idle the longest."""
         super().connection_made(transport)
-        self.timer: asyncio.TimerHandle | None = None
+        self.timer = self.loop.call_later(HEADER_SECONDS, self.transport.abort)
         self.header_bytes = 0  # received since the last complete headers, or part of a body
         self.idle_since = self.loop.time()  # infinite while a request is responded to
-        self.close_after(HEADER_SECONDS)
         if len(self.connections) > MAX_CONNECTIONS:
             oldest = min(self.connections, key=lambda connection: connection.idle_since)  # type: ignore[union-attr]
             self.connections.remove(oldest)  # otherwise only after this round of the event loop, with more connections
@@ -35,7 +34,6 @@ class Protocol(HttpToolsProtocol):
     def connection_lost(self, exc: Exception | None) -> None:
         """Forget the connection."""
         super().connection_lost(exc)
-        assert self.timer
         self.timer.cancel()
 
     def data_received(self, data: bytes) -> None:
@@ -69,6 +67,5 @@ class Protocol(HttpToolsProtocol):
 
     def close_after(self, seconds: float) -> None:
         """Close the connection after some seconds, unless this is called again before."""
-        if self.timer:
-            self.timer.cancel()
+        self.timer.cancel()
         self.timer = self.loop.call_later(seconds, self.transport.abort)

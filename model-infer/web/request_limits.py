@@ -8,6 +8,7 @@ import ipaddress
 import time
 from collections.abc import Iterable
 
+from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -22,17 +23,14 @@ PROBED = ("/health-check", "/metrics")  # allowed under any host name: they chan
 CLIENT_LEFT = 499  # nginx's status for a client that disconnects before the response
 
 # The page loads its own files only. Its icon, and the image that the network saw, are data: URLs.
-SECURITY_HEADERS = [
-    (
-        b"content-security-policy",
-        b"default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; "
-        b"img-src 'self' data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
-    ),
-    (b"x-content-type-options", b"nosniff"),
-    (b"referrer-policy", b"no-referrer"),
-    (b"cross-origin-opener-policy", b"same-origin"),
-    (b"cross-origin-resource-policy", b"same-origin"),
-]
+SECURITY_HEADERS = {
+    "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; "
+    "img-src 'self' data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+    "Cross-Origin-Opener-Policy": "same-origin",
+    "Cross-Origin-Resource-Policy": "same-origin",
+}
 
 
 class RequestLimits:
@@ -59,8 +57,8 @@ class RequestLimits:
                 status = message["status"]
                 # uvicorn reads a body to its end even after the response, unless the connection is to be closed.
                 unread = status == 408 or may_be_endless(scope) or asks_for_upgrade(dict(scope["headers"]))
-                close = [(b"connection", b"close")] if unread else []
-                message["headers"] = [*message["headers"], *SECURITY_HEADERS, *close]
+                close = {"Connection": "close"} if unread else {}
+                message["headers"] = [*message["headers"], *Headers(SECURITY_HEADERS | close).raw]
             await send(message)
 
         self.requests += 1

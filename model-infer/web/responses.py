@@ -7,7 +7,6 @@ from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
 NO_STORE = {"Cache-Control": "no-store"}
-RETRY_SECONDS = 1  # the Retry-After of a response with status 503
 
 
 def as_json(content: Any, status: int = 200, headers: dict[str, str] | None = None) -> Response:
@@ -23,4 +22,4 @@ def refusal(error: HTTPException) -> Response:
 
 def busy(reason: str) -> HTTPException:
     """Return the error for a request that the client should send again."""
-    return HTTPException(503, reason, {"Retry-After": str(RETRY_SECONDS)})
+    return HTTPException(503, reason, {"Retry-After": "1"})  # second

@@ -95,7 +95,7 @@ class ServedModel:
                 pool.end()
                 return
         old, published = self.served, as_iso(self.seen[0][0] / 1e9)
-        self.served = Served(pool, loaded.sha256, loaded.accuracy, published, now())
+        self.served = Served(pool, loaded.sha256, loaded.accuracy, published, as_iso(time.time()))
         self.problem, self.printed, self.failed = "", "", False
         if old:
             old.pool.replace()
@@ -124,11 +124,6 @@ def fingerprint(path: Path) -> Fingerprint:
     except OSError:
         return MISSING
     return status.st_mtime_ns, status.st_ino, status.st_size
-
-
-def now() -> str:
-    """Return the current time in ISO 8601."""
-    return as_iso(time.time())
 
 
 def as_iso(seconds: float) -> str:

@@ -4,6 +4,7 @@ import asyncio
 import html
 import json
 import os
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
@@ -22,7 +23,7 @@ from web.metrics import CONTENT_TYPE, Metrics
 from web.pool import FAILED, LARGE, Pool, Reply
 from web.request_limits import RequestLimits
 from web.responses import NO_STORE, as_json, busy, refusal
-from web.served_model import ServedModel, now
+from web.served_model import ServedModel, as_iso
 
 MAX_WAITING = 64  # pictures that are predicted, or wait for that
 WAIT_SECONDS = 20  # for a prediction, with its time in the queue
@@ -43,7 +44,7 @@ class Service:
     def __init__(self, model: ServedModel, metrics: Metrics) -> None:
         self.model, self.metrics = model, metrics
         self.waiting = 0
-        self.started = now()
+        self.started = as_iso(time.time())
 
     async def predict_picture(self, request: Request) -> Response:
         """POST /predictions, PUT /predictions/{prediction_id}: respond with the prediction of a picture.

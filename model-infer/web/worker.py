@@ -99,15 +99,9 @@ def send(connection: socket.socket, reply: Reply) -> None:
 
 def answer(predictor: Predictor, body: bytearray, prediction_id: str, may_be_large: bool) -> Reply:
     """Return the reply to a request for a prediction; the ID is that in its path, or empty. This empties the body."""
-    try:
-        request = msgspec.json.decode(body, type=api.PredictionRequest)
-    except msgspec.ValidationError as error:
-        # It may have a key that the client sent: it is cut, and line breaks in it escaped.
-        return refusal(422, ascii(str(error)[:200])[1:-1])
-    except (msgspec.DecodeError, RecursionError):
-        return refusal(400, "the body is not valid JSON.")
     outcome = ""
     try:
+        request = msgspec.json.decode(body, type=api.PredictionRequest)
         body.clear()  # the picture is to be the only copy in memory while it is decoded
         chosen = choose_id(prediction_id, request.id)
         outcome = "refused"
@@ -128,13 +122,14 @@ def answer(predictor: Predictor, body: bytearray, prediction_id: str, may_be_lar
     except NotFinite as failure:
         return Reply(FAILED, "", str(failure).encode())
     except TooLarge as failure:
-        return refusal(422 if may_be_large else LARGE, str(failure), outcome)
+        status, problem = 422 if may_be_large else LARGE, str(failure)
     except Failure as failure:
-        return refusal(422, str(failure), outcome)
-
-
-def refusal(status: int, problem: str, outcome: str = "") -> Reply:
-    """Return the reply to a request that is refused, with the reason in one line."""
+        status, problem = 422, str(failure)
+    except msgspec.ValidationError as error:
+        # It may have a key that the client sent: it is cut, and line breaks in it escaped.
+        status, problem = 422, ascii(str(error)[:200])[1:-1]
+    except (msgspec.DecodeError, RecursionError):  # which nothing else raises
+        status, problem = 400, "the body is not valid JSON."
     return Reply(status, outcome, msgspec.json.encode({"detail": problem}))
 
 
