@@ -26,20 +26,23 @@ from functools import partial
 from html import unescape
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import AsyncMock, Mock
 
 import pytest
 import torch
 from PIL import Image
+from starlette.exceptions import HTTPException
 
 import nodes
+import serve
 import stages
 from pictures import reading
-from pictures.prediction import load_predictor
+from pictures.prediction import NotFinite, load_predictor
 from stage import dataset, process
 from stage.images import read_images
-from web import pool, predict, reload
-from web.bounds import Bounds, Refused
+from web import pool, served_model, worker
 from web.metrics import Metrics
+from web.request_limits import RequestLimits
 from web.results import read_results
 from web.service import Service as Endpoints
 from web.service import watch
@@ -108,6 +111,26 @@ def service(trained):
 def digit(data):
     """A PNG of a 7, dark on white, 280 x 280 pixels."""
     return as_file(Image.fromarray(255 - read_images(data, "test")[0][0].numpy()).resize((280, 280)))
+
+
+# Starting -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "192.0.2.7"], ids=["the port is in use", "not of this machine"])
+def test_an_address_that_it_cannot_listen_on_is_refused_in_one_line_with_the_flags_that_change_it(tmp_path, host):
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = str(other.getsockname()[1])
+        result = stages.run("serve", "--host", host, "--port", port, model=tmp_path)
+    stages.assert_fails(result, 1, host, port, "--port", "MNIST_PORT", "--host")
+
+
+@pytest.mark.parametrize(("host", "url"), [("127.0.0.1", "127.0.0.1"), ("0.0.0.0", "127.0.0.1"), ("::", "[::1]")])
+def test_the_address_that_it_prints_can_be_opened(capsys, host, url):
+    if host == "::" and not socket.has_dualstack_ipv6():
+        pytest.skip("this machine has no IPv6")
+    port = nodes.free_port()
+    serve.listen(host, port).close()
+    assert f"http://{url}:{port} " in capsys.readouterr().out
 
 
 # The API --------------------------------------------------------------------------------------------------------------
@@ -225,7 +248,7 @@ def test_metrics_count_requests_and_name_the_model(service, digit, trained):
         float(re.search(rf"^{name}_bytes (\S+)", text, re.MULTILINE)[1])
         for name in ("process_resident_memory", "mnist_memory")
     )
-    assert all_together > one + 50_000_000  # torch is loaded in the processes that predict only
+    assert all_together > one + 50_000_000  # torch is loaded in the workers only
 
 
 # Hostile requests -----------------------------------------------------------------------------------------------------
@@ -323,11 +346,32 @@ def test_a_request_is_accepted_or_refused_with_its_status(service, status, metho
 
 
 def test_names_are_allowed_as_they_are_in_the_host_header():
-    bounds = Bounds(None, ["Digits.example:8000", "two.example.", "::1"], Metrics())
+    limits = RequestLimits(None, ["Digits.example:8000", "two.example.", "::1"], Metrics())
     for host in ("digits.example", "TWO.example:80"):
-        bounds.check({"method": "GET", "path": "/", "headers": [(b"host", host.encode())]})
-    with pytest.raises(Refused, match="--allow-host"):
-        bounds.check({"method": "GET", "path": "/", "headers": []})
+        limits.check({"method": "GET", "path": "/", "headers": [(b"host", host.encode())]})
+    with pytest.raises(HTTPException, match="--allow-host"):
+        limits.check({"method": "GET", "path": "/", "headers": []})
+
+
+def test_a_response_that_has_begun_when_the_service_stops_is_not_begun_again():
+    sent = []
+
+    async def begin(scope, receive, send):
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await asyncio.Event().wait()
+
+    async def send(message):
+        sent.append(message["type"])
+
+    async def check():
+        scope = {"type": "http", "method": "GET", "path": "/health-check", "headers": []}
+        request = asyncio.create_task(RequestLimits(begin, [], Metrics())(scope, None, send))
+        await asyncio.sleep(0)  # until it waits
+        request.cancel()
+        await asyncio.wait([request])
+
+    asyncio.run(check())
+    assert sent == ["http.response.start"]
 
 
 def test_a_request_for_another_protocol_is_answered_without_it_or_refused_for_it(service):
@@ -415,7 +459,7 @@ def test_responses_match_the_openapi_description(service):
 
 def test_after_the_hostile_requests_it_still_predicts_and_its_memory_is_bounded(service, digit):
     assert service.predict(digit)[1]["output"]["prediction"] == 7
-    for number in (service.process.pid, *processes_of(service)):
+    for number in (service.process.pid, *workers_of(service)):
         status = Path(f"/proc/{number}/status").read_text()
         # Its peak. One process at a time has a large picture, so that all together take less than 1 GB.
         assert 1024 * int(status.partition("VmHWM:")[2].split()[0]) < 750_000_000
@@ -423,8 +467,8 @@ def test_after_the_hostile_requests_it_still_predicts_and_its_memory_is_bounded(
 
 @contextlib.asynccontextmanager
 async def loaded(folder):
-    """Yield the model in a folder as serve loads it, with processes that have ended after the block."""
-    model = reload.ServedModel(folder, stages.DATA)
+    """Yield the model in a folder as serve loads it, with workers that have ended after the block."""
+    model = served_model.ServedModel(folder, stages.DATA)
     try:
         await model.refresh()
         yield model
@@ -488,7 +532,7 @@ def test_a_training_runs_while_its_progress_is_dated_about_now_not_long_ago_or_a
 
 @pytest.mark.parametrize("seconds", [10**12, -(10**12)])
 def test_a_model_of_any_date_is_loaded(trained, monkeypatch, seconds):
-    monkeypatch.setattr(reload, "fingerprint", lambda path: (seconds * 10**9, 1, 1))
+    monkeypatch.setattr(served_model, "fingerprint", lambda path: (seconds * 10**9, 1, 1))
 
     async def check():
         async with loaded(trained) as model:
@@ -505,7 +549,7 @@ def test_a_model_whose_file_is_gone_stays_in_use_and_is_not_said_to_be_missing(v
             await model.refresh()
             assert model.served is served is not None
             assert "stays in use" in model.problem
-            assert reload.NO_MODEL not in model.problem
+            assert served_model.NO_MODEL not in model.problem
 
     asyncio.run(check())
 
@@ -515,7 +559,7 @@ def test_the_end_of_the_task_that_looks_for_new_models_fails_the_health_check(tr
         async with loaded(trained) as model:
             endpoints = Endpoints(model, Metrics())
             assert endpoints.health()["status"] == "READY"
-            monkeypatch.setattr(reload, "fingerprint", lambda path: {}[path])
+            monkeypatch.setattr(served_model, "fingerprint", lambda path: {}[path])
             await watch(model)
             assert endpoints.health()["status"] == "SETUP_FAILED"
 
@@ -523,8 +567,8 @@ def test_the_end_of_the_task_that_looks_for_new_models_fails_the_health_check(tr
     assert len(capsys.readouterr().err.splitlines()) == 1
 
 
-def processes_of(service):
-    """Return the ids of the processes that predict for a service."""
+def workers_of(service):
+    """Return the ids of a service's workers."""
     started = stages.children(service.process.pid)
     return [*started, *(child for number in started for child in stages.children(number))]
 
@@ -537,9 +581,9 @@ def has_ended(number):
         return True
 
 
-def test_a_process_that_is_killed_costs_its_request_only_and_is_replaced(trained, digit):
+def test_a_worker_that_is_killed_costs_its_request_only_and_is_replaced(trained, digit):
     with serving(trained) as service:
-        before = processes_of(service)
+        before = workers_of(service)
         os.kill(before[0], signal.SIGSTOP)
         os.kill(before[-1], signal.SIGSTOP)  # so that each has a request in progress
         with ThreadPoolExecutor(2) as pool:
@@ -548,29 +592,29 @@ def test_a_process_that_is_killed_costs_its_request_only_and_is_replaced(trained
             os.kill(before[-1], signal.SIGKILL)
             os.kill(before[0], signal.SIGCONT)
             assert sorted(response.result()[0] for response in responses) == [200, 503]
-        stages.wait_until(lambda: service.predict(digit)[0] == 200 and not {*before} & {*processes_of(service)})
+        stages.wait_until(lambda: service.predict(digit)[0] == 200 and not {*before} & {*workers_of(service)})
         assert service.health()["status"] == "READY"
 
 
 @pytest.mark.parametrize("which", [0, -1])
-def test_a_process_that_is_killed_while_it_is_idle_costs_nothing(trained, digit, which):
+def test_a_worker_that_is_killed_while_it_is_idle_costs_nothing(trained, digit, which):
     with serving(trained) as service:
         assert service.predict(digit)[0] == 200
-        before = processes_of(service)
+        before = workers_of(service)
         os.kill(before[which], signal.SIGKILL)
         stages.wait_until(lambda: has_ended(before[which]))
-        while {*before} & {*processes_of(service)}:
+        while {*before} & {*workers_of(service)}:
             assert service.predict(digit)[0] == 200
 
 
 @pytest.mark.parametrize(("left", "status"), [(b"damaged", "SETUP_FAILED"), (None, "STARTING")])
-def test_processes_that_end_are_replaced_once_the_model_can_be_loaded_and_until_then_it_says_why_not(
+def test_workers_that_end_are_replaced_once_the_model_can_be_loaded_and_until_then_it_says_why_not(
     volume, digit, left, status
 ):
     weights = volume / "mnist_cnn.pt"
     whole = weights.read_bytes()
     with serving(volume) as service:
-        served = processes_of(service)
+        served = workers_of(service)
         weights.unlink()
         if left:
             weights.write_bytes(left)
@@ -586,12 +630,12 @@ def test_processes_that_end_are_replaced_once_the_model_can_be_loaded_and_until_
         assert service.predict(digit)[0] == 200
 
 
-def test_a_damaged_model_is_not_loaded_again_and_again_while_a_process_is_missing(volume):
+def test_a_damaged_model_is_not_loaded_again_and_again_while_a_worker_is_missing(volume):
     async def check():
         async with loaded(volume) as model:
             (volume / "mnist_cnn.pt").write_bytes(b"damaged")
             await model.refresh()
-            one = model.served.pool.processes[0]
+            one = model.served.pool.workers[0]
             one.end()
             await asyncio.sleep(0)  # until the pool has noticed it
             assert not model.served.pool.is_whole()
@@ -600,17 +644,17 @@ def test_a_damaged_model_is_not_loaded_again_and_again_while_a_process_is_missin
     asyncio.run(check())
 
 
-def test_a_process_that_cannot_be_started_is_tried_again_and_reported_once(trained, monkeypatch, capsys):
+def test_a_worker_that_cannot_be_started_is_tried_again_and_reported_once(trained, monkeypatch, capsys):
     def no_pool(model, data):
         raise OSError(errno.EMFILE, "Too many open files")
 
     async def check():
         async with loaded(trained) as model:
-            for one in model.served.pool.processes:
+            for one in model.served.pool.workers:
                 one.end()
             await asyncio.sleep(0)  # until the pool has noticed it
             with monkeypatch.context() as patch:
-                patch.setattr(reload, "Pool", no_pool)
+                patch.setattr(served_model, "Pool", no_pool)
                 await model.refresh()
                 await model.refresh()
                 assert (model.served, model.failed) == (None, True)
@@ -622,18 +666,18 @@ def test_a_process_that_cannot_be_started_is_tried_again_and_reported_once(train
     assert len(capsys.readouterr().err.splitlines()) == 1
 
 
-def test_a_process_that_ends_while_others_load_is_not_counted_as_loaded(trained, monkeypatch):
+def test_a_worker_that_ends_while_others_load_is_not_counted_as_loaded(trained, monkeypatch):
     monkeypatch.setattr(pool, "count_cores", lambda: 2)
-    receive, held = pool.Process.data_received, []
+    receive, held = pool.Worker.data_received, []
 
-    def hold_first(process, data):
-        held.append((process, data)) if process is one.processes[0] else receive(process, data)
+    def hold_first(worker, data):
+        held.append((worker, data)) if worker is one.workers[0] else receive(worker, data)
 
     async def check():
         loading = asyncio.create_task(one.load())
-        while not held or not one.processes[-1].reply.done():
+        while not held or not one.workers[-1].reply.done():
             await asyncio.sleep(0.01)
-        one.processes[-1].end()
+        one.workers[-1].end()
         await asyncio.sleep(0)  # until its connection is lost
         receive(*held[0])
         with pytest.raises(EOFError):
@@ -641,7 +685,7 @@ def test_a_process_that_ends_while_others_load_is_not_counted_as_loaded(trained,
         one.end()
 
     one = pool.Pool(trained, stages.DATA)
-    monkeypatch.setattr(pool.Process, "data_received", hold_first)
+    monkeypatch.setattr(pool.Worker, "data_received", hold_first)
     asyncio.run(check())
 
 
@@ -662,17 +706,17 @@ def test_as_the_first_process_of_a_container_it_keeps_no_processes_that_have_end
         stages.wait_until(lambda: not any(Path(f"/proc/{number}").exists() for number in (main, *orphans)))
 
 
-def test_a_picture_that_takes_too_long_ends_the_process_that_predicts_it(trained, monkeypatch, caplog):
-    monkeypatch.setattr(pool, "SECONDS", 0.2)
+def test_a_picture_that_takes_too_long_ends_its_worker(trained, monkeypatch, caplog):
+    monkeypatch.setattr(pool, "PICTURE_SECONDS", 0.2)
 
     async def check():
         async with loaded(trained) as model:
-            for each in model.served.pool.processes:
+            for each in model.served.pool.workers:
                 os.kill(each.pid, signal.SIGSTOP)
-            for _ in range(10):  # there are fewer processes
+            for _ in range(10):  # there are fewer workers
                 with pytest.raises(EOFError):
                     await model.served.pool.predict("", b"{}", False)
-            assert not model.served.pool.processes
+            assert not model.served.pool.workers
 
     asyncio.run(check())
     assert not caplog.records  # asyncio warns of what is written to a closed connection
@@ -807,6 +851,33 @@ def test_the_image_in_an_answer_is_coloured_where_the_data_set_is(monkeypatch):
         monkeypatch.setattr(f"{module}.DATA_SET", data_set)
     predictor = SimpleNamespace(predict=lambda pixels: {"prediction": 1, "confidence": "sure"})
     body = {"input": {"image": data_url(as_file(Image.new("RGB", (480, 320), (10, 200, 30))))}}
-    output = json.loads(predict.answer(predictor, bytearray(json.dumps(body).encode()), "", False).body)["output"]
+    output = json.loads(worker.answer(predictor, bytearray(json.dumps(body).encode()), "", False).body)["output"]
     seen = Image.open(io.BytesIO(base64.b64decode(output["image"].partition(",")[2])))
     assert (seen.mode, seen.size, seen.getpixel((5, 5))) == ("RGB", (48, 32), (10, 200, 30))
+
+
+# Faults that are not the client's -------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def ask(digit, monkeypatch):
+    """A function that has a worker answer a request for a prediction that ends in an error."""
+
+    def ask(error):
+        monkeypatch.setattr(reading, "read", Mock(side_effect=error))
+        return worker.answer(None, bytearray(json.dumps({"input": {"image": data_url(digit)}}).encode()), "", False)
+
+    return ask
+
+
+def test_a_model_that_cannot_predict_a_picture_is_the_services_fault(ask):
+    reply = ask(NotFinite("not finite"))
+    model = SimpleNamespace(served=SimpleNamespace(pool=SimpleNamespace(predict=AsyncMock(return_value=reply))))
+    request = SimpleNamespace(path_params={}, body=AsyncMock(return_value=b""))
+    with pytest.raises(HTTPException, match="503: not finite"):
+        asyncio.run(Endpoints(model, Metrics()).predict_picture(request))
+
+
+def test_a_bug_is_not_taken_for_a_body_that_is_not_json(ask):
+    with pytest.raises(ValueError, match="a bug"):
+        ask(ValueError("a bug"))

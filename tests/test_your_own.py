@@ -323,7 +323,7 @@ TENS = {  # where 10 is not the number of classes
     "model-infer/pictures/opening.py": "bytes a pixel",
     "model-infer/pictures/own.py": "inches",
     "model-infer/pictures/preparation.py": "pixels, in the preparation of digits for MNIST",
-    "model-infer/web/bounds.py": "seconds",
+    "model-infer/web/request_limits.py": "seconds",
     "model-infer/web/metrics.py": "seconds",
 }
 

@@ -34,6 +34,10 @@ LIKE_FRACTION = 0.93  # of the validation images are so near to the training ima
 SURE_PROBABILITY = 0.9  # a prediction is sure from this probability on
 
 
+class NotFinite(Failure):
+    """The model's output is not finite, which is not the image's fault."""
+
+
 @dataclass
 class Predictor:
     """A model, ready to predict."""
@@ -60,7 +64,7 @@ class Predictor:
     def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the log-probabilities, float32 [N, classes], and features, float32 [N, F], of images, uint8 [N, ...].
 
-        Raise Failure if the log-probabilities are not finite: huge weights, finite themselves, overflow.
+        Raise NotFinite if the log-probabilities are not: huge weights, finite themselves, overflow.
         """
         torch.backends.mkldnn.enabled = False  # type: ignore[assignment]  # oneDNN takes twice as long for one
         try:
@@ -86,7 +90,7 @@ class Predictor:
         self.thread.outputs = []
         log_probabilities = forward(net.to_input(images))
         if not math.isfinite(log_probabilities.sum()):
-            raise Failure(f"the model's output is not finite. {files.FRESH_HINT}")
+            raise NotFinite(f"the model's output is not finite. {files.FRESH_HINT}")
         layers = [layer for layer in self.thread.outputs if layer.dim() == 2 and layer.shape[1] <= MAX_FEATURES]
         return log_probabilities, torch.cat([scale(layer) for layer in layers or [log_probabilities]], 1)
 

@@ -30,7 +30,8 @@ class Input(Struct, forbid_unknown_fields=True):
     image: Annotated[
         str,
         Meta(
-            description="A picture, in any format that Pillow opens, as a base64 data URL. Other URLs are refused.",
+            description="A picture as a base64 data URL: JPEG, HEIC, PNG, GIF, TIFF, WebP, AVIF and others. "
+            "Other URLs are refused.",
             extra_json_schema={"pattern": DATA_URL, "example": "data:image/png;base64,iVBORw0KG..."},
         ),
     ]
@@ -53,15 +54,17 @@ OF_SEVERAL = (
 )
 
 
+Class = Annotated[int, Meta(ge=0, le=CLASSES - 1)] | None
+Probabilities = Annotated[list[float], Meta(min_length=CLASSES, max_length=CLASSES)]
+Confidence = Annotated[str, Meta(extra_json_schema={"enum": CONFIDENCES[::-1]})]
+
+
 class Digit(Struct):
     """A digit on a picture, or something else that was written."""
 
-    prediction: Annotated[
-        Annotated[int, Meta(ge=0, le=CLASSES - 1)] | None,
-        Meta(description=f"The digit; null if the confidence is `{UNLIKE}`."),
-    ]
-    probabilities: Annotated[list[float], Meta(min_length=CLASSES, max_length=CLASSES, description=f"Of {NAMES}.")]
-    confidence: Annotated[str, Meta(extra_json_schema={"enum": CONFIDENCES[::-1]})]
+    prediction: Annotated[Class, Meta(description=f"The digit; null if the confidence is `{UNLIKE}`.")]
+    probabilities: Annotated[Probabilities, Meta(description=f"Of {NAMES}.")]
+    confidence: Confidence
     box: Annotated[
         list[int],
         Meta(
@@ -76,18 +79,10 @@ class Output(Struct):
     """The prediction of a picture."""
 
     prediction: Annotated[
-        Annotated[int, Meta(ge=0, le=CLASSES - 1)] | None,
-        Meta(description=f"The class, counted from 0; null if the confidence is `{UNLIKE}`{OF_SEVERAL[0]}."),
+        Class, Meta(description=f"The class, counted from 0; null if the confidence is `{UNLIKE}`{OF_SEVERAL[0]}.")
     ]
-    probabilities: Annotated[
-        list[float],
-        Meta(
-            min_length=CLASSES,
-            max_length=CLASSES,
-            description=f"Of the classes, in order: {NAMES}{OF_SEVERAL[1]}.",
-        ),
-    ]
-    confidence: Annotated[str, Meta(extra_json_schema={"enum": CONFIDENCES[::-1]})]
+    probabilities: Annotated[Probabilities, Meta(description=f"Of the classes, in order: {NAMES}{OF_SEVERAL[1]}.")]
+    confidence: Confidence
     image: Annotated[
         str, Meta(description=f"The {SIZE} pixels that the network saw{OF_SEVERAL[2]}, as a data URL of a PNG.")
     ]

@@ -17,15 +17,15 @@ class Protocol(HttpToolsProtocol):
 
     Uvicorn's only timer, between two requests, ends with any byte, and a client that does not read has no limit at all.
     A new connection beyond the limit takes the place of the one that has been idle the longest. There always is one:
-    Bounds answers at most MAX_REQUESTS at a time, and refuses more at once.
+    RequestLimits answers at most MAX_REQUESTS at a time, and refuses more at once.
     """
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Wait for the first request; if there are too many connections, close the one that is idle the longest."""
         super().connection_made(transport)
-        self.timer: asyncio.TimerHandle | None = None
+        self.timer = self.loop.call_later(HEADER_SECONDS, self.transport.abort)
         self.header_bytes = 0  # received since the last complete headers, or part of a body
-        self.limit(HEADER_SECONDS)
+        self.idle_since = self.loop.time()  # infinite while a request is responded to
         if len(self.connections) > MAX_CONNECTIONS:
             oldest = min(self.connections, key=lambda connection: connection.idle_since)  # type: ignore[union-attr]
             self.connections.remove(oldest)  # otherwise only after this round of the event loop, with more connections
@@ -34,13 +34,13 @@ class Protocol(HttpToolsProtocol):
     def connection_lost(self, exc: Exception | None) -> None:
         """Forget the connection."""
         super().connection_lost(exc)
-        assert self.timer
         self.timer.cancel()
 
     def data_received(self, data: bytes) -> None:
         """Handle data: the first after a response begins a request."""
         if self.timeout_keep_alive_task:
-            self.limit(HEADER_SECONDS)
+            self.idle_since = self.loop.time()
+            self.close_after(HEADER_SECONDS)
         self.header_bytes += len(data)
         super().data_received(data)
         if self.header_bytes > MAX_HEADER_BYTES:
@@ -55,19 +55,17 @@ class Protocol(HttpToolsProtocol):
         """Begin with the response to a request, whose body may still be on its way."""
         self.header_bytes = 0
         super().on_headers_complete()
-        self.limit(REQUEST_SECONDS)
+        self.close_after(REQUEST_SECONDS)
         self.idle_since = math.inf
 
     def on_response_complete(self) -> None:
         """Wait for the next request; a client that has not read the response yet gets no more time for that."""
         self.idle_since = self.loop.time()
         if not self.transport.get_write_buffer_size():
-            self.limit(KEEP_ALIVE_SECONDS)
+            self.close_after(KEEP_ALIVE_SECONDS)
         super().on_response_complete()
 
-    def limit(self, seconds: float) -> None:
+    def close_after(self, seconds: float) -> None:
         """Close the connection after some seconds, unless this is called again before."""
-        if self.timer:
-            self.timer.cancel()
+        self.timer.cancel()
         self.timer = self.loop.call_later(seconds, self.transport.abort)
-        self.idle_since = self.loop.time()

@@ -4,9 +4,9 @@ import asyncio
 import html
 import json
 import os
-from collections.abc import AsyncIterator, Iterable
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from contextlib import asynccontextmanager, suppress
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -19,24 +19,23 @@ from starlette.routing import Route
 
 from stage.dataset import DATA_SET
 from web import api, results
-from web.bounds import RETRY_SECONDS, Bounds
 from web.metrics import CONTENT_TYPE, Metrics
-from web.pool import LARGE, Pool, Reply
-from web.reload import ServedModel
+from web.pool import FAILED, LARGE, Pool, Reply
+from web.request_limits import RequestLimits
+from web.responses import NO_STORE, as_json, busy, refusal
+from web.served_model import ServedModel, as_iso
 
 MAX_WAITING = 64  # pictures that are predicted, or wait for that
 WAIT_SECONDS = 20  # for a prediction, with its time in the queue
 POLL_SECONDS = 1  # between two checks for a new model
 PAGE = Path(__file__).parent / "page"
-PAGE_FILES = {"index.html": "text/html", "style.css": "text/css", "page.js": "text/javascript"}
 # What the page needs to know, put into its <body>.
 TASK = {
     "name": DATA_SET.name,
     "classes": DATA_SET.classes,
-    "size": DATA_SET.shape[:0:-1],
+    "size": DATA_SET.shape[:0:-1],  # width and height
     "preparation": DATA_SET.preparation,
 }
-NO_STORE = {"Cache-Control": "no-store"}
 
 
 class Service:
@@ -45,12 +44,12 @@ class Service:
     def __init__(self, model: ServedModel, metrics: Metrics) -> None:
         self.model, self.metrics = model, metrics
         self.waiting = 0
-        self.started = now()
+        self.started = as_iso(time.time())
 
     async def predict_picture(self, request: Request) -> Response:
         """POST /predictions, PUT /predictions/{prediction_id}: respond with the prediction of a picture.
 
-        Raise HTTPException if the service is busy.
+        Raise HTTPException if the service is busy, or its model cannot predict.
         """
         if self.waiting >= MAX_WAITING:
             raise busy("too many pictures are waiting. Try again.")
@@ -62,23 +61,25 @@ class Service:
         except TimeoutError:
             raise busy(f"the prediction took more than {WAIT_SECONDS} s. Try again.") from None
         except EOFError:
-            raise busy("the process that predicts has ended; another one is started. Try again.") from None
+            raise busy("the worker has ended; another one is started. Try again.") from None
         finally:
             self.waiting -= 1
+        if reply.status == FAILED:
+            raise busy(reply.body.decode())
         if reply.outcome:
             self.metrics.predictions.labels(reply.outcome).inc()
         return Response(reply.body, reply.status, NO_STORE, "application/json")
 
     async def predict(self, prediction_id: str, body: bytes) -> Reply:
-        """Have a picture predicted; large pictures one at a time. Raise EOFError if the process ends that does it."""
+        """Have a picture predicted; large pictures one at a time. Raise EOFError if its worker ends."""
         reply = await self.pool().predict(prediction_id, body, may_be_large=False)
         if reply.status != LARGE:
             return reply
-        async with self.model.large:
+        async with self.model.memory_lock:
             return await self.pool().predict(prediction_id, body, may_be_large=True)
 
     def pool(self) -> Pool:
-        """Return the processes that predict. Raise HTTPException if there is no model."""
+        """Return the workers. Raise HTTPException if there is no model."""
         if self.model.served is None:
             raise busy(self.model.problem)
         return self.model.served.pool
@@ -89,22 +90,27 @@ class Service:
 
     def health(self) -> dict[str, Any]:
         """Return the state of the service, as Health describes it."""
-        served, problem = self.model.served, self.model.problem
-        setup: dict[str, Any] = {"started_at": self.started, "completed_at": served and served.loaded, "logs": problem}
+        served = self.model.served
         if not self.model.watched or (served is None and self.model.failed):
-            status, setup["status"] = "SETUP_FAILED", "failed"
+            status, of_setup = "SETUP_FAILED", "failed"
         elif served is None:
-            status, setup["status"] = "STARTING", "starting"
+            status, of_setup = "STARTING", "starting"
         else:
-            status, setup["status"] = "BUSY" if self.waiting >= MAX_WAITING else "READY", "succeeded"
-        model = served and {"sha256": served.sha256, "date": served.published, "accuracy": served.accuracy}
-        return {"status": status, "setup": setup, "model": model}
+            status, of_setup = "BUSY" if self.waiting >= MAX_WAITING else "READY", "succeeded"
+        times = {"started_at": self.started, "completed_at": served and served.loaded}
+        setup = times | {"status": of_setup, "logs": self.model.problem}
+        return {"status": status, "setup": setup, "model": self.model_info()}
+
+    def model_info(self) -> dict[str, Any] | None:
+        """Return what is told of the served model, as ModelInfo describes it; None if there is none."""
+        served = self.model.served
+        return served and {"sha256": served.sha256, "date": served.published, "accuracy": served.accuracy}
 
     async def read_results(self, request: Request) -> Response:
         """GET /results: respond with the pipeline's results, as they are in the volume now."""
         sha256 = self.model.served.sha256 if self.model.served else None
         content = await asyncio.to_thread(results.read_results, self.model.folder, sha256)
-        return as_json(content | {"model": self.health()["model"]})
+        return as_json(content | {"model": self.model_info()})
 
     async def read_result_picture(self, request: Request) -> Response:
         """GET /results/{name}: respond with a picture of the pipeline's results."""
@@ -121,32 +127,7 @@ class Service:
         return Response(self.metrics.as_text(), media_type=CONTENT_TYPE)
 
 
-# Responses ------------------------------------------------------------------------------------------------------------
-
-
-def now() -> str:
-    """Return the current time in ISO 8601."""
-    return datetime.now(UTC).isoformat(timespec="seconds")
-
-
-def as_json(content: Any, status: int = 200, headers: dict[str, str] | None = None) -> Response:
-    """Return a JSON response that must not be cached."""
-    text = json.dumps(content, separators=(",", ":"))  # in ASCII: UTF-8 cannot encode a lone surrogate
-    return Response(text, status, NO_STORE | (headers or {}), "application/json")
-
-
-def busy(reason: str) -> HTTPException:
-    """Return the error for a request that the client should send again."""
-    return HTTPException(503, reason, {"Retry-After": str(RETRY_SECONDS)})
-
-
-async def refuse(request: Request, error: Exception) -> Response:
-    """Respond to a refused request, including unknown paths and methods, with the reason in one line."""
-    assert isinstance(error, HTTPException)
-    return as_json({"detail": str(error.detail)}, error.status_code, dict(error.headers or {}))
-
-
-# Endpoints ------------------------------------------------------------------------------------------------------------
+# The application ------------------------------------------------------------------------------------------------------
 
 
 def make_app(model: ServedModel, hosts: Iterable[str]) -> Starlette:
@@ -172,8 +153,14 @@ def make_app(model: ServedModel, hosts: Iterable[str]) -> Starlette:
         Route("/metrics", service.read_metrics),
         *page_routes(),
     ]
-    bounds = Middleware(Bounds, hosts=hosts, metrics=metrics)
-    return Starlette(routes=routes, middleware=[bounds], exception_handlers={HTTPException: refuse}, lifespan=lifespan)
+    limits = Middleware(RequestLimits, hosts=hosts, metrics=metrics)
+    return Starlette(routes=routes, middleware=[limits], exception_handlers={HTTPException: refuse}, lifespan=lifespan)
+
+
+async def refuse(request: Request, error: Exception) -> Response:
+    """Respond to a refused request, including unknown paths and methods, with the reason in one line."""
+    assert isinstance(error, HTTPException)
+    return refusal(error)
 
 
 async def watch(model: ServedModel) -> None:
@@ -189,33 +176,31 @@ async def watch(model: ServedModel) -> None:
 
 def page_routes() -> list[Route]:
     """Return the endpoints of the page. / and /docs return the same page; its script shows the requested view."""
-    files = {name: (PAGE / name).read_bytes() for name in PAGE_FILES}
-    body = f'<body data-task="{html.escape(json.dumps(TASK))}">'
-    files["index.html"] = files["index.html"].replace(b"<body>", body.encode())
+    body = f'<body data-task="{html.escape(json.dumps(TASK))}">'.encode()
     description = api.describe()
 
-    def page_file(name: str) -> Response:
-        headers = {"Cache-Control": "no-cache", "Vary": "Accept"}
-        return Response(files[name], headers=headers, media_type=f"{PAGE_FILES[name]}; charset=utf-8")
+    def page(name: str, kind: str) -> Callable[[Request], Awaitable[Response]]:
+        content = (PAGE / name).read_bytes().replace(b"<body>", body)
+
+        async def respond(request: Request) -> Response:
+            return Response(content, headers={"Cache-Control": "no-cache", "Vary": "Accept"}, media_type=kind)
+
+        return respond
+
+    whole = page("index.html", "text/html")
 
     async def index(request: Request) -> Response:
         if "text/html" in request.headers.get("accept", ""):
-            return page_file("index.html")
+            return await whole(request)
         return as_json(api.INDEX, headers={"Vary": "Accept"})
-
-    async def docs(request: Request) -> Response:
-        return page_file("index.html")
-
-    async def page_part(request: Request) -> Response:
-        return page_file(request.url.path.rpartition("/")[2])
 
     async def openapi(request: Request) -> Response:
         return as_json(description)
 
     return [
         Route("/", index),
-        Route("/docs", docs),
-        Route("/style.css", page_part),
-        Route("/page.js", page_part),
+        Route("/docs", whole),
+        Route("/style.css", page("style.css", "text/css")),
+        Route("/page.js", page("page.js", "text/javascript")),
         Route("/openapi.json", openapi),
     ]

@@ -1,6 +1,7 @@
 """Reloads the served model when its file in the volume changes."""
 
 import asyncio
+import time
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import NamedTuple
@@ -13,6 +14,8 @@ from web.pool import Pool
 
 FIRST_SECOND, LAST_SECOND = -62_135_596_800, 253_402_300_799  # of the years 1 to 9999, which datetime can represent
 LOADING = "the model is being loaded"
+Fingerprint = tuple[int, int, int]  # modification time (ns), inode and size of a file, which tell whether it changed
+MISSING: Fingerprint = (0, 0, 0)
 NO_MODEL = f"there is no model yet. Train one with: {command('train')}"
 
 
@@ -33,9 +36,9 @@ class ServedModel:
         self.folder, self.data = model, data
         # What a loaded model depends on: its file, its evaluation, and the images that its threshold is found on.
         self.paths = (model / WEIGHTS, model / EVAL_RESULTS, DATA_SET.training_path(data))
-        self.seen: tuple[object, ...] = ()  # the fingerprints of these files when they were last read
+        self.seen: tuple[Fingerprint, ...] = ()  # the fingerprints of these files when they were last read
         self.pool: Pool | None = None  # which loads the model, or a new one
-        self.large = asyncio.Lock()  # held by whatever takes much memory: a new pool, a large picture
+        self.memory_lock = asyncio.Lock()  # held by whatever takes much memory: a new pool, a large picture
         self.served: Served | None = None  # None until a model has been loaded
         self.problem = LOADING  # why the model in the volume is not served, or ""
         self.printed = ""  # the last problem that was printed
@@ -43,18 +46,18 @@ class ServedModel:
         self.watched = True  # whether the service still looks for a new one
 
     def has_changed(self) -> bool:
-        """Return whether a file has changed since the last call of begin(), or a process has ended.
+        """Return whether a file has changed since the last call of start_loading(), or a worker has ended.
 
-        A model that could not be loaded is not tried again for a process that has ended.
+        A model that could not be loaded is not tried again for a worker that has ended.
         """
         seen = tuple(fingerprint(path) for path in self.paths)
         return seen != self.seen or bool(self.served and not self.failed and not self.served.pool.is_whole())
 
-    def begin(self) -> None:
+    def start_loading(self) -> None:
         """Start to load the model, if there is one."""
         # Taken before reading, so that a change during it is noticed by the next call.
-        self.seen = seen = tuple(fingerprint(path) for path in self.paths)
-        if seen[0] is None:
+        self.seen = tuple(fingerprint(path) for path in self.paths)
+        if self.seen[0] == MISSING:
             gone = f"{self.paths[0]} is gone; the model loaded from it stays in use. Train one with: {command('train')}"
             self.report(gone if self.served else NO_MODEL, failed=False)
             return
@@ -63,20 +66,20 @@ class ServedModel:
         self.pool = Pool(self.folder, self.data)
 
     async def refresh(self) -> None:
-        """Load the model if one of its files has changed since the last call, or a process has ended."""
-        if self.served and not self.served.pool.processes:  # all have ended
+        """Load the model if one of its files has changed since the last call, or a worker has ended."""
+        if self.served and not self.served.pool.workers:  # all have ended
             self.served.pool.end()
             self.served, self.seen = None, ()
         if not self.pool and not self.has_changed():
             return
-        async with self.large:
+        async with self.memory_lock:
             try:
                 if not self.pool:
-                    self.begin()
+                    self.start_loading()
             except OSError as error:  # too many processes or open files
                 self.seen = ()  # the next call tries again
                 fix = "Raise MNIST_PIDS, or the limit of open files."
-                self.report(f"cannot start the processes that predict ({error.strerror}). {fix}", failed=True)
+                self.report(f"cannot start the workers ({error.strerror}). {fix}", failed=True)
             if not self.pool:
                 return
             pool = self.pool
@@ -86,26 +89,24 @@ class ServedModel:
                 self.report(str(failure), failed=True)
             except (OSError, EOFError):
                 self.seen = ()  # the next call tries again
-                self.report("the process that loads the model has ended. Raise MNIST_MEMORY.", failed=True)
+                self.report("the worker that loads the model has ended. Raise MNIST_MEMORY.", failed=True)
             self.pool = None
             if not (loaded := pool.loaded):
                 pool.end()
                 return
-        old, published = self.served, self.seen[0]
-        assert isinstance(published, tuple)
-        now = as_iso(datetime.now(UTC).timestamp())
-        self.served = Served(pool, loaded.sha256, loaded.accuracy, as_iso(published[0] / 1e9), now)
+        old, published = self.served, as_iso(self.seen[0][0] / 1e9)
+        self.served = Served(pool, loaded.sha256, loaded.accuracy, published, as_iso(time.time()))
         self.problem, self.printed, self.failed = "", "", False
         if old:
             old.pool.replace()
         say(f"serve: loaded the model {loaded.sha256[:12]}, {as_text(loaded.accuracy)}")
 
     def pools(self) -> list[Pool]:
-        """Return the processes that load a model, and those that predict."""
+        """Return the pool that loads a model, and the one that predicts."""
         return [pool for pool in (self.pool, self.served and self.served.pool) if pool]
 
     def end(self) -> None:
-        """End all processes."""
+        """End all workers."""
         for pool in self.pools():
             pool.end()
 
@@ -116,12 +117,12 @@ class ServedModel:
         self.problem, self.printed, self.failed = problem, problem, failed
 
 
-def fingerprint(path: Path) -> tuple[int, int, int] | None:
-    """Return modification time (ns), inode and size of a file, which tell whether it changed; None if it is missing."""
+def fingerprint(path: Path) -> Fingerprint:
+    """Return the fingerprint of a file, or MISSING."""
     try:
         status = path.stat()
     except OSError:
-        return None
+        return MISSING
     return status.st_mtime_ns, status.st_ino, status.st_size
 
 

@@ -5,20 +5,22 @@ Where possible, a request is refused before its body is read.
 
 import asyncio
 import ipaddress
-import json
 import time
 from collections.abc import Iterable
 
+from starlette.datastructures import Headers
+from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from web.metrics import Metrics
+from web.responses import busy, refusal
 
 MAX_BODY = 28_000_000  # bytes: a picture of 20 MB in base64, which adds a third, and the JSON around it
 MAX_BODIES = 64_000_000  # bytes of all bodies in memory at once
 MAX_REQUESTS = 100  # in progress at once
 BODY_SECONDS = 10  # for a body to arrive
-PROBED = ("/health-check", "/metrics")  # under whatever host name: they change nothing and have nothing secret
-RETRY_SECONDS = 1  # the Retry-After of a response with status 503
+PROBED = ("/health-check", "/metrics")  # allowed under any host name: they change nothing and reveal no secret
+CLIENT_LEFT = 499  # nginx's status for a client that disconnects before the response
 
 # The page loads its own files only. Its icon, and the image that the network saw, are data: URLs.
 SECURITY_HEADERS = {
@@ -31,18 +33,7 @@ SECURITY_HEADERS = {
 }
 
 
-CLIENT_LEFT = 499  # nginx's status for a client that disconnects before the response
-
-
-class Refused(Exception):
-    """A request is refused, with an HTTP status and a reason in one line."""
-
-    def __init__(self, status: int, reason: str) -> None:
-        super().__init__(reason)
-        self.status = status
-
-
-class Bounds:
+class RequestLimits:
     """ASGI middleware that refuses requests beyond the limits, and adds the security headers to every response."""
 
     def __init__(self, app: ASGIApp, hosts: Iterable[str], metrics: Metrics) -> None:
@@ -67,13 +58,17 @@ class Bounds:
                 # uvicorn reads a body to its end even after the response, unless the connection is to be closed.
                 unread = status == 408 or may_be_endless(scope) or asks_for_upgrade(dict(scope["headers"]))
                 close = {"Connection": "close"} if unread else {}
-                message["headers"] = [*message["headers"], *as_raw(SECURITY_HEADERS | close)]
+                message["headers"] = [*message["headers"], *Headers(SECURITY_HEADERS | close).raw]
             await send(message)
 
         self.requests += 1
         self.metrics.in_progress.inc()
         try:
             await self.answer(scope, receive, send_with_headers)
+        except asyncio.CancelledError:  # uvicorn waits for responses only so long after a stop signal
+            if status != CLIENT_LEFT:  # a response has begun
+                raise
+            await refusal(busy("the service is stopping. Try again."))(scope, receive, send_with_headers)
         except Exception:  # a bug: Starlette responds with status 500
             status = 500
             raise
@@ -89,56 +84,55 @@ class Bounds:
             self.check(scope)
             if has_body(scope):
                 await self.read_body(receive, chunks)
-                chunks[:] = [b"".join(chunks)]  # one copy in memory
-            await self.app(scope, replay(b"".join(chunks), receive), send)
-        except Refused as refused:
-            await refuse(send, refused.status, str(refused))
-        except asyncio.CancelledError:  # uvicorn waits for responses only so long after a stop signal
-            await refuse(send, 503, "the service is stopping. Try again.")
+            body = b"".join(chunks)
+            chunks[:] = [body]  # the parts are freed, and their size is still known
+            await self.app(scope, replay(body, receive), send)
+        except HTTPException as error:
+            await refusal(error)(scope, receive, send)
         finally:
             self.bytes -= sum(map(len, chunks))
 
     def check(self, scope: Scope) -> None:
-        """Raise Refused if the headers of a request are reason enough."""
+        """Raise HTTPException if the headers of a request are reason enough."""
         headers = dict(scope["headers"])
         host = host_name(headers.get(b"host", b"").decode("latin-1"))
         if host not in self.hosts and not is_address(host) and scope["path"] not in PROBED:
             # Protects from DNS rebinding: a foreign page whose host name was made to point here. An address cannot be.
-            raise Refused(421, "unknown host name. To allow it, start the service with: serve --allow-host NAME")
+            raise HTTPException(421, "unknown host name. Start the service with the flag --allow-host NAME.")
         if self.requests > MAX_REQUESTS and scope["path"] != "/health-check":
-            raise Refused(503, "too many requests at once. Try again.")
+            raise busy("too many requests at once. Try again.")
         if has_body(scope):
             # A foreign page may send this type only after a CORS preflight, which is never granted.
             if headers.get(b"content-type", b"").partition(b";")[0].strip().lower() != b"application/json":
-                raise Refused(415, "the Content-Type is not JSON. Send application/json.")
+                raise HTTPException(415, "the Content-Type is not JSON. Send application/json.")
             if asks_for_upgrade(headers):  # uvicorn drops the body then
-                raise Refused(400, "no other protocol than HTTP/1.1 is spoken. Send the request without Upgrade.")
+                raise HTTPException(400, "no other protocol than HTTP/1.1 is spoken. Send the request without Upgrade.")
             length = content_length(headers.get(b"content-length", b""))
             self.check_size(length, length)
 
     def check_size(self, size: int, more: int) -> None:
-        """Raise Refused if the size of a body exceeds its limit, or if `more` bytes exceed that of all bodies."""
+        """Raise HTTPException if the size of a body exceeds its limit, or if `more` bytes exceed that of all bodies."""
         if size > MAX_BODY:
-            raise Refused(413, f"the body is too large. Send at most {MAX_BODY:,} bytes.")
+            raise HTTPException(413, f"the body is too large. Send at most {MAX_BODY:,} bytes.")
         if self.bytes + more > MAX_BODIES:
-            raise Refused(503, "too many large requests at once. Try again.")
+            raise busy("too many large requests at once. Try again.")
 
     async def read_body(self, receive: Receive, chunks: list[bytes]) -> None:
-        """Append the chunks of a body to a list as they arrive. Raise Refused if it is too large or too slow."""
+        """Append the chunks of a body to a list as they arrive. Raise HTTPException if it is too large or too slow."""
         size, more = 0, True
         try:
             async with asyncio.timeout(BODY_SECONDS):
                 while more:
                     message = await receive()
                     if message["type"] == "http.disconnect":
-                        raise Refused(CLIENT_LEFT, "the client disconnected")
+                        raise HTTPException(CLIENT_LEFT, "the client disconnected")
                     chunk, more = message.get("body", b""), message.get("more_body", False)
                     size += len(chunk)
                     self.check_size(size, len(chunk))
                     chunks.append(chunk)
                     self.bytes += len(chunk)
         except TimeoutError:
-            raise Refused(408, f"the body did not arrive within {BODY_SECONDS} s. Send it faster.") from None
+            raise HTTPException(408, f"the body did not arrive within {BODY_SECONDS} s. Send it faster.") from None
 
 
 def has_body(scope: Scope) -> bool:
@@ -182,11 +176,6 @@ def is_address(host: str) -> bool:
         return False
 
 
-def as_raw(headers: dict[str, str]) -> list[tuple[bytes, bytes]]:
-    """Return headers in the form of ASGI."""
-    return [(name.lower().encode(), value.encode()) for name, value in headers.items()]
-
-
 def replay(body: bytes, receive: Receive) -> Receive:
     """Return a `receive` that yields a body that was already read, then passes on further messages."""
     messages: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
@@ -195,12 +184,3 @@ def replay(body: bytes, receive: Receive) -> Receive:
         return messages.pop() if messages else await receive()
 
     return receive_again
-
-
-async def refuse(send: Send, status: int, reason: str) -> None:
-    """Send a response with a status and a reason in one line."""
-    headers = {"Content-Type": "application/json"}
-    if status == 503:
-        headers["Retry-After"] = str(RETRY_SECONDS)
-    await send({"type": "http.response.start", "status": status, "headers": as_raw(headers)})
-    await send({"type": "http.response.body", "body": json.dumps({"detail": reason}).encode()})

@@ -1,9 +1,9 @@
-"""Predicts pictures for the service, in processes of their own: one for each core, each with one picture at a time.
+"""Predicts pictures for the service, in workers: a process for each core, each with one picture at a time.
 
-    python -m web.predict MODEL DATA SOCKET...
+    python -m web.worker MODEL DATA SOCKET...
 
-pool.py starts it, with a connected socket for each process, given by its descriptor. It loads the model, says so or why
-not, and divides itself into the processes. A process answers the requests on its socket until that is closed.
+pool.py starts it, with a connected socket for each worker, given by its descriptor. It loads the model, or says why
+not, forks the other workers, and is one itself. A worker answers the requests on its socket until that is closed.
 """
 
 import binascii
@@ -27,19 +27,19 @@ import torch
 
 from pictures import reading
 from pictures.opening import MEMORY, TooLarge, open_picture
-from pictures.prediction import Predictor, load_predictor
+from pictures.prediction import NotFinite, Predictor, load_predictor
 from stage import process
 from stage.process import Failure
 from web import api
 from web.pool import FAILED, LARGE, REPLY, REQUEST, Loaded, Reply
 
-SMALL = 80_000_000  # bytes that a picture may take in each process at once: a photo of 12 megapixels; others wait
+SMALL = 80_000_000  # bytes that a picture may take in each worker at once: a photo of 12 megapixels; others wait
 TRIMMED_BODY = 1_000_000  # bytes of a request's body: after larger ones, free memory is returned to the kernel
 MAX_CODED = 1_000_000  # %-coded characters in a data URL: each takes 100 bytes of memory while they are decoded
 
 
 def main() -> None:
-    """Load the model, and answer requests in as many processes as there are sockets."""
+    """Load the model, and answer requests in as many workers as there are sockets."""
     model, data, *descriptors = sys.argv[1:]
     process.prepare_process()
     for number in process.STOP_SIGNALS:
@@ -59,7 +59,7 @@ def main() -> None:
             break
     for connection in connections:
         if connection is not mine:
-            connection.close()  # or serve would not notice that a process has ended
+            connection.close()  # or serve would not notice that a worker has ended
     work(mine, predictor)
     process.end_process(0)
 
@@ -73,7 +73,7 @@ def work(connection: socket.socket, predictor: Predictor) -> None:
         prediction_id = receive(connection, id_size).decode()
         send(connection, answer(predictor, receive(connection, size), prediction_id, may_be_large))
         if may_be_large or size > TRIMMED_BODY:
-            # The image's settings of malloc, made for training, keep freed memory; here each process would keep it.
+            # The image's settings of malloc, made for training, keep freed memory; here each worker would keep it.
             ctypes.CDLL(None).malloc_trim(0)
 
 
@@ -119,6 +119,8 @@ def answer(predictor: Predictor, body: bytearray, prediction_id: str, may_be_lar
             "metrics": {"predict_time": round(time.perf_counter() - started, 6)},
         }
         return Reply(200, read["confidence"], msgspec.json.encode(content))
+    except NotFinite as failure:
+        return Reply(FAILED, "", str(failure).encode())
     except TooLarge as failure:
         status, problem = 422 if may_be_large else LARGE, str(failure)
     except Failure as failure:
@@ -126,7 +128,7 @@ def answer(predictor: Predictor, body: bytearray, prediction_id: str, may_be_lar
     except msgspec.ValidationError as error:
         # It may have a key that the client sent: it is cut, and line breaks in it escaped.
         status, problem = 422, ascii(str(error)[:200])[1:-1]
-    except (msgspec.DecodeError, RecursionError, ValueError):
+    except (msgspec.DecodeError, RecursionError):  # which nothing else raises
         status, problem = 400, "the body is not valid JSON."
     return Reply(status, outcome, msgspec.json.encode({"detail": problem}))
 
