@@ -9,25 +9,22 @@ Writes  nothing
 On SIGTERM it completes the requests in progress and exits within 3 s, with status 143 (130 on SIGINT).
 """
 
-from stage import limits, process
-
-MEMORY = 950_000_000  # bytes for all processes, the largest picture, and the bodies at once; measured: 877 MB
+from stage import process
 
 if __name__ == "__main__":
     process.prepare_process()  # before other imports, as in infer.py
-    with process.exit_on_failure("serve"):
-        limits.check_memory(MEMORY, "serve")
 
 import argparse
 import signal
 import socket
 import sys
 
-from stage import flags
+from stage import flags, limits
 from stage.output import say
 from stage.process import Failure, exit_on_failure
 from web.served_model import ServedModel
 
+MEMORY = 950_000_000  # bytes for all processes, the largest picture, and the bodies at once; measured: 877 MB
 STOP_SECONDS = 2  # for the requests in progress on a stop signal
 HOSTS = ("localhost", "serve")  # and every address; `serve` is its host name in Compose's network
 
@@ -38,6 +35,7 @@ def main() -> int:
     # As the first process of a container, it becomes the parent of processes whose own has ended.
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # or they would stay, and count, until serve ends
     with exit_on_failure("serve"):
+        limits.check_memory(MEMORY, "serve")
         limits.check_threads(20)  # as many as workers and threads, with a margin
         with listen(args.host, args.port) as listener:
             model = ServedModel(args.model, args.data)
