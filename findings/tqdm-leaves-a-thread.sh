@@ -22,8 +22,7 @@ import io, sys, threading
 from tqdm import tqdm
 
 def names():
-    kinds = [thread.name if thread is threading.main_thread() else type(thread).__name__ for thread in threading.enumerate()]
-    return ", ".join(kinds)
+    return ", ".join(type(one).__name__.strip("_") for one in threading.enumerate())
 
 if sys.argv[1:] == ["without"]:
     tqdm.monitor_interval = 0

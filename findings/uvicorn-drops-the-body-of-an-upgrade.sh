@@ -1,9 +1,10 @@
 #!/usr/bin/env bash
 # uvicorn 0.54.0 with httptools 0.9.0: of a POST that offers to upgrade the protocol, the app gets an empty body.
 #
-# A server may ignore the header Upgrade and answer in HTTP/1.1 (RFC 9110, 7.8). uvicorn does so, with a line in its log,
-# but httptools takes what follows the headers for the new protocol: the app gets the headers, with their
-# Content-Length, and no body. curl --http2 sends such a header to every address of http://. With h11 0.16.0 the body comes.
+# A server may ignore the header Upgrade and answer in HTTP/1.1 (RFC 9110, 7.8). uvicorn does so, with a line in its
+# log, but httptools takes what follows the headers for the new protocol: the app gets the headers, with their
+# Content-Length, and no body. curl --http2 sends such a header to every address of http://. With h11 0.16.0 the body
+# comes.
 #
 # Seen (Python 3.11):
 #   httptools, a POST of 5 bytes: 5 bytes
@@ -33,7 +34,8 @@ for parser, expected in (("httptools", "0 bytes"), ("h11", "5 bytes")):
     server = uvicorn.Server(uvicorn.Config(app, http=parser, lifespan="off", log_level="critical"))
     thread = threading.Thread(target=server.run, args=([listener],), daemon=True)
     thread.start()
-    for name, headers, right in (("a POST of 5 bytes", {}, "5 bytes"), ("the same with Upgrade: h2c", UPGRADE, expected)):
+    cases = ("a POST of 5 bytes", {}, "5 bytes"), ("the same with Upgrade: h2c", UPGRADE, expected)
+    for name, headers, right in cases:
         connection = http.client.HTTPConnection(*listener.getsockname(), timeout=20)
         connection.request("POST", "/", b"12345", headers)
         seen = connection.getresponse().read().decode()
