@@ -250,6 +250,7 @@ def test_a_decoder_that_crashes_never_ends_or_is_not_installed_is_a_refusal_in_o
     for old, new, reason in (
         ('"libde265.so.0"', '"libde265-none.so"', "libde265"),
         (started, "    ctypes.string_at(0)", "damaged"),
+        (started, f"{started}; sys.stderr.write('a warning')", "damaged"),
         (started, "    while True: pass", "takes more than 1 s"),
     ):
         with monkeypatch.context() as patch:

@@ -96,7 +96,7 @@ def decode_heic(content: bytes | bytearray) -> tuple[bytes, int]:
         result = subprocess.run(command, input=content, capture_output=True, timeout=HEIC_SECONDS)
     except subprocess.TimeoutExpired:
         raise Failure(f"a HEIC that takes more than {HEIC_SECONDS} s to decode") from None
-    if result.returncode != 0:
+    if result.returncode != 0 or not result.stderr.isdigit():  # libraries may write to it too
         raise Failure(HEIC_REFUSALS.get(result.returncode, DAMAGED))
     return result.stdout, int(result.stderr)
 
