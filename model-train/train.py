@@ -43,18 +43,19 @@ from training.alone import Alone
 from training.checkpoint import Checkpoints, serialize
 from training.data import read_data
 from training.details.curves import draw_curves
-from training.details.lock import volume_lock
+from training.details.lock import Busy, volume_lock
 from training.details.progress import Progress
 from training.record import Record
 from training.start import start_or_resume
-from training.stopping import RESUME_HINT, Stopped, StopRequest
+from training.stopping import Stopped, StopRequest
 from training.validation import validate
 from training.workers import Workers
 
 if TYPE_CHECKING:
     from cluster.nodes import Nodes
 
-MIN_LEARNED = 0.1  # a model is published if it gets right this part of what predicting the commonest class gets wrong
+# A model is published if it corrects this part of the mistakes that always predicting the commonest class makes.
+MIN_LEARNED = 0.1
 
 
 def main() -> int:
@@ -67,11 +68,14 @@ def main() -> int:
             return train_on_node(args, requested, train)
         if args.dry_run:
             return train_alone(plan.dry_run(requested), args)
-        with volume_lock(args.model):
-            # Decided again: another training may have ended between the first look and the lock.
-            todo = plan.decide(requested, args.fresh, args.model)
-            if todo.action != "nothing":
-                return train_alone(todo, args)
+        try:
+            with volume_lock(args.model):
+                # Decided again: another training may have ended, or begun, since the first look.
+                todo = plan.decide(requested, args.fresh, args.model)
+                if todo.action != "nothing":
+                    return train_alone(todo, args)
+        except Busy as busy:
+            todo = plan.beside_another(busy, bool(requested or args.fresh), args.model)
         say(f"train: {todo.message}")
     return 0
 
@@ -81,8 +85,8 @@ def train_alone(todo: plan.Plan, args: argparse.Namespace) -> int:
     data = read_data(args.data)
     training, validation = split_validation(*to_tensors(data))
     sha256 = data.sha256
-    del data  # the tensors may be copies
-    record, shared = start_or_resume(todo, sha256, *training, args.volume)
+    del data  # of transposed data sets, the tensors are copies
+    record, shared = start_or_resume(todo, sha256, *training, args.model)
     say(f"train: {todo.message} ({todo.settings.as_flags()})")
     return train(record, shared, validation, Alone(), args)
 
@@ -92,53 +96,41 @@ def train(
 ) -> int:
     """Train, on one machine or together with other nodes; publish the model, and return the exit status."""
     process.imports_done()  # before the workers are forked, which share what there is
-    folder = args.volume if nodes.rank == 0 else None  # node 0 alone writes to the volume
+    folder = args.model if nodes.rank == 0 else None  # node 0 alone writes to the volume
     checkpoints = Checkpoints(folder, shared, record)
     stop = StopRequest()
     process.handle_stop_signals(stop.handle)
-    prefix = f"train: node {nodes.rank}: " if nodes.world > 1 else "train: "
     try:
         with (
             Workers(shared, record, stop, nodes.rank, nodes.world) as workers,
             contextlib.closing(Progress(record, args.log_interval, quiet=nodes.rank > 0)) as progress,
         ):
-            train_epochs(record, shared, validation, workers, nodes, checkpoints, progress)
+            train_epochs(validation, workers, nodes, checkpoints, progress)
     except Stopped as stopped:
-        hint = f". {RESUME_HINT}" if nodes.world == 1 else ""  # cluster/launch.py has its own
-        outcome = "a dry run saves nothing" if args.dry_run else f"{stopped.progress}{hint}"
-        print_error(f"{prefix}stopped by {process.signal_name(stopped.number)}; {outcome}")
+        outcome = "a dry run saves nothing" if args.dry_run else f"{stopped.progress}{nodes.resume_hint}"
+        print_error(f"{nodes.name}: stopped by {process.signal_name(stopped.number)}; {outcome}")
         return 128 + stopped.number
     nodes.publish(lambda: publish_model(record, shared, folder, validation[1]))
     if stop.number:
         outcome = "a dry run publishes nothing" if args.dry_run else "the model is published"
         signal = process.signal_name(stop.number)
-        print_error(f"{prefix}stopped by {signal}, but the training had finished: {outcome}")
+        print_error(f"{nodes.name}: stopped by {signal}, but the training had finished: {outcome}")
         return 128 + stop.number
     return 0
 
 
 def train_epochs(
-    record: Record,
-    shared: SharedState,
-    validation: Images,
-    workers: Workers,
-    nodes: "Alone | Nodes",
-    checkpoints: Checkpoints,
-    progress: Progress,
+    validation: Images, workers: Workers, nodes: "Alone | Nodes", checkpoints: Checkpoints, progress: Progress
 ) -> None:
     """Loop over the epochs: train, save checkpoints, validate. Raise Stopped if a signal ends the training."""
+    record, shared = workers.record, workers.shared
     began = time.monotonic() - record.seconds  # earlier runs count too
     for epoch in range(len(record.history), record.settings.epochs):
         end_of_epoch = (epoch + 1) * shared.batches_per_epoch
         while record.batches < end_of_epoch:
-            limit = nodes.next_sync(end_of_epoch)  # the workers train on the batches before this one, then wait
-            while workers.poll(limit):
-                progress.update()
-                # Several nodes must all pause at the same batch, so these stop and save at the next sync only.
-                if nodes.world == 1 and (workers.stop.number or checkpoints.is_due()):
-                    limit = workers.next  # send no more batches: the loop ends when those that are sent are done
+            done = train_until_pause(nodes.next_sync(end_of_epoch), workers, nodes, checkpoints, progress)
             is_stopping = nodes.sync(workers)
-            record.update(limit, time.monotonic() - began)
+            record.update(done, time.monotonic() - began)
             if is_stopping:
                 checkpoints.save()
                 raise nodes.stopped(workers.stop)
@@ -154,6 +146,20 @@ def train_epochs(
         record.add_epoch(sums.tolist())
         progress.print_epoch()
     checkpoints.save()
+
+
+def train_until_pause(
+    limit: int, workers: Workers, nodes: "Alone | Nodes", checkpoints: Checkpoints, progress: Progress
+) -> int:
+    """Train on the batches below the limit, or fewer if it is time to stop or to save; return the first not done.
+
+    Then the workers are idle. Several nodes must all pause at the same batch: they stop and save at the limit only.
+    """
+    while workers.poll(limit):
+        progress.update()
+        if nodes.world == 1 and (workers.stop.number or checkpoints.is_due()):
+            limit = workers.next  # send no more: the loop ends when the batches that are sent are done
+    return limit
 
 
 def publish_model(record: Record, shared: SharedState, folder: Path | None, labels: torch.Tensor) -> None:

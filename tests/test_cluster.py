@@ -27,7 +27,7 @@ DESCRIPTION = {"flags": {"--lr": "0.1"}, "data": {"train": "1" * 64}, "programs"
 
 def new_nodes(rank, world, total=None, done=0, **changes):
     """One node among others, of a training of three epochs of 7 batches; `total` is to sum over the nodes."""
-    new = record.Record.new(Settings(**{"epochs": 3, "batch_size": 10, "num_processes": 2} | changes))
+    new = record.Record.new(Settings(**{"epochs": 3, "batch_size": 10, "num_processes": 2} | changes), 960, {})
     new.batches = done
     images, labels = torch.zeros(65, 28, 28, dtype=torch.uint8), torch.zeros(65, dtype=torch.int64)
     shared = hogwild.SharedState(new, images, labels)
@@ -218,7 +218,7 @@ def test_nodes_whose_volume_is_not_shared_end_each_in_one_line(data, tmp_path):
 def test_a_record_that_is_no_text_is_not_that_of_node_0(tmp_path):
     (tmp_path / "train_results.json").write_bytes(b"\xff")
     with pytest.raises(Failure, match="is not what node 0 has written"):
-        cluster.check_volume(tmp_path, record.Record.new(Settings()), SimpleNamespace(rank=1, timeout=0))
+        cluster.check_volume(tmp_path, record.Record.new(Settings(), 960, {}), SimpleNamespace(rank=1, timeout=0))
 
 
 def test_a_checkpoint_of_another_network_is_refused_by_both_nodes(unfinished):

@@ -131,10 +131,7 @@ class NoHttp(socketserver.BaseRequestHandler):
 
 def test_a_mirror_that_does_not_speak_http_fails_the_download_in_one_line(copied, tmp_path, mirrors_at):
     damage(copied, "missing", *stages.RAW_FILES)
-    answer = type(
-        "Answer", (socketserver.BaseRequestHandler,), {"handle": lambda self: self.request.sendall(b"no\n\n")}
-    )
-    with socketserver.TCPServer(("127.0.0.1", 0), answer) as server, ThreadPoolExecutor() as pool:
+    with socketserver.TCPServer(("127.0.0.1", 0), NoHttp) as server, ThreadPoolExecutor() as pool:
         pool.submit(server.serve_forever)
         mirrors_at(f"http://127.0.0.1:{server.server_address[1]}/")
         ended = stages.call("train", data=copied, model=tmp_path / "model")

@@ -56,13 +56,6 @@ def test_a_folder_in_place_of_a_file_of_the_data_is_named_as_it_is_outside_the_c
         files.read_limited(tmp_path / "MNIST", 9, "")
 
 
-def test_the_sha256_of_a_model_is_that_of_its_file(tmp_path):
-    (tmp_path / "file").write_bytes(b"content")
-    assert files.sha256_of_model(tmp_path / "file", "") == stages.sha256(tmp_path / "file")
-    with pytest.raises(Failure, match=r"/none does not exist\. Look"):
-        files.sha256_of_model(tmp_path / "none", "Look elsewhere")
-
-
 def fail(*args, number=errno.ENOSPC):
     raise OSError(number, os.strerror(number))
 

@@ -74,7 +74,7 @@ def saved(value):
 
 WANTED = Settings(epochs=2)
 IMAGES, LABELS = torch.zeros(640, 28, 28, dtype=torch.uint8), torch.zeros(640, dtype=torch.int64)
-RECORD = record.Record.new(WANTED, len(IMAGES))
+RECORD = record.Record.new(WANTED, len(IMAGES), {})
 RECORD.batches, RECORD.seconds, RECORD.model_sha256 = 10, 2.0, "0" * 64
 RECORD.workers[0] = record.WorkerRecord(0, images=960, steps=10, loss_sum=6000.0)
 RECORD.history.append(record.EpochRecord(1, 0.1, 0.1, 98.0, 1.0))
@@ -111,7 +111,8 @@ def resume(folder, content):
     (folder / "checkpoint.pt").write_bytes(content)
     (folder / "train_results.json").write_text(json.dumps(RECORD))
     with one_line_at_most():
-        resumed, shared = start.start_or_resume(plan.Plan("resume", "", WANTED), {}, IMAGES, LABELS, folder)
+        todo = plan.Plan("resume", "", WANTED, run=RECORD["run"])
+        resumed, shared = start.start_or_resume(todo, {}, IMAGES, LABELS, folder)
         assert shared.parameters.isfinite().all()
         assert all(isinstance(line, record.EpochRecord) for line in resumed.history)
 

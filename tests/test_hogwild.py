@@ -20,7 +20,7 @@ def new_trainer(count=960, **changes):
     torch.manual_seed(4)
     images, labels = torch.randint(256, (count, 28, 28), dtype=torch.uint8), torch.randint(10, (count,))
     wanted = Settings(**{"epochs": 1, "num_processes": 1, "augmentation": 0.0} | changes)
-    return hogwild.Trainer(0, hogwild.SharedState(record.Record.new(wanted), images, labels))
+    return hogwild.Trainer(0, hogwild.SharedState(record.Record.new(wanted, count, {}), images, labels))
 
 
 def rates(trainer):

@@ -33,7 +33,7 @@ def new_workers(monkeypatch):
 
     def make(do=lambda rank, number: None, trainer=FakeTrainer, count=2, rank=0, world=1, **changes):
         monkeypatch.setattr(workers, "Trainer", partial(trainer, do=do))
-        new = record.Record.new(Settings(num_processes=count, **changes))
+        new = record.Record.new(Settings(num_processes=count, **changes), 960, {})
         shared = hogwild.SharedState(new, torch.zeros(960, 28, 28, dtype=torch.uint8), torch.zeros(960).long())
         return workers.Workers(shared, new, stopping.StopRequest(), rank, world), new
 

@@ -5,12 +5,9 @@ It imports only the standard library, so that a stage can check its files before
 
 import contextlib
 import errno
-import hashlib
-import io
 import os
 import shlex
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
 from stage.process import Failure, command
@@ -47,9 +44,7 @@ WRITE_HINTS = {
     errno.EACCES: f"Make the folder writable for uid {os.getuid()}, the user of this stage, then run it again.",
     errno.EPERM: f"Change the owner of the folder to uid {os.getuid()}, the user of this stage, or, if lsattr shows "
     "that the folder or the file is immutable, undo that with chattr -i -a; then run it again.",
-    errno.ENOLCK: NO_LOCKS_HINT,
-    errno.EOPNOTSUPP: NO_LOCKS_HINT,
-    errno.ENOSYS: NO_LOCKS_HINT,
+    **dict.fromkeys((errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS), NO_LOCKS_HINT),
 }
 
 
@@ -58,30 +53,18 @@ WRITE_HINTS = {
 
 def read_limited(path: Path, limit: int, hint: str) -> bytearray:
     """Read a file of at most `limit` bytes. Raise Failure, with the hint, if that is not possible."""
-    with open_limited(path, limit, hint) as file:
-        content = bytearray(os.fstat(file.fileno()).st_size)
-        del content[file.readinto(content) :]
-    return content
-
-
-def sha256_of_model(path: Path, hint: str) -> str:
-    """Return the sha256 of a model's file, without its contents in memory. Raise Failure as read_limited() does."""
-    with open_limited(path, MAX_MODEL_BYTES, hint) as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-@contextlib.contextmanager
-def open_limited(path: Path, limit: int, hint: str) -> Iterator[io.BufferedReader]:
-    """Open a file of at most `limit` bytes, to read it in the block. Raise Failure if that is not possible."""
     try:
         if path.is_dir():
             raise Failure(f"{path} is a folder, not a file. {removal_hint(path)}")
         if path.exists() and not path.is_file():
             raise Failure(f"{path} is not a regular file. {hint}")  # reading a pipe would never end
         with open(path, "rb") as file:
-            if os.fstat(file.fileno()).st_size > limit:
+            size = os.fstat(file.fileno()).st_size
+            if size > limit:
                 raise Failure(f"{path} is larger than the limit of {limit:,} bytes. {hint}")
-            yield file
+            content = bytearray(size)
+            del content[file.readinto(content) :]
+            return content
     except FileNotFoundError:
         check_links(path, hint)
         raise Failure(f"{path} does not exist. {hint}") from None

@@ -30,11 +30,6 @@ def max_file_bytes(model: nn.Module, copies: int = 1) -> int:
     return 1_000_000 + 1_000 * len(sizes) + 4 * copies * sum(sizes)
 
 
-def max_pickle_opcodes(model: nn.Module) -> int:
-    """Return how many opcodes the pickle in such a file may have; each tensor takes about 30."""
-    return 2_000 + 50 * len(model.state_dict())
-
-
 def load_model(model: nn.Module, folder: Path) -> str:
     """Load the weights in the volume into a model, and return the sha256 of their file.
 
@@ -78,7 +73,8 @@ def unpickle(content: bytes | bytearray, model: nn.Module, path: Path, hint: str
     """
     try:
         with warnings.catch_warnings(action="ignore"):  # odd but valid files are accepted
-            return torch.load(repack(content, max_pickle_opcodes(model)), map_location="cpu", weights_only=True)
+            max_opcodes = 2_000 + 50 * len(model.state_dict())  # a tensor takes about 30 of them
+            return torch.load(repack(content, max_opcodes), map_location="cpu", weights_only=True)
     except Exception:  # damaged files raise exceptions of many kinds
         raise Failure(f"{path} is damaged, or not a file of plain float32 tensors. {hint}") from None
 

@@ -4,8 +4,7 @@
 
 How MNIST was made is lost. The reconstruction of Yadav and Bottou (2019), "Cold Case: The Lost MNIST Digits", is within
 3 grey levels of it: the tight box of the ink becomes a square, which is area-averaged to 20 x 20 pixels, scaled so that
-full ink is 255, and placed into 28 x 28 by its centre of mass. reading.py says what is ink, and which
-of it is a digit.
+full ink is 255, and placed into 28 x 28 by its centre of mass. reading.py says what is ink, and which ink is a digit.
 
 Up to fill_transparent(), pixels are grey levels, 0 to 255; from to_mnist() on, levels of ink: 0 is background.
 """

@@ -83,9 +83,9 @@ class Preparation:
         descriptions = [json.loads(text) for text in self.node.exchange("description", self.describe)]
         self.node.exchange("comparison", lambda: check_same(descriptions, self.node.rank))
         fresh = all(description["starts over"] for description in descriptions)
-        start, *_ = self.node.exchange("start", (lambda: self.decide(fresh)) if leads else nothing)
+        start, *_ = self.node.exchange("start", lambda: self.decide(fresh) if leads else b"")
         if start:
-            self.node.exchange("following", nothing if leads else lambda: self.follow(start))
+            self.node.exchange("following", lambda: b"" if leads else self.follow(start))
             self.has_begun.write_bytes(b"1")
         return self.started
 
@@ -95,7 +95,7 @@ class Preparation:
         self.data_sha256 = data.sha256
         self.training, self.validation = split_validation(*to_tensors(data))
         flags = {settings.flag(name): str(value) for name, value in self.requested.items()}
-        flags |= {"--dry-run": "given"} if self.args.dry_run else {}
+        flags |= {settings.flag(name): "given" for name in ("dry_run", "fresh") if getattr(self.args, name)}
         top = Path(__file__).parents[1]
         files = {str(path.relative_to(top)): path.read_bytes() for path in top.rglob("*.py")}
         programs = {name: hashlib.sha256(content).hexdigest() for name, content in files.items()}
@@ -105,7 +105,7 @@ class Preparation:
 
     def decide(self, fresh: bool) -> bytes:
         """On node 0: decide what to do, as on one machine; return the checkpoint to start from, empty for nothing."""
-        folder, world = self.args.volume, self.node.world
+        folder, world = self.args.model, self.node.world
         if folder:
             folder.mkdir(parents=True, exist_ok=True)
             self.lock.enter_context(volume_lock(folder))
@@ -125,22 +125,17 @@ class Preparation:
 
     def follow(self, start: bytes) -> bytes:
         """On the other nodes: start from the checkpoint of node 0, which must be in the volume of this node too."""
-        path = Path("the checkpoint that node 0 has sent")
-        record, tensors = parse_checkpoint(start, path)
+        checkpoint = parse_checkpoint(start, Path("the checkpoint that node 0 has sent"))
+        record = checkpoint.record
         check_limits(record.settings)
-        if self.args.volume:
-            check_volume(self.args.volume, record, self.node)
+        if self.args.model:
+            check_volume(self.args.model, record, self.node)
         count = self.dry_run.images if self.dry_run else None
         shared = SharedState(record, *(part[:count] for part in self.training))
-        restore(shared, record, tensors, path)
+        restore(shared, checkpoint)
         shared.parameter_sums.zero_()  # node 0 has the sum of the parameters
         self.started = record, shared
         return b""
-
-
-def nothing() -> bytes:
-    """Do nothing: what a node does while others do their part."""
-    return b""
 
 
 def check_same(descriptions: list[dict[str, Any]], rank: int) -> bytes:
@@ -183,6 +178,7 @@ class Nodes:
     def __init__(self, node: Node, record: Record, shared: SharedState) -> None:
         self.node, self.record, self.shared = node, record, shared
         self.rank, self.world = node.rank, node.world
+        self.name, self.resume_hint = f"train: node {node.rank}", ""  # launch.py says how to resume
         shared.peak_lr = record.settings.lr * node.world
         # What all nodes know since the last time: what the workers have done, and how many were killed.
         self.known, self.known_lost = [replace(worker) for worker in record.workers], len(record.lost_workers)
@@ -226,7 +222,8 @@ class Nodes:
         since float32 has no large integers.
         """
         now, known = (
-            torch.tensor([astuple(worker)[1:] for worker in each]) for each in (self.record.workers, self.known)
+            torch.tensor([astuple(worker)[1:] for worker in each], dtype=torch.float64)
+            for each in (self.record.workers, self.known)
         )
         numbers = torch.zeros(len(now), 6)
         numbers[:, :4] = now - known

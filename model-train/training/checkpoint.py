@@ -3,7 +3,7 @@
 import io
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -49,34 +49,40 @@ def serialize(shared: SharedState, record: Record) -> bytes:
     return buffer.getvalue()
 
 
-def read_checkpoint(path: Path) -> tuple[Record, dict[str, Any]]:
-    """Read a checkpoint; return what parse_checkpoint() returns. Raise Failure if it is missing or damaged."""
+class Checkpoint(NamedTuple):
+    """What a checkpoint contains: the record, and tensors, still unchecked, by name."""
+
+    record: Record
+    tensors: dict[str, Any]
+    path: Path  # for messages
+
+
+def read_checkpoint(path: Path) -> Checkpoint:
+    """Read a checkpoint. Raise Failure if it is missing or damaged."""
     copies = 2 + len(OPTIMIZER_STATE) * MAX_WORKERS  # the parameters, their sum, and what each worker keeps
     limit = weights.max_file_bytes(net.Net(), copies) + MAX_RECORD_BYTES
     return parse_checkpoint(read_limited(path, limit, FRESH_HINT), path)
 
 
-def parse_checkpoint(file: bytes | bytearray, path: Path) -> tuple[Record, dict[str, Any]]:
-    """Return what a checkpoint's bytes contain: the record, and tensors, still unchecked, by name.
-
-    Raise Failure if it is damaged.
-    """
+def parse_checkpoint(file: bytes | bytearray, path: Path) -> Checkpoint:
+    """Return what a checkpoint's bytes contain. Raise Failure if it is damaged."""
     content = weights.unpickle(file, net.Net(), path, FRESH_HINT)
     try:
         parts = dict(dict.items(content))  # a TypeError if it is no dict; its attributes could shadow its methods
         record = parse_record(parts["results"])
         if not 0 <= record.epochs_done() - len(record.history) <= 1:
             raise ValueError("progress and history are inconsistent")
-        return record, parts
+        return Checkpoint(record, parts, path)
     except (KeyError, TypeError, ValueError):
         raise Failure(f"{path} is damaged. {FRESH_HINT}") from None
 
 
-def restore(shared: SharedState, old: Record, tensors: dict[str, Any], path: Path) -> None:
-    """Load the parameters, the optimizer state, and the sum of parameters of a checkpoint with this record.
+def restore(shared: SharedState, checkpoint: Checkpoint) -> None:
+    """Load the parameters, the optimizer state, and the sum of parameters of a checkpoint.
 
     Raise Failure if they are not those of this network.
     """
+    old, tensors, path = checkpoint
     weights.load_weights(shared.model, tensors.get("model"), path, FRESH_HINT)
 
     def checked(name: str, *shape: int) -> torch.Tensor:

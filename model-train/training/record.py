@@ -85,12 +85,10 @@ class Record(msgspec.Struct):
     versions: dict[str, str] = field(default_factory=package_versions)
 
     @classmethod
-    def new(
-        cls, wanted: Settings, training_images: int = 0, data_sha256: dict[str, str] | None = None, nodes: int = 1
-    ) -> "Record":
-        """Return the record of a training that has not begun."""
+    def new(cls, wanted: Settings, images: int, data_sha256: dict[str, str], nodes: int = 1) -> "Record":
+        """Return the record of a training that has not begun, on so many images."""
         workers = [WorkerRecord(rank) for rank in range(wanted.num_processes)]
-        return cls(wanted, workers, training_images, data_sha256 or {}, code.sha256_by_part(), nodes=nodes)
+        return cls(wanted, workers, images, data_sha256, code.sha256_by_part(), nodes=nodes)
 
     def to_json(self) -> str:
         """Return the text of train_results.json."""
@@ -113,15 +111,10 @@ class Record(msgspec.Struct):
         The validation is the sum of the losses, the number of correct predictions, and that of validation images.
         """
         (loss, correct, count), (_, _, loss_sum) = validation, self.totals()
-        self.history.append(
-            EpochRecord(
-                epoch=len(self.history) + 1,
-                train_loss=loss_sum / self.training_images - sum(epoch.train_loss for epoch in self.history),
-                validation_loss=loss / count,
-                validation_accuracy=100 * correct / count,
-                seconds=self.seconds - sum(epoch.seconds for epoch in self.history),
-            )
-        )
+        number = len(self.history) + 1
+        train_loss = loss_sum / self.training_images - sum(epoch.train_loss for epoch in self.history)
+        seconds = self.seconds - sum(epoch.seconds for epoch in self.history)
+        self.history.append(EpochRecord(number, train_loss, loss / count, 100 * correct / count, seconds))
 
     def publish(self, folder: Path) -> None:
         """Publish train_results.json."""

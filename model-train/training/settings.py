@@ -16,6 +16,7 @@ MAX_WORKERS = 64
 
 PASSES = "passes over the training images in total, earlier runs included"
 IMAGES_PER_STEP = "images per step, at most all training images"
+AVERAGED = "part of the epochs, at the end, over which the parameters are averaged; 0 is none"
 
 
 class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -28,17 +29,9 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     seed: Annotated[int, Meta(ge=0, le=2**32 - 1, description="seed of initial weights, shuffles and augmentation")] = 1
     num_processes: Annotated[int, Meta(ge=1, le=MAX_WORKERS, description="Hogwild workers, one thread each")] = 2
     schedule: Annotated[
-        Literal["linear", "constant"],
-        Meta(description="learning rate schedule: linear warm-up and decay, or constant"),
+        Literal["linear", "constant"], Meta(description="learning rate schedule: linear warm-up and decay, or constant")
     ] = "linear"
-    averaging: Annotated[
-        float,
-        Meta(
-            ge=0,
-            le=0.8,
-            description="part of the epochs, at the end, over which the parameters are averaged; 0 is none",
-        ),
-    ] = 0.0
+    averaging: Annotated[float, Meta(ge=0, le=0.8, description=AVERAGED)] = 0.0
     weight_decay: Annotated[float, Meta(ge=0, le=1, description="weight decay (L2 penalty) coefficient")] = 7e-4
     max_grad_norm: Annotated[float, Meta(ge=1e-6, le=1e9, description="clip gradients to this norm")] = 2.0
     augmentation: Annotated[
@@ -51,11 +44,14 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         int, Meta(ge=1, le=10_000, description="batches of a node between averagings; only with several nodes")
     ] = 20
 
-    def as_flags(self) -> str:
-        """Return the settings that are not defaults, as command-line flags."""
+    def flags(self) -> list[str]:
+        """Return the settings that are not defaults, each as a command-line flag with its value."""
         values = msgspec.structs.asdict(self)
-        given = [f"{flag(name)} {value}" for name, value in values.items() if value != SETTINGS[name].default]
-        return " ".join(given) or "default settings"
+        return [f"{flag(name)} {value}" for name, value in values.items() if value != SETTINGS[name].default]
+
+    def as_flags(self) -> str:
+        """Return the settings that are not defaults, as command-line flags, for messages."""
+        return " ".join(self.flags()) or "default settings"
 
 
 SETTINGS = {item.name: item for item in msgspec.structs.fields(Settings)}
@@ -82,15 +78,6 @@ def parse(name: str, text: str) -> Any:
         raise argparse.ArgumentTypeError(f"{text} must be {values_of(name)}") from None
 
 
-def add_flags(parser: argparse.ArgumentParser) -> None:
-    """Add a flag for each setting. An omitted flag is None: the value comes from the volume."""
-    for name, item in SETTINGS.items():
-        kind, meta = typing.get_args(item.type)
-        metavar = {int: "N", float: "X"}.get(kind, "NAME")
-        text = f"{meta.description} ({values_of(name)}; default: {item.default})"
-        parser.add_argument(flag(name), type=partial(parse, name), metavar=metavar, help=text)
-
-
 def is_node() -> bool:
     """Return whether torchrun has started this process, as one of several nodes."""
     return "TORCHELASTIC_RUN_ID" in os.environ
@@ -98,12 +85,13 @@ def is_node() -> bool:
 
 def parse_args() -> tuple[argparse.Namespace, dict[str, Any]]:
     """Parse the command line of train; return it, and the settings in it that were given, by name."""
-    description = (
-        f"Trains a classifier of {DATA_SET.name}. Settings that you omit are taken from the training in the volume or, "
-        "without one, from the defaults."
-    )
-    parser = flags.new_parser("train", description)
-    add_flags(parser)
+    omitted = "Settings that you omit are those of the training in the volume or, without one or with --fresh, defaults"
+    parser = flags.new_parser("train", f"Trains a classifier of {DATA_SET.name}. {omitted}.")
+    for name, item in SETTINGS.items():  # an omitted one is None
+        kind, meta = typing.get_args(item.type)
+        metavar = {int: "N", float: "X"}.get(kind, "NAME")
+        text = f"{meta.description} ({values_of(name)}; default: {item.default})"
+        parser.add_argument(flag(name), type=partial(parse, name), metavar=metavar, help=text)
     text = "print a line every N batches (default: every 5 seconds, or a bar on a terminal)"
     parser.add_argument("--log-interval", type=flags.integer(1), metavar="N", help=text)
     text = "train one epoch on one batch per worker, neither reading nor writing the volume"
@@ -112,5 +100,6 @@ def parse_args() -> tuple[argparse.Namespace, dict[str, Any]]:
     parser.add_argument("--fresh", action="store_true", help=text)
     flags.add_folder_flags(parser)
     args = parser.parse_args()
-    args.volume = None if args.dry_run else args.model  # if it is read and written at all
+    if args.dry_run:
+        args.model = None  # it neither reads nor writes the volume
     return args, {name: getattr(args, name) for name in SETTINGS if getattr(args, name) is not None}

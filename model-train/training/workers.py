@@ -2,8 +2,9 @@
 
 The parent alone knows who has which batch. It has a socket pair with each worker, on which it sends the numbers of
 batches, and the worker answers each when it has trained on it. A batch counts when its answer arrives. When a worker is
-killed, its socket closes, and the batches that it has not answered go to the others. If it was killed while it changed
-the parameters, or between that and its answer, all or part of that batch is applied twice.
+killed, its socket closes, and the batches that it has not answered go to the others; no other is started in its place.
+If it was killed while it changed the parameters, or between that and its answer, all or part of that batch is applied
+twice.
 """
 
 import contextlib
@@ -14,10 +15,7 @@ import os
 import signal
 import socket
 import time
-from collections.abc import Iterator
 from pathlib import Path
-from types import TracebackType
-from typing import Any
 
 import torch
 
@@ -30,7 +28,7 @@ from training.stopping import LOST, RESUME_HINT, RunningClock, Stopped, StopRequ
 
 LOOK_SECONDS = 0.004  # between two looks at the answers
 DRAIN_SECONDS = 0.0005  # the same, once all batches are sent
-# What a worker has ahead: enough to last until the next look, and no more: others redo it if the worker is killed.
+# Batches that a worker has ahead, at least 2, to last until the next look. With more, more are redone if it is killed.
 AHEAD_BATCHES, AHEAD_IMAGES = 6, 600
 # After so long without an answer CPU times are noted; after as long again, busy workers with the same time are killed.
 HANG_SECONDS = 30
@@ -44,12 +42,12 @@ class Worker:
     def __init__(self, shared: SharedState, counts: WorkerRecord) -> None:
         self.rank, self.counts = counts.rank, counts
         self.sent: list[int] = []
-        self.error, self.has_ended = "no error message", False
+        self.error = "no error message"
         self.socket, other_end = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self.socket.setblocking(False)
         other_end.settimeout(None)  # whatever a library has made the default: a worker waits as long as it takes
-        process = multiprocessing.get_context("fork").Process
-        self.process = process(target=run_worker, args=(self.rank, shared, other_end), daemon=True)
+        context = multiprocessing.get_context("fork")
+        self.process = context.Process(target=run_worker, args=(self.rank, shared, other_end), daemon=True)
         with other_end:  # must be open in the worker only: so this end is closed when the worker ends
             self.process.start()
 
@@ -64,36 +62,30 @@ class Worker:
 
     def take_answers(self) -> bool:
         """Count the batches that it has answered since the last call; return whether it has ended."""
-        for answer in self.messages():
+        while True:
+            try:
+                message = self.socket.recv(MAX_MESSAGE_BYTES)
+            except BlockingIOError:
+                return False
+            except ConnectionResetError:
+                continue  # it had not read all batches; what it has sent before can still be read
+            if not message:
+                return True
+            answer = json.loads(message)
             if isinstance(answer, str):
                 self.error = answer
             else:
                 number, images, loss_sum, waited_seconds = answer
                 self.sent.remove(number)
                 self.counts.add(images, 1, loss_sum, waited_seconds)
-        return self.has_ended
-
-    def messages(self) -> Iterator[Any]:
-        """Yield the messages that have arrived; note the end of the worker, after its last message."""
-        while not self.has_ended:
-            try:
-                message = self.socket.recv(MAX_MESSAGE_BYTES)
-            except BlockingIOError:
-                return
-            except ConnectionResetError:
-                continue  # it had not read all batches; what it has sent before can still be read
-            self.has_ended = not message
-            if message:
-                yield json.loads(message)
 
     def end(self, deadline: float) -> None:
         """Let the process end, and kill it if it has not ended at the deadline, of time.monotonic()."""
         with contextlib.suppress(OSError):  # it has ended already
-            self.socket.shutdown(socket.SHUT_RDWR)
+            self.socket.shutdown(socket.SHUT_RDWR)  # closing would not do: workers forked later have a copy of this end
         self.process.join(max(0.0, deadline - time.monotonic()))
-        if self.process.exitcode is None:
-            self.process.kill()
-            self.process.join()
+        self.process.kill()  # which does nothing to a process that has ended
+        self.process.join()
         self.socket.close()
 
 
@@ -122,16 +114,13 @@ class Workers:
             for counts in self.record.workers:
                 self.living.append(Worker(self.shared, counts))
         except OSError:
-            self.end()
+            self.__exit__()
             raise
         # The parent validates while the workers are idle, so it may use one thread per worker.
         torch.set_num_threads(len(self.living))
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        self.end()
-
-    def end(self) -> None:
+    def __exit__(self, *error: object) -> None:
         """Let the workers end, and kill those that do not within a second."""
         deadline = time.monotonic() + 1
         for worker in self.living:
@@ -162,7 +151,7 @@ class Workers:
 
     def watch(self) -> None:
         """Count answers; notice workers that were killed; kill those that hang. Raise what poll() raises."""
-        before = self.steps()
+        before = self.record.totals()
         for worker in [*self.living]:
             if worker.take_answers():
                 self.handle_end(worker)
@@ -171,15 +160,11 @@ class Workers:
             raise Failure(f"all workers were killed. {hint}. {RESUME_HINT}")
         if self.stop.is_overdue():
             raise Stopped(self.stop.number, LOST)
-        if self.steps() > before:
+        if self.record.totals() != before:
             self.since_last_answer = RunningClock()
         elif self.since_last_answer.seconds() > HANG_SECONDS:
             self.since_last_answer = RunningClock()
             self.kill_hanging()
-
-    def steps(self) -> int:
-        """Return the number of batches that have been answered."""
-        return sum(counts.steps for counts in self.record.workers)
 
     def handle_end(self, worker: Worker) -> None:
         """Take back the batches of a worker that was killed. Raise Failure if it has ended by itself."""
@@ -239,10 +224,8 @@ def run_worker(rank: int, shared: SharedState, parent: socket.socket) -> None:
             answer = [number, *trainer.train_batch(number), waited_seconds]
             parent.send(json.dumps(answer).encode())
             began = time.monotonic()
-    except (BrokenPipeError, ConnectionResetError):
-        pass  # the training has ended
     except Exception as error:
         text = f"{type(error).__name__}: {error}".splitlines()[0]
-        with contextlib.suppress(OSError):  # another worker has failed before, and the training has ended
+        with contextlib.suppress(OSError):  # the training has ended
             parent.send(json.dumps(text[:500]).encode())
         os._exit(1)

@@ -177,7 +177,8 @@ def train_as_nodes(run):
 
     world, sync, seed, lr = run
     training, (validation, labels) = split_validation(*read_images(stages.DATA, "train"))
-    record = Record.new(Settings(epochs=SIMULATED_EPOCHS, num_processes=1, sync_every=sync, seed=seed, lr=lr))
+    wanted = Settings(epochs=SIMULATED_EPOCHS, num_processes=1, sync_every=sync, seed=seed, lr=lr)
+    record = Record.new(wanted, len(training[0]), {})
     trainers = []
     for _ in range(world):
         shared = hogwild.SharedState(record, *training)

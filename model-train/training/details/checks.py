@@ -81,12 +81,12 @@ def check_step(shared: SharedState, x: torch.Tensor, labels: torch.Tensor) -> No
 
 def check_files(record: Record, shared: SharedState) -> None:
     """Raise Failure unless the model and a checkpoint, of one worker, can be read by what reads them later."""
-    one_worker, path, model_file = copy.copy(shared), Path(CHECKPOINT), io.BytesIO()
+    one_worker, model_file = copy.copy(shared), io.BytesIO()
     one_worker.parameter_sums = shared.parameter_sums[:1].clone()
     one_worker.optimizer_state = {name: state[:1].clone() for name, state in shared.optimizer_state.items()}
     its_record = replace(record, workers=record.workers[:1], settings=replace(record.settings, num_processes=1))
     with blaming_net("what is saved of this network could not be read again"):
-        restore(one_worker, *parse_checkpoint(serialize(one_worker, its_record), path), path)
+        restore(one_worker, parse_checkpoint(serialize(one_worker, its_record), Path(CHECKPOINT)))
         torch.save(shared.state_dict(), model_file)
-        content = weights.unpickle(model_file.getvalue(), shared.model, path, "")
-        weights.load_weights(shared.model, content, Path(WEIGHTS), "")
+        path = Path(WEIGHTS)
+        weights.load_weights(shared.model, weights.unpickle(model_file.getvalue(), shared.model, path, ""), path, "")
