@@ -60,7 +60,7 @@ MIN_LEARNED = 0.1
 
 def main() -> int:
     """Run the stage and return its exit status."""
-    args, requested = settings.parse_args()
+    args, requested = settings.parse_args()  # as in the first look, which hands nothing over
     with exit_on_failure("train"):
         if settings.is_node():
             from cluster.nodes import train_on_node

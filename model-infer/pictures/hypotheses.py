@@ -21,7 +21,7 @@ NOISE_FACTOR = 6  # standard deviations of the background's noise that ink must 
 FAINT = (0.35, 0.65)  # of full ink: lines on the paper are at most as dark as that
 FLAT_PEAK = 0.75  # of the darkest level: what reaches the edges of a flat background and is all lighter is a shadow
 # Of the distance that is UNLIKE:
-GOOD = 0.4  # as near as 90 % of the validation images
+GOOD = 0.5  # as near as 90 % of the validation images
 STRICT = 0.8  # nearer than that must be each digit under a hypothesis that is not the first
 
 

@@ -16,21 +16,19 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from torch.nn.functional import normalize
 
 import net
+from pictures.likeness import KNOWN_IMAGES, Likeness, learn_likeness
 from pictures.outcome import UNLIKE, Confidence, Prediction
 from stage import code, files, weights
-from stage.files import EVAL_RESULTS
 from stage.images import read_images, split_validation
 from stage.limits import count_cores
 from stage.output import percent
 from stage.process import Failure
 
 MAX_RESULTS_BYTES = 1_000_000  # eval_results.json takes 4 kB
-KNOWN_IMAGES = 11_000  # training images, at most, that an image is compared with
-MAX_FEATURES = 256  # of a linear layer whose outputs are compared
-FLAGGED_FRACTION = 0.008  # of the validation images, at most, are predicted as UNLIKE
-LIKE_FRACTION = 0.93  # of the validation images are so near to the training images that they may be sure
+MAX_FEATURES = 512  # of a layer that is compared
 SURE_PROBABILITY = 0.9  # a prediction is sure from this probability on
 
 
@@ -45,21 +43,17 @@ class Predictor:
     model: net.Net
     sha256: str  # of the model's file
     accuracy: float | None = None  # on the test images, in percent; None if it has not been evaluated
-    # Of each class, the features of the training images predicted as it, float32 [F, N]; empty: no image is UNLIKE.
-    known: Sequence[torch.Tensor] = ()
-    squared_length: float = 1.0  # of an image's features: the number of layers that they are from
-    unlike: float = 1.0  # the cosine distance beyond which an image is UNLIKE: the unit of distances()
-    like: float = 1.0  # the distance, in that unit, up to which a prediction may be sure
+    likeness: Likeness | None = None  # None: no image is UNLIKE
 
     def __post_init__(self) -> None:
         self.model.eval()
         self.thread = threading.local()
-        self.thread.outputs = []  # of the linear layers, in the thread's last forward pass
-        for module in self.model.modules():
-            if isinstance(module, torch.nn.Linear):
-                module.register_forward_hook(
-                    lambda module, inputs, output: self.thread.outputs.append(output.to_dense())
-                )
+        self.thread.layers = []  # that are compared, of the thread's last forward pass
+        linear = [module for module in self.model.modules() if isinstance(module, torch.nn.Linear)]
+        for module in linear[:1]:
+            module.register_forward_pre_hook(lambda _, inputs: self.thread.layers.append(inputs[0].to_dense()))
+        for module in linear:
+            module.register_forward_hook(lambda _, inputs, output: self.thread.layers.append(output.to_dense()))
 
     def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the log-probabilities, float32 [N, classes], and features, float32 [N, F], of images, uint8 [N, ...].
@@ -85,29 +79,18 @@ class Predictor:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Return log-probabilities and features as forward() does, given a function that the model computes.
 
-        The features are the outputs of the linear layers, those of each scaled to length 1.
+        The features are the inputs of the first linear layer and the outputs of all, those of each scaled to length 1.
         """
-        self.thread.outputs = []
+        self.thread.layers = []
         log_probabilities = forward(net.to_input(images))
         if not math.isfinite(log_probabilities.sum()):
             raise NotFinite(f"the model's output is not finite. {files.FRESH_HINT}")
-        layers = [layer for layer in self.thread.outputs if layer.dim() == 2 and layer.shape[1] <= MAX_FEATURES]
-        return log_probabilities, torch.cat([scale(layer) for layer in layers or [log_probabilities]], 1)
+        layers = [layer for layer in self.thread.layers if layer.dim() == 2 and layer.shape[1] <= MAX_FEATURES]
+        return log_probabilities, torch.cat([normalize(layer) for layer in layers or [log_probabilities]], 1)
 
     def distances(self, log_probabilities: torch.Tensor, features: torch.Tensor) -> list[float]:
-        """Return the distances of images, given what forward() returns, from the training images predicted alike.
-
-        It is 1 minus the cosine of the angle to the nearest one's features, relative to the distance beyond which an
-        image is UNLIKE, after Sun et al. (2022), "Out-of-Distribution Detection with Deep Nearest Neighbors", who
-        compare with all training images, which takes ten times as long.
-        """
-        if not self.known:
-            return [0.0] * len(features)
-        known = [self.known[prediction] for prediction in log_probabilities.argmax(1).tolist()]
-        nearest = [
-            (one @ each).max().item() if each.numel() else 0.0 for one, each in zip(features, known, strict=True)
-        ]
-        return [(1 - cosine / self.squared_length) / self.unlike for cosine in nearest]
+        """Return the distances of images, given what forward() returns, from the training images; UNLIKE beyond 1."""
+        return self.likeness.distances(log_probabilities, features) if self.likeness else [0.0] * len(features)
 
     def predict(self, image: torch.Tensor) -> Prediction:
         """Predict an image, uint8 [H, W] or [H, W, C]."""
@@ -119,7 +102,8 @@ class Predictor:
         (distance,) = self.distances(log_probabilities, features)
         probabilities = log_probabilities[0].exp().tolist()
         prediction = probabilities.index(max(probabilities))
-        is_sure = probabilities[prediction] >= SURE_PROBABILITY and distance <= self.like
+        is_like = not self.likeness or distance <= self.likeness.like
+        is_sure = probabilities[prediction] >= SURE_PROBABILITY and is_like
         confidence: Confidence = UNLIKE if distance > 1 else "sure" if is_sure else "unsure"
         known = None if confidence == UNLIKE else prediction
         return {"prediction": known, "probabilities": probabilities, "confidence": confidence}, distance
@@ -145,30 +129,12 @@ def load_predictor(model_folder: Path, data_folder: Path | None = None) -> Predi
     model = net.Net()
     sha256 = weights.load_model(model, model_folder)
     code.check_same(model_folder, sha256)
-    predictor = Predictor(model, sha256, read_accuracy(model_folder / EVAL_RESULTS, sha256))
+    predictor = Predictor(model, sha256, read_accuracy(model_folder / files.EVAL_RESULTS, sha256))
     if data_folder is not None:
         (training, _), (validation, _) = split_validation(*read_images(data_folder, "train"))
-        learn_likeness(predictor, training, validation)
+        some = training[:: -(-len(training) // KNOWN_IMAGES)]
+        predictor.likeness = learn_likeness(predictor.forward_many(some), predictor.forward_many(validation))
     return predictor
-
-
-def scale(features: torch.Tensor) -> torch.Tensor:
-    """Return features, float32 [N, F], such that those of each image have length 1."""
-    lengths: torch.Tensor = torch.linalg.vector_norm(features, dim=1, keepdim=True)
-    return features / lengths.clamp_(1e-12)
-
-
-def learn_likeness(predictor: Predictor, training: torch.Tensor, validation: torch.Tensor) -> None:
-    """Set what images, uint8 [N, H, W] or [N, H, W, C], are compared with, and which distances are like and unlike."""
-    log_probabilities, known = predictor.forward_many(training[:: -(-len(training) // KNOWN_IMAGES)])
-    predictions, classes = log_probabilities.argmax(1), range(log_probabilities.shape[1])
-    predictor.known = [known[predictions == number].T.contiguous() for number in classes]
-    predictor.squared_length = (known[0] @ known[0]).item()
-    # In units of predictor.unlike, which is still 1: cosine distances.
-    distances = sorted(predictor.distances(*predictor.forward_many(validation)))
-    # One image fewer than the fraction: in batches, distances differ in the last bits from those of single images.
-    predictor.unlike = max(distances[-max(1, int(FLAGGED_FRACTION * len(distances)))], 1e-6)
-    predictor.like = distances[int(LIKE_FRACTION * (len(distances) - 1))] / predictor.unlike
 
 
 def read_accuracy(path: Path, sha256: str) -> float | None:

@@ -23,7 +23,7 @@ class Alone:
         return bool(workers.stop.number)
 
     def sum(self, values: torch.Tensor, workers: Workers) -> torch.Tensor:
-        """Return the sums of the values over the nodes."""
+        """Return the sums of the values over the nodes; the workers are watched until all nodes have come here."""
         return values
 
     def stopped(self, stop: StopRequest) -> Exception:

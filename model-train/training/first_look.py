@@ -1,4 +1,4 @@
-"""Ends train at once if there is nothing to do or not enough memory, before torch is imported, which takes a second."""
+"""Ends train before torch is imported, which takes a second, if there is nothing to do or a request must be refused."""
 
 import sys
 
