@@ -232,8 +232,9 @@ def main() -> None:
     except OSError:
         sys.exit(NO_LIBRARY)
     Image.preinit()  # imports what writing a PPM needs
-    # No more memory than this, no other files or sockets, and, unless this is root, no other processes.
-    for limit, value in (("AS", memory), ("NOFILE", 0), ("NPROC", 0), ("FSIZE", 0), ("CORE", 0)):
+    # No more memory than this, no other files or sockets, and, unless this is root, no other processes. It ends after
+    # these seconds, more than opening.py waits for it, also if opening.py's own process has been killed.
+    for limit, value in (("AS", memory), ("CPU", 20), ("NOFILE", 0), ("NPROC", 0), ("FSIZE", 0), ("CORE", 0)):
         resource.setrlimit(getattr(resource, f"RLIMIT_{limit}"), (value, value))
     decoder = Decoder(library, Items(sys.stdin.buffer.read()))
     decoder.decode(max_pixels, side).save(sys.stdout.buffer, "PPM")
