@@ -49,19 +49,16 @@ class Metrics:
             "mnist_model_info", "Always 1; the label is the sha256 of the model.", ["sha256"], registry=self.registry
         )
 
-        self.sha256: str | None = None  # of the served model
-
     def count(self, route: str, status: int, seconds: float) -> None:
         """Count a request and its duration."""
         self.requests.labels(route, str(status)).inc()
         self.duration.labels(route).observe(seconds)
 
-    def set_model(self, sha256: str, accuracy: float | None) -> None:
-        """Set the sha256 and the accuracy, in percent, of the served model."""
-        self.model.labels(sha256).set(1)
-        if self.sha256 not in (None, sha256):
-            self.model.remove(self.sha256)
-        self.sha256 = sha256
+    def set_model(self, sha256: str | None, accuracy: float | None) -> None:
+        """Set the sha256 and the accuracy, in percent, of the served model; None if there is none."""
+        self.model.clear()
+        if sha256:
+            self.model.labels(sha256).set(1)
         self.accuracy.set(float("nan") if accuracy is None else accuracy / 100)
 
     def set_memory(self, processes: Iterable[int]) -> None:

@@ -56,7 +56,7 @@ class RequestLimits:
             if message["type"] == "http.response.start":
                 status = message["status"]
                 # uvicorn reads a body to its end even after the response, unless the connection is to be closed.
-                unread = status == 408 or may_be_endless(scope) or asks_for_upgrade(dict(scope["headers"]))
+                unread = status == 408 or may_be_endless(scope) or asks_for_upgrade(scope)
                 close = {"Connection": "close"} if unread else {}
                 message["headers"] = [*message["headers"], *Headers(SECURITY_HEADERS | close).raw]
             await send(message)
@@ -105,7 +105,7 @@ class RequestLimits:
             # A foreign page may send this type only after a CORS preflight, which is never granted.
             if headers.get(b"content-type", b"").partition(b";")[0].strip().lower() != b"application/json":
                 raise HTTPException(415, "the Content-Type is not JSON. Send application/json.")
-            if asks_for_upgrade(headers):  # uvicorn drops the body then
+            if asks_for_upgrade(scope):  # uvicorn drops the body then
                 raise HTTPException(400, "no other protocol than HTTP/1.1 is spoken. Send the request without Upgrade.")
             length = content_length(headers.get(b"content-length", b""))
             self.check_size(length, length)
@@ -147,9 +147,10 @@ def may_be_endless(scope: Scope) -> bool:
     return b"transfer-encoding" in headers or content_length(headers.get(b"content-length", b"")) > MAX_BODY
 
 
-def asks_for_upgrade(headers: dict[bytes, bytes]) -> bool:
+def asks_for_upgrade(scope: Scope) -> bool:
     """Return whether a client would rather go on with another protocol, such as h2c, HTTP/2 without TLS."""
-    return b"upgrade" in headers and b"upgrade" in headers.get(b"connection", b"").lower()
+    headers = Headers(scope=scope)
+    return "upgrade" in headers and any("upgrade" in value.lower() for value in headers.getlist("connection"))
 
 
 def content_length(value: bytes) -> int:

@@ -121,8 +121,8 @@ class Service:
 
     async def read_metrics(self, request: Request) -> Response:
         """GET /metrics: respond with the service's metrics in Prometheus' text format."""
-        if served := self.model.served:
-            self.metrics.set_model(served.sha256, served.accuracy)
+        served = self.model.served
+        self.metrics.set_model(served and served.sha256, served and served.accuracy)
         self.metrics.set_memory({os.getpid(), *(number for pool in self.model.pools() for number in pool.ids())})
         return Response(self.metrics.as_text(), media_type=CONTENT_TYPE)
 
@@ -154,7 +154,10 @@ def make_app(model: ServedModel, hosts: Iterable[str]) -> Starlette:
         *page_routes(),
     ]
     limits = Middleware(RequestLimits, hosts=hosts, metrics=metrics)
-    return Starlette(routes=routes, middleware=[limits], exception_handlers={HTTPException: refuse}, lifespan=lifespan)
+    handlers = {HTTPException: refuse}
+    app = Starlette(routes=routes, middleware=[limits], exception_handlers=handlers, lifespan=lifespan)
+    app.router.redirect_slashes = False  # to a URL of this host, without the prefix that a proxy may have
+    return app
 
 
 async def refuse(request: Request, error: Exception) -> Response:

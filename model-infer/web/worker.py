@@ -48,7 +48,7 @@ def main() -> None:
     try:
         predictor = load_predictor(Path(model), Path(data))
     except Failure as failure:
-        send(connections[0], Reply(FAILED, "", str(failure).encode()))
+        send(connections[0], failed(failure))
         return
     process.imports_done()
     mine = connections.pop()
@@ -94,6 +94,11 @@ def send(connection: socket.socket, reply: Reply) -> None:
     connection.sendall(REPLY.pack(reply.status, reply.outcome.encode(), len(reply.body)) + reply.body)
 
 
+def failed(failure: Failure) -> Reply:
+    """Return the reply that says why the model cannot be loaded, or cannot predict; its path may be no UTF-8."""
+    return Reply(FAILED, "", str(failure).encode(errors="backslashreplace"))
+
+
 # Requests -------------------------------------------------------------------------------------------------------------
 
 
@@ -120,7 +125,7 @@ def answer(predictor: Predictor, body: bytearray, prediction_id: str, may_be_lar
         }
         return Reply(200, read["confidence"], msgspec.json.encode(content))
     except NotFinite as failure:
-        return Reply(FAILED, "", str(failure).encode())
+        return failed(failure)
     except TooLarge as failure:
         status, problem = 422 if may_be_large else LARGE, str(failure)
     except Failure as failure:
