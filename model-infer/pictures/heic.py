@@ -210,9 +210,7 @@ def units(configuration: bytes, content: bytes) -> Iterator[bytes]:
 def transform(image: Image.Image, kind: bytes, fields: Fields, factor: int) -> Image.Image:
     """Return a picture cut, turned or mirrored, if that is what a property of it says."""
     if kind == b"irot":
-        turns = (None, Image.Transpose.ROTATE_90, Image.Transpose.ROTATE_180, Image.Transpose.ROTATE_270)
-        turn = turns[fields.number(1) & 3]
-        return image if turn is None else image.transpose(turn)
+        return image.rotate(90 * (fields.number(1) & 3), expand=True)  # exact: Pillow transposes for these angles
     if kind == b"imir":
         left_right = fields.number(1) & 1
         return image.transpose(Image.Transpose.FLIP_LEFT_RIGHT if left_right else Image.Transpose.FLIP_TOP_BOTTOM)
