@@ -36,7 +36,7 @@ from stage.figures import as_png, new_figure
 from stage.files import CONFUSION_MATRIX, EVAL_RESULTS, MISTAKES, WEIGHTS, publish
 from stage.images import read_images
 from stage.output import percent, say
-from stage.process import Failure, exit_on_failure
+from stage.process import Failure
 
 # Precision, recall, and F1, their harmonic mean, of the class of a name; "count" is the number of its test images.
 ClassResult = TypedDict("ClassResult", {"class": str, "precision": float, "recall": float, "f1": float, "count": int})
@@ -52,7 +52,7 @@ def main() -> int:
     """Run the stage and return its exit status."""
     process.imports_done()
     args = parse_args()
-    with exit_on_failure("evaluate"):
+    with process.exit_on_failure("evaluate"):
         limits.check_threads(2 * limits.count_cores() + 2)  # torch's, those of net.predict(), and a margin
         files.check_destinations(args.model, EVAL_RESULTS, CONFUSION_MATRIX, MISTAKES)
         if args.export:
@@ -124,11 +124,9 @@ def evaluate(log_probabilities: torch.Tensor, labels: torch.Tensor) -> EvalResul
     """Return the results for log-probabilities, float32 [N, classes], and labels, int64 [N]."""
     predictions, size = log_probabilities.argmax(1), len(DATA_SET.classes)
     matrix = torch.bincount(size * labels + predictions, minlength=size**2).view(size, size)
+    of_class = (counts.tolist() for counts in (matrix.diagonal(), matrix.sum(0), matrix.sum(1)))
     classes: list[ClassResult] = []
-    for label, name in enumerate(DATA_SET.classes):
-        correct, predicted, count = (
-            int(n) for n in (matrix[label, label], matrix[:, label].sum(), matrix[label].sum())
-        )
+    for name, correct, predicted, count in zip(DATA_SET.classes, *of_class, strict=True):
         precision, recall = correct / max(1, predicted), correct / max(1, count)
         f1 = 2 * correct / max(1, predicted + count)
         classes.append({"class": name, "precision": precision, "recall": recall, "f1": f1, "count": count})
@@ -147,10 +145,8 @@ def as_table(results: EvalResults) -> str:
     for line in results["classes"]:
         name = f"evaluate: {line['class']:>{width}}"
         lines.append(name + "  {precision:9.4f}  {recall:6.4f} {f1:6.4f} {count:6}".format(**line))
-    images = sum(line["count"] for line in results["classes"])
-    lines.append(
-        f"evaluate: accuracy {percent(results['Accuracy'])}, loss {results['Test loss']:.4f} on {images:,} test images"
-    )
+    accuracy, images = percent(results["Accuracy"]), sum(line["count"] for line in results["classes"])
+    lines.append(f"evaluate: accuracy {accuracy}, loss {results['Test loss']:.4f} on {images:,} test images")
     return "\n".join(lines)
 
 
@@ -184,8 +180,6 @@ def draw_mistakes(images: torch.Tensor, labels: torch.Tensor, log_probabilities:
     axes.set_title(f"Mistakes on the test images: {len(worst)} of {len(wrong)}, the most confident first")
     # One picture with all images on it: 25 axes would take longer to draw than the images took to evaluate. A unit is
     # the longer side of an image.
-    limits = {"xlim": (0, 1.3 * side), "ylim": (1.6 * side, 0)}
-    axes.set(**limits, aspect="equal")
     axes.axis("off")
     height, width = (length / max(DATA_SET.shape[1:]) for length in DATA_SET.shape[1:])
     for place, index in enumerate(worst.tolist()):
@@ -194,7 +188,7 @@ def draw_mistakes(images: torch.Tensor, labels: torch.Tensor, log_probabilities:
         predicted, true = DATA_SET.classes[int(predictions[index])], DATA_SET.classes[int(labels[index])]
         text = f"predicted {predicted} ({percent(100 * confidence[index].item(), 0)})\ntrue {true}, image {index}"
         axes.text(x + width / 2, y - 0.04, text, ha="center", va="bottom", fontsize=min(7.5, 320 / len(text)))
-    axes.set(**limits)  # imshow() has changed them
+    axes.set(xlim=(0, 1.3 * side), ylim=(1.6 * side, 0), aspect="equal")
     return as_png(figure)
 
 

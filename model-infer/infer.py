@@ -27,19 +27,18 @@ if __name__ == "__main__":
 
 import argparse
 import math
-from pathlib import Path
+import random
 from typing import TypedDict
 
 import torch
 
 from pictures import own, prediction
-from stage import figures, files, flags, folders
+from stage import files, flags, folders
 from stage.dataset import DATA_SET
-from stage.figures import as_png, new_figure
+from stage.figures import BLUE, VERMILION, as_png, new_figure
 from stage.files import PREDICTIONS, PREDICTIONS_SHEET, RESULTS, publish
 from stage.images import read_images
 from stage.output import percent, say
-from stage.process import exit_on_failure
 
 # Creates a container of infer if there is none, as after `run --rm`, to copy from. An old `out` would keep its files.
 COPY_COMMAND = "docker compose up --no-start --no-deps infer && docker compose cp infer:/opt/mount/model/. out"
@@ -59,7 +58,7 @@ def main() -> int:
     """Run the stage and return its exit status."""
     process.imports_done()
     args = parse_args()
-    with exit_on_failure("infer"):
+    with process.exit_on_failure("infer"):
         limits.check_threads(4)  # torch starts few, since the network predicts on one thread
         status = own.predict_pictures(args.pictures, args.data, args.model) if args.pictures else predict_samples(args)
         if args.model == files.MODEL:
@@ -94,41 +93,30 @@ def predict_samples(args: argparse.Namespace) -> int:
     predictor = prediction.load_predictor(args.model)
     images, labels = read_images(args.data, "test")
     indices = choose(len(images), count, args.seed)
-    samples = [predict(predictor, images[index], int(labels[index]), index) for index in indices.tolist()]
-    publish_all(args.model, samples, images[indices], predictor)
+    samples: list[Sample] = []
+    for index in indices:
+        probabilities = predictor.predict(images[index])["probabilities"]
+        best = probabilities.index(max(probabilities))
+        samples.append(
+            {"index": index, "prediction": best, "truth": int(labels[index]), "probabilities": probabilities}
+        )
+    pictures = {
+        f"{sample['prediction']}_{sample['index']}.png": draw([sample], images[sample["index"]][None])
+        for sample in samples
+    }
+    sheet, content = draw(samples, images[indices]), predictor.as_json(samples)
+    with locks.publishing(args.model):
+        folders.replace_folder(args.model / RESULTS, pictures)
+        publish(args.model / PREDICTIONS_SHEET, sheet)
+        publish(args.model / PREDICTIONS, content)
     say(as_text(samples))
     say(f"infer: {predictor.evaluation()}")
     return 0
 
 
-def choose(count: int, samples: int, seed: int | None) -> torch.Tensor:
-    """Choose different images: return indices below count, int64 [samples]."""
-    generator = torch.Generator()
-    if seed is None:
-        generator.seed()
-    else:
-        generator.manual_seed(seed)
-    return torch.randperm(count, generator=generator)[:samples]
-
-
-def predict(predictor: prediction.Predictor, image: torch.Tensor, truth: int, index: int) -> Sample:
-    """Predict a test image, uint8 [H, W] or [H, W, C]."""
-    probabilities = predictor.predict(image)["probabilities"]
-    best = probabilities.index(max(probabilities))
-    return {"index": index, "prediction": best, "truth": truth, "probabilities": probabilities}
-
-
-def publish_all(folder: Path, samples: list[Sample], images: torch.Tensor, predictor: prediction.Predictor) -> None:
-    """Publish all files for test images, and remove the pictures of earlier runs."""
-    pictures = {
-        f"{sample['prediction']}_{sample['index']}.png": draw([sample], image[None])
-        for sample, image in zip(samples, images, strict=True)
-    }
-    sheet, content = draw(samples, images), predictor.as_json(samples)
-    with locks.publishing(folder):
-        folders.replace_folder(folder / RESULTS, pictures)
-        publish(folder / PREDICTIONS_SHEET, sheet)
-        publish(folder / PREDICTIONS, content)
+def choose(count: int, samples: int, seed: int | None) -> list[int]:
+    """Choose different images, or all if there are fewer: return their indices, below count."""
+    return random.Random(seed).sample(range(count), min(samples, count))
 
 
 def draw(samples: list[Sample], images: torch.Tensor) -> bytes:
@@ -143,10 +131,10 @@ def draw(samples: list[Sample], images: torch.Tensor) -> bytes:
         axes.imshow(image.numpy(), cmap="gray", vmin=0, vmax=255)
         axes.axis("off")
         predicted, true = (DATA_SET.classes[sample[key]] for key in ("prediction", "truth"))
-        color = figures.BLUE if predicted == true else figures.VERMILION
-        confidence = 100 * max(sample["probabilities"])
+        color = BLUE if predicted == true else VERMILION
+        confidence = percent(100 * max(sample["probabilities"]), 1)
         center = left + 0.5 * width
-        lines = (0.09, 17, f"predicted {predicted}"), (0.2, 10, f"{percent(confidence, 1)}, true class {true}")
+        lines = (0.09, 17, f"predicted {predicted}"), (0.2, 10, f"{confidence}, true class {true}")
         for down, size, text in lines:  # in a smaller size where names are long
             fontsize = min(size, 290 / len(text))
             figure.text(center, top - down * height, text, fontsize=fontsize, color=color, ha="center", va="center")
@@ -158,11 +146,9 @@ def as_text(samples: list[Sample]) -> str:
     lines = []
     for sample in samples:
         predicted, true = (DATA_SET.classes[sample[key]] for key in ("prediction", "truth"))
-        confidence = 100 * max(sample["probabilities"])
+        confidence = percent(100 * max(sample["probabilities"]), 1)
         verdict = "correct" if predicted == true else f"wrong (true class: {true})"
-        lines.append(
-            f"infer: test image {sample['index']:4}: predicted {predicted} ({percent(confidence, 1)}), {verdict}"
-        )
+        lines.append(f"infer: test image {sample['index']:4}: predicted {predicted} ({confidence}), {verdict}")
     return "\n".join(lines)
 
 

@@ -261,6 +261,12 @@ def test_a_decoder_that_crashes_never_ends_or_is_not_installed_is_a_refusal_in_o
         monkeypatch.setattr(heic, "__file__", str(Path(opening.__file__).with_name("heic.py")))
 
 
+def test_the_process_that_decodes_a_heic_ends_by_itself_if_nobody_waits_for_it(photographs, change):
+    at_most = f"{opening.HEIC_SECONDS} < resource.getrlimit(resource.RLIMIT_CPU)[1] <= 30"
+    change("    decoder = Decoder(library", f"    if not {at_most}: return\n    decoder = Decoder(library")
+    assert opening.open_picture(as_heic(photographs[0])).size == (200, 150)
+
+
 @pytest.mark.parametrize("attempt", ["open('/dev/null')", "bytearray(memory)", "__import__('socket').socket()"])
 def test_a_hostile_heic_can_open_no_file_and_no_connection_and_take_no_more_memory(photographs, change, attempt):
     change(

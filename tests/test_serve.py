@@ -330,9 +330,9 @@ def test_a_hostile_body_is_refused_in_one_line(service, body):
             (404, "GET", f"/results/{name}", {})
             for name in ("../../etc/passwd", "%2e%2e%2fmnist_cnn.pt", "checkpoint.pt")
         ),
-        (404, "GET", "/nothing", {}),
+        *((404, "GET", path, {}) for path in ("/nothing", "/docs/")),
         (405, "DELETE", "/predictions", {}),
-        (405, "PUT", "/results", {"Content-Type": "text/plain"}),
+        *((405, "PUT", path, {"Content-Type": "text/plain"}) for path in ("/results", "/docs")),
         (422, "PUT", "/predictions/" + "x" * 81, {}),
         *((422, "PUT", "/predictions/" + name, {}) for name in ("x" * 300, "%E2%82%AC", 2000 * "%FF")),
         (404, "POST", "/predictions/unknown/cancel", {"Content-Type": "text/plain"}),
@@ -380,6 +380,14 @@ def test_a_request_for_another_protocol_is_answered_without_it_or_refused_for_it
     status, answered, response = service("POST", "/predictions", {"input": {"image": "x"}}, **headers)
     assert (status, answered["Connection"]) == (400, "close")
     assert "without Upgrade" in response["detail"]
+
+
+@pytest.mark.parametrize("values", [(b"Upgrade", b"keep-alive"), (b"keep-alive", b"Upgrade")])
+def test_a_request_for_another_protocol_is_noticed_in_any_of_two_headers(values):
+    headers = [(b"host", b"127.0.0.1"), (b"content-type", b"application/json"), (b"upgrade", b"h2c")]
+    headers += [(b"connection", value) for value in values]
+    with pytest.raises(HTTPException, match="without Upgrade"):
+        RequestLimits(None, [], Metrics()).check({"method": "POST", "path": "/predictions", "headers": headers})
 
 
 HEAD = b"POST %s HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
@@ -501,6 +509,18 @@ def test_a_new_model_is_loaded_and_a_damaged_one_is_not(volume, digit):
         assert f'mnist_model_info{{sha256="{second}"}}' in service("GET", "/metrics")[2].decode()
 
 
+def test_the_name_of_a_damaged_model_may_be_no_utf_8(tmp_path):
+    folder = tmp_path / os.fsdecode(b"\xff")
+    folder.mkdir()
+    (folder / "mnist_cnn.pt").write_bytes(b"damaged")
+
+    async def check():
+        async with loaded(folder) as model:
+            assert "damaged" in model.problem
+
+    asyncio.run(check())
+
+
 def test_a_model_whose_output_is_not_finite_is_not_loaded(volume):
     publish_model(volume, 1e30)
     with serving(volume, status="SETUP_FAILED") as service:
@@ -558,10 +578,10 @@ def test_the_end_of_the_task_that_looks_for_new_models_fails_the_health_check(tr
     async def check():
         async with loaded(trained) as model:
             endpoints = Endpoints(model, Metrics())
-            assert endpoints.health()["status"] == "READY"
+            assert b'"status":"READY"' in (await endpoints.health_check(None)).body
             monkeypatch.setattr(served_model, "fingerprint", lambda path: {}[path])
             await watch(model)
-            assert endpoints.health()["status"] == "SETUP_FAILED"
+            assert b'"status":"SETUP_FAILED"' in (await endpoints.health_check(None)).body
 
     asyncio.run(check())
     assert len(capsys.readouterr().err.splitlines()) == 1
@@ -614,6 +634,7 @@ def test_workers_that_end_are_replaced_once_the_model_can_be_loaded_and_until_th
     weights = volume / "mnist_cnn.pt"
     whole = weights.read_bytes()
     with serving(volume) as service:
+        assert b"mnist_model_info{" in service("GET", "/metrics")[2]
         served = workers_of(service)
         weights.unlink()
         if left:
@@ -625,6 +646,7 @@ def test_workers_that_end_are_replaced_once_the_model_can_be_loaded_and_until_th
         code, _, response = service("POST", "/predictions", {"input": {"image": data_url(digit)}})
         assert (code, response["detail"]) == (503, service.health()["setup"]["logs"])
         assert process.command("train") in response["detail"]
+        assert b"mnist_model_info{" not in service("GET", "/metrics")[2]
         weights.write_bytes(whole)
         stages.wait_until(lambda: service.health()["status"] == "READY")
         assert service.predict(digit)[0] == 200
@@ -873,7 +895,7 @@ def ask(digit, monkeypatch):
 def test_a_model_that_cannot_predict_a_picture_is_the_services_fault(ask):
     reply = ask(NotFinite("not finite"))
     model = SimpleNamespace(served=SimpleNamespace(pool=SimpleNamespace(predict=AsyncMock(return_value=reply))))
-    request = SimpleNamespace(path_params={}, body=AsyncMock(return_value=b""))
+    request = SimpleNamespace(path_params={}, scope={"body": b""})
     with pytest.raises(HTTPException, match="503: not finite"):
         asyncio.run(Endpoints(model, Metrics()).predict_picture(request))
 

@@ -1,7 +1,6 @@
 """Exports the model to other programs: safetensors, ONNX and a model card, in one folder of the volume.
 
-Each file is compared with the model first. ONNX's own reference implementation runs model.onnx, at 5 ms an image: it is
-part of the package that writes the file, and ONNX Runtime takes 73 MB more.
+Each file is compared with the model first; docs/export.md says why ONNX's slow reference implementation does that.
 """
 
 import contextlib
@@ -71,12 +70,9 @@ def export_model(
         "classes": json.dumps(DATA_SET.classes),
         "pixel_mean": json.dumps(DATA_SET.pixel_mean),
         "pixel_std": json.dumps(DATA_SET.pixel_std),
-        "accuracy": f"{results['Accuracy']}",
+        "accuracy": str(results["Accuracy"]),
     }
-    contents = {
-        "model.safetensors": as_safetensors(model, metadata),
-        "model.onnx": as_onnx(model, images, metadata),
-    }
+    contents = {"model.safetensors": as_safetensors(model, metadata), "model.onnx": as_onnx(model, images, metadata)}
     difference = check_onnx(contents["model.onnx"], images, log_probabilities)
     contents["README.md"] = model_card(results, metadata, code.training_of(folder, sha256), difference).encode()
     with locks.publishing(folder):
@@ -132,9 +128,8 @@ def check_onnx(content: bytes, images: torch.Tensor, log_probabilities: torch.Te
     file = onnx.load_from_string(content)
     onnx.checker.check_model(file, full_check=True)
     evaluator: Any = ReferenceEvaluator(file)
-    outputs = torch.cat(
-        [torch.from_numpy(evaluator.run(None, {INPUT: part.numpy()})[0]) for part in torch.split(images, 250)]
-    )
+    parts = [evaluator.run(None, {INPUT: part.numpy()})[0] for part in torch.split(images, 250)]
+    outputs = torch.cat([*map(torch.from_numpy, parts)])
     difference = (outputs.exp() - log_probabilities.exp()).abs().max().item()
     others = int((outputs.argmax(1) != log_probabilities.argmax(1)).sum())
     if others or not difference <= MAX_DIFFERENCE:

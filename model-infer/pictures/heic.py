@@ -210,9 +210,7 @@ def units(configuration: bytes, content: bytes) -> Iterator[bytes]:
 def transform(image: Image.Image, kind: bytes, fields: Fields, factor: int) -> Image.Image:
     """Return a picture cut, turned or mirrored, if that is what a property of it says."""
     if kind == b"irot":
-        turns = (None, Image.Transpose.ROTATE_90, Image.Transpose.ROTATE_180, Image.Transpose.ROTATE_270)
-        turn = turns[fields.number(1) & 3]
-        return image if turn is None else image.transpose(turn)
+        return image.rotate(90 * (fields.number(1) & 3), expand=True)  # exact: Pillow transposes for these angles
     if kind == b"imir":
         left_right = fields.number(1) & 1
         return image.transpose(Image.Transpose.FLIP_LEFT_RIGHT if left_right else Image.Transpose.FLIP_TOP_BOTTOM)
@@ -232,8 +230,9 @@ def main() -> None:
     except OSError:
         sys.exit(NO_LIBRARY)
     Image.preinit()  # imports what writing a PPM needs
-    # No more memory than this, no other files or sockets, and, unless this is root, no other processes.
-    for limit, value in (("AS", memory), ("NOFILE", 0), ("NPROC", 0), ("FSIZE", 0), ("CORE", 0)):
+    # No more memory than this, no other files or sockets, and, unless this is root, no other processes. It ends after
+    # these seconds, more than opening.py waits for it, also if opening.py's own process has been killed.
+    for limit, value in (("AS", memory), ("CPU", 20), ("NOFILE", 0), ("NPROC", 0), ("FSIZE", 0), ("CORE", 0)):
         resource.setrlimit(getattr(resource, f"RLIMIT_{limit}"), (value, value))
     decoder = Decoder(library, Items(sys.stdin.buffer.read()))
     decoder.decode(max_pixels, side).save(sys.stdout.buffer, "PPM")

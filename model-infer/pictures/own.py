@@ -13,9 +13,9 @@ import torch
 from PIL import Image
 
 from pictures import opening, outcome, prediction, preparation, reading
-from stage import figures, files, folders, limits, locks
+from stage import files, folders, limits, locks
 from stage.dataset import DATA_SET
-from stage.figures import as_png, new_figure
+from stage.figures import BLUE, GREY, VERMILION, as_png, new_figure
 from stage.files import OWN_RESULTS, PREDICTIONS
 from stage.output import percent, print_error, say
 from stage.process import Failure
@@ -172,16 +172,15 @@ def draw(name: str, image: Image.Image, pixels: torch.Tensor, result: Result) ->
     for axes in (left, middle):
         axes.set(xticks=[], yticks=[])
     percentages = [100 * probability for probability in probabilities]
-    bars = right.barh(
-        range(len(names)), percentages, color=[figures.BLUE if one else figures.GREY for one in predicted]
-    )
+    colors = [BLUE if one else GREY for one in predicted]
+    bars = right.barh(range(len(names)), percentages, color=colors)
     right.bar_label(bars, [percent(percentage, 1) for percentage in percentages], padding=3, fontsize=9)
     right.set_yticks(range(len(names)), names, parse_math=False)
     # Up to 125: the label of a bar of 100 % needs some room.
     right.set(xlim=(0, 125), xticks=range(0, 101, 25), xlabel="probability in percent", ylabel="class")
     right.invert_yaxis()
     right.spines[["top", "right"]].set_visible(False)
-    color = figures.BLUE if result["confidence"] == "sure" else figures.VERMILION
+    color = BLUE if result["confidence"] == "sure" else VERMILION
     figure.suptitle(as_text(result), fontsize=17, color=color, parse_math=False)
     return as_png(figure)
 

@@ -36,11 +36,10 @@ def to_grey(image: Image.Image) -> Levels:
     if image.mode in ("P", "PA", "La", "RGBa") or "transparency" in image.info:
         image = image.convert("RGBA")
     factor = max(1, round(max(image.size) / WORKING_SIDE))
-    alpha = None
-    if image.mode in ("RGBA", "LA") and (opacity := image.getchannel("A")).getextrema() != (255, 255):
-        alpha = shrink(opacity, factor) / np.float32(255)
     grey = shrink(image.convert("L"), factor)
-    return grey if alpha is None else fill_transparent(grey, alpha)
+    if image.mode not in ("RGBA", "LA") or image.getchannel("A").getextrema() == (255, 255):
+        return grey
+    return fill_transparent(grey, shrink(image.getchannel("A"), factor) / np.float32(255))
 
 
 def stretch(image: Image.Image) -> Image.Image:
@@ -82,10 +81,7 @@ def fill_transparent(grey: Levels, alpha: Levels) -> Levels:
 
 
 def to_mnist(ink: Levels, full: float) -> NDArray[np.uint8]:
-    """Turn the ink of a digit, whose full level is given, into an image like MNIST's, uint8 [28, 28]: 255 is full ink.
-
-    The steps are those of Yadav and Bottou.
-    """
+    """Turn the ink of a digit, with its full level, into an image like MNIST's, uint8 [28, 28]: 255 is full ink."""
     ink = widen(ink)
     top, left, bottom, right = tight_box(ink, full)
     side = max(bottom - top, right - left, MIN_SIDE)

@@ -12,6 +12,8 @@ from stage.dataset import DATA_SET
 NAMES, CLASSES = ", ".join(DATA_SET.classes), len(DATA_SET.classes)
 SIZE = f"{DATA_SET.shape[2]} x {DATA_SET.shape[1]}"  # width and height
 DATA_URL = "^[Dd][Aa][Tt][Aa]:[^,]{0,200};[Bb][Aa][Ss][Ee]64,"  # what is before the content, as in RFC 2397
+IMAGE = "A picture as a base64 data URL: JPEG, HEIC, PNG, GIF, TIFF, WebP, AVIF and others. Other URLs are refused."
+EXAMPLE = "data:image/png;base64,iVBORw0KG..."
 ID = "^[A-Za-z0-9._-]{1,80}$"
 INDEX = {
     "docs_url": "/docs",
@@ -27,14 +29,7 @@ INDEX = {
 class Input(Struct, forbid_unknown_fields=True):
     """The input of a prediction."""
 
-    image: Annotated[
-        str,
-        Meta(
-            description="A picture as a base64 data URL: JPEG, HEIC, PNG, GIF, TIFF, WebP, AVIF and others. "
-            "Other URLs are refused.",
-            extra_json_schema={"pattern": DATA_URL, "example": "data:image/png;base64,iVBORw0KG..."},
-        ),
-    ]
+    image: Annotated[str, Meta(description=IMAGE, extra_json_schema={"pattern": DATA_URL, "example": EXAMPLE})]
 
 
 class PredictionRequest(Struct):
@@ -57,6 +52,9 @@ OF_SEVERAL = (
 Class = Annotated[int, Meta(ge=0, le=CLASSES - 1)] | None
 Probabilities = Annotated[list[float], Meta(min_length=CLASSES, max_length=CLASSES)]
 Confidence = Annotated[str, Meta(extra_json_schema={"enum": CONFIDENCES[::-1]})]
+BOX = "Top, left, bottom and right in pixels of the picture, upright; the last two are excluded."
+PREDICTION = f"The class, counted from 0; null if the confidence is `{UNLIKE}`{OF_SEVERAL[0]}."
+SEEN = f"The {SIZE} pixels that the network saw{OF_SEVERAL[2]}, as a data URL of a PNG."
 
 
 class Digit(Struct):
@@ -65,27 +63,16 @@ class Digit(Struct):
     prediction: Annotated[Class, Meta(description=f"The digit; null if the confidence is `{UNLIKE}`.")]
     probabilities: Annotated[Probabilities, Meta(description=f"Of {NAMES}.")]
     confidence: Confidence
-    box: Annotated[
-        list[int],
-        Meta(
-            min_length=4,
-            max_length=4,
-            description="Top, left, bottom and right in pixels of the picture, upright; the last two are excluded.",
-        ),
-    ]
+    box: Annotated[list[int], Meta(min_length=4, max_length=4, description=BOX)]
 
 
 class Output(Struct):
     """The prediction of a picture."""
 
-    prediction: Annotated[
-        Class, Meta(description=f"The class, counted from 0; null if the confidence is `{UNLIKE}`{OF_SEVERAL[0]}.")
-    ]
+    prediction: Annotated[Class, Meta(description=PREDICTION)]
     probabilities: Annotated[Probabilities, Meta(description=f"Of the classes, in order: {NAMES}{OF_SEVERAL[1]}.")]
     confidence: Confidence
-    image: Annotated[
-        str, Meta(description=f"The {SIZE} pixels that the network saw{OF_SEVERAL[2]}, as a data URL of a PNG.")
-    ]
+    image: Annotated[str, Meta(description=SEEN)]
     if DATA_SET.preparation == "digit":
         digits: Annotated[list[Digit], Meta(min_length=1, max_length=MAX_DIGITS, description="From left to right.")]
 
@@ -163,7 +150,9 @@ def describe() -> dict[str, Any]:
     by_id = {"description": "Predict the class of a picture, with an ID chosen by the client."}
     index = "Return the page to a browser, and the paths of the endpoints to other clients."
     health = "Return the state of the service in `status`; the HTTP status is always 200."
+    results = "Return the pipeline's results, as they are in the volume now."
     picture = "Return a picture of the pipeline's results, such as mistakes.png or 3_12.png."
+    metrics = "Return the service's metrics in Prometheus' text format."
     return {
         "openapi": "3.1.0",
         "info": {
@@ -177,13 +166,9 @@ def describe() -> dict[str, Any]:
             "/predictions": {"post": predict},
             "/predictions/{prediction_id}": {"put": predict | by_id | path_parameter("prediction_id", {"pattern": ID})},
             "/health-check": {"get": operation(health, schema_of(Health), ())},
-            "/results": {
-                "get": operation("Return the pipeline's results, as they are in the volume now.", {json: {}}, (421,))
-            },
+            "/results": {"get": operation(results, {json: {}}, (421,))},
             "/results/{name}": {"get": operation(picture, {"image/png": {}}, (404, 421)) | path_parameter("name", {})},
-            "/metrics": {
-                "get": operation("Return the service's metrics in Prometheus' text format.", {"text/plain": {}}, ())
-            },
+            "/metrics": {"get": operation(metrics, {"text/plain": {}}, ())},
         },
         "components": {"schemas": schemas},
     }

@@ -59,7 +59,7 @@ class Worker(asyncio.Protocol):
         assert isinstance(transport, asyncio.Transport)
         self.transport = transport
 
-    def ask(self, prediction_id: str, body: bytes, may_be_large: bool) -> asyncio.Future[Reply]:
+    def ask(self, prediction_id: str, body: bytearray, may_be_large: bool) -> asyncio.Future[Reply]:
         """Send a request, and return the future of the reply, which is an EOFError if the worker ends."""
         loop, name = asyncio.get_running_loop(), prediction_id.encode()
         self.reply, self.timer = loop.create_future(), loop.call_later(PICTURE_SECONDS, self.end)
@@ -112,11 +112,10 @@ class Pool:
         pairs = [socket.socketpair() for _ in range(min(count_cores(), MAX_WORKERS))]
         self.sockets = [ours for ours, _ in pairs]
         descriptors = [theirs.fileno() for _, theirs in pairs]
-        command = [sys.executable, "-m", "web.worker", str(model.absolute()), str(data.absolute())]
+        words = [str(model.absolute()), str(data.absolute()), *map(str, descriptors)]
+        command = [sys.executable, "-m", "web.worker", *words]
         # The worker that loads the model and forks the others.
-        self.parent = subprocess.Popen(
-            [*command, *map(str, descriptors)], cwd=Path(__file__).parents[1], pass_fds=descriptors
-        )
+        self.parent = subprocess.Popen(command, cwd=Path(__file__).parents[1], pass_fds=descriptors)
         for _, theirs in pairs:
             theirs.close()
         self.loaded: Loaded | None = None
@@ -141,7 +140,7 @@ class Pool:
             self.idle.put_nowait(worker)
         self.loaded = loaded
 
-    async def predict(self, prediction_id: str, body: bytes, may_be_large: bool) -> Reply:
+    async def predict(self, prediction_id: str, body: bytearray, may_be_large: bool) -> Reply:
         """Have a request answered by the next worker that is idle. Raise EOFError if it ends instead."""
         self.requests += 1
         try:

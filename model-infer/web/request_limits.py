@@ -41,6 +41,7 @@ class RequestLimits:
         self.hosts = {host_name(host) for host in hosts} - {""}  # from ::1, an address, which is allowed anyway
         self.requests = 0  # in progress
         self.bytes = 0  # of their bodies
+        metrics.in_progress.set_function(lambda: self.requests)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Respond to a request, and count it."""
@@ -48,21 +49,18 @@ class RequestLimits:
             await self.app(scope, receive, send)
             return
         started, status = time.perf_counter(), CLIENT_LEFT
-        if scope["method"] == "HEAD":  # uvicorn knows the method from its own scope, and sends no body
-            scope = {**scope, "method": "GET"}
 
         async def send_with_headers(message: Message) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
                 # uvicorn reads a body to its end even after the response, unless the connection is to be closed.
-                unread = status == 408 or may_be_endless(scope) or asks_for_upgrade(dict(scope["headers"]))
+                unread = status == 408 or may_be_endless(scope) or asks_for_upgrade(scope)
                 close = {"Connection": "close"} if unread else {}
                 message["headers"] = [*message["headers"], *Headers(SECURITY_HEADERS | close).raw]
             await send(message)
 
         self.requests += 1
-        self.metrics.in_progress.inc()
         try:
             await self.answer(scope, receive, send_with_headers)
         except asyncio.CancelledError:  # uvicorn waits for responses only so long after a stop signal
@@ -74,23 +72,22 @@ class RequestLimits:
             raise
         finally:
             self.requests -= 1
-            self.metrics.in_progress.dec()
-            self.metrics.count(route_of(scope), status, time.perf_counter() - started)
+            route = getattr(scope.get("route"), "path", "other")  # unknown paths would be endless labels
+            self.metrics.count(route, status, time.perf_counter() - started)
 
     async def answer(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Check a request, read its body and pass it on to the app, or refuse it."""
-        chunks: list[bytes] = []
+        """Check a request, read its body into scope["body"] and pass it on to the app, or refuse it."""
+        body = scope["body"] = bytearray()
         try:
             self.check(scope)
             if has_body(scope):
-                await self.read_body(receive, chunks)
-            body = b"".join(chunks)
-            chunks[:] = [body]  # the parts are freed, and their size is still known
-            await self.app(scope, replay(body, receive), send)
+                await self.read_body(receive, body)
+            await self.app(scope, receive, send)
         except HTTPException as error:
             await refusal(error)(scope, receive, send)
         finally:
-            self.bytes -= sum(map(len, chunks))
+            del scope["body"]  # uvicorn keeps the scope until the next request
+            self.bytes -= len(body)
 
     def check(self, scope: Scope) -> None:
         """Raise HTTPException if the headers of a request are reason enough."""
@@ -105,7 +102,7 @@ class RequestLimits:
             # A foreign page may send this type only after a CORS preflight, which is never granted.
             if headers.get(b"content-type", b"").partition(b";")[0].strip().lower() != b"application/json":
                 raise HTTPException(415, "the Content-Type is not JSON. Send application/json.")
-            if asks_for_upgrade(headers):  # uvicorn drops the body then
+            if asks_for_upgrade(scope):  # uvicorn drops the body then
                 raise HTTPException(400, "no other protocol than HTTP/1.1 is spoken. Send the request without Upgrade.")
             length = content_length(headers.get(b"content-length", b""))
             self.check_size(length, length)
@@ -117,9 +114,9 @@ class RequestLimits:
         if self.bytes + more > MAX_BODIES:
             raise busy("too many large requests at once. Try again.")
 
-    async def read_body(self, receive: Receive, chunks: list[bytes]) -> None:
-        """Append the chunks of a body to a list as they arrive. Raise HTTPException if it is too large or too slow."""
-        size, more = 0, True
+    async def read_body(self, receive: Receive, body: bytearray) -> None:
+        """Append the parts of a body as they arrive. Raise HTTPException if it is too large or too slow."""
+        more = True
         try:
             async with asyncio.timeout(BODY_SECONDS):
                 while more:
@@ -127,9 +124,8 @@ class RequestLimits:
                     if message["type"] == "http.disconnect":
                         raise HTTPException(CLIENT_LEFT, "the client disconnected")
                     chunk, more = message.get("body", b""), message.get("more_body", False)
-                    size += len(chunk)
-                    self.check_size(size, len(chunk))
-                    chunks.append(chunk)
+                    self.check_size(len(body) + len(chunk), len(chunk))
+                    body += chunk
                     self.bytes += len(chunk)
         except TimeoutError:
             raise HTTPException(408, f"the body did not arrive within {BODY_SECONDS} s. Send it faster.") from None
@@ -147,19 +143,15 @@ def may_be_endless(scope: Scope) -> bool:
     return b"transfer-encoding" in headers or content_length(headers.get(b"content-length", b"")) > MAX_BODY
 
 
-def asks_for_upgrade(headers: dict[bytes, bytes]) -> bool:
+def asks_for_upgrade(scope: Scope) -> bool:
     """Return whether a client would rather go on with another protocol, such as h2c, HTTP/2 without TLS."""
-    return b"upgrade" in headers and b"upgrade" in headers.get(b"connection", b"").lower()
+    headers = Headers(scope=scope)
+    return "upgrade" in headers and any("upgrade" in value.lower() for value in headers.getlist("connection"))
 
 
 def content_length(value: bytes) -> int:
     """Return the number in a Content-Length header; 0 if it is unknown, or not a number."""
     return int(value[:20]) if value.isdigit() else 0
-
-
-def route_of(scope: Scope) -> str:
-    """Return the route of a request, such as /predictions/{id}, or "other": unknown paths would be endless labels."""
-    return getattr(scope.get("route"), "path", "other")
 
 
 def host_name(host: str) -> str:
@@ -174,13 +166,3 @@ def is_address(host: str) -> bool:
         return bool(ipaddress.ip_address(host))
     except ValueError:
         return False
-
-
-def replay(body: bytes, receive: Receive) -> Receive:
-    """Return a `receive` that yields a body that was already read, then passes on further messages."""
-    messages: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
-
-    async def receive_again() -> Message:
-        return messages.pop() if messages else await receive()
-
-    return receive_again

@@ -9,6 +9,7 @@ import json
 import re
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -50,8 +51,9 @@ def as_training(path: Path, content: Any) -> dict[str, Any]:
     progress = min(1.0, number(content["batches"]) / (epochs * batches_per_epoch(int(batch_size), images)))
     speed, finished = number(content["images_per_second"]), content["finished"] is True
     names = ("epoch", "train_loss", "validation_loss", "validation_accuracy", "seconds")
+    age = abs(time.time() - path.stat().st_mtime)  # a clock that was wrong may have dated it ahead
     return {
-        "state": "finished" if finished else "running" if age(path) < RUNNING_SECONDS else "stopped",
+        "state": "finished" if finished else "running" if age < RUNNING_SECONDS else "stopped",
         "epochs": epochs,
         "processes": number(content["settings"]["num_processes"]),
         "progress": 1.0 if finished else progress,
@@ -64,14 +66,13 @@ def as_training(path: Path, content: Any) -> dict[str, Any]:
 
 def as_evaluation(path: Path, content: Any, sha256: str | None) -> dict[str, Any]:
     """Return accuracy (percent), loss and confusion matrix (row: true class, column: predicted) on the test images."""
-    size = len(DATA_SET.classes)
-    matrix = [
-        [number(content["confusion_matrix"][true][predicted]) for predicted in range(size)] for true in range(size)
-    ]
+    classes = range(len(DATA_SET.classes))
     return {
         "accuracy": number(content["Accuracy"]),
         "loss": number(content["Test loss"]),
-        "confusion_matrix": matrix,
+        "confusion_matrix": [
+            [number(content["confusion_matrix"][true][other]) for other in classes] for true in classes
+        ],
         "of_this_model": content["model_sha256"] == sha256,
     }
 
@@ -81,15 +82,9 @@ def as_predictions(path: Path, content: Any, sha256: str | None) -> dict[str, An
     samples = []
     for sample in content["predictions"]:
         index, prediction, truth = (int(number(sample[name])) for name in ("index", "prediction", "truth"))
-        samples.append(
-            {
-                "index": index,
-                "prediction": prediction,
-                "truth": truth,
-                "probability": number(sample["probabilities"][prediction]),
-                "picture": url_of(path.parent / RESULTS / f"{prediction}_{index}.png"),
-            }
-        )
+        part = {"index": index, "prediction": prediction, "truth": truth}
+        picture = url_of(path.parent / RESULTS / f"{prediction}_{index}.png")
+        samples.append(part | {"probability": number(sample["probabilities"][prediction]), "picture": picture})
     return {"samples": samples, "of_this_model": content["model_sha256"] == sha256}
 
 
@@ -100,31 +95,20 @@ def number(value: Any) -> float | int:
     return value
 
 
-def age(path: Path) -> float:
-    """Return the seconds since a file was written, or until then: a clock that was wrong may have dated it ahead."""
-    return abs(time.time() - path.stat().st_mtime)
-
-
 def url_of(path: Path) -> str | None:
     """Return the URL of a picture, relative to that of /results: the service may be under a prefix of a proxy.
 
     It has the file's time, so that a new picture gets a new URL. Return None if there is no picture.
     """
-    try:
+    with suppress(OSError):
         return f"results/{path.name}?of={path.stat().st_mtime_ns}"
-    except OSError:
-        return None
+    return None
 
 
 def read_picture(folder: Path, name: str) -> bytes | None:
     """Read mistakes.png or a picture of results/ by its name; return None for any other name, or a missing file."""
-    if name == MISTAKES:
-        path = folder / MISTAKES
-    elif PICTURE_NAME.fullmatch(name):
-        path = folder / RESULTS / name
-    else:
-        return None
-    try:
-        return bytes(read_limited(path, MAX_PICTURE_BYTES, ""))
-    except Failure:
-        return None
+    if name == MISTAKES or PICTURE_NAME.fullmatch(name):
+        with suppress(Failure):
+            path = folder / name if name == MISTAKES else folder / RESULTS / name
+            return bytes(read_limited(path, MAX_PICTURE_BYTES, ""))
+    return None

@@ -94,12 +94,13 @@ class ServedModel:
             if not (loaded := pool.loaded):
                 pool.end()
                 return
-        old, published = self.served, as_iso(self.seen[0][0] / 1e9)
-        self.served = Served(pool, loaded.sha256, loaded.accuracy, published, as_iso(time.time()))
+        old, accuracy, published = self.served, loaded.accuracy, as_iso(self.seen[0][0] / 1e9)
+        self.served = Served(pool, loaded.sha256, accuracy, published, as_iso(time.time()))
         self.problem, self.printed, self.failed = "", "", False
         if old:
             old.pool.replace()
-        say(f"serve: loaded the model {loaded.sha256[:12]}, {as_text(loaded.accuracy)}")
+        evaluation = "not evaluated yet" if accuracy is None else f"{percent(accuracy)} accuracy on the test images"
+        say(f"serve: loaded the model {loaded.sha256[:12]}, {evaluation}")
 
     def pools(self) -> list[Pool]:
         """Return the pool that loads a model, and the one that predicts."""
@@ -129,8 +130,3 @@ def fingerprint(path: Path) -> Fingerprint:
 def as_iso(seconds: float) -> str:
     """Return a time, in seconds since 1970, in ISO 8601; the nearest one, if it is before year 1 or after 9999."""
     return datetime.fromtimestamp(min(max(seconds, FIRST_SECOND), LAST_SECOND), UTC).isoformat(timespec="seconds")
-
-
-def as_text(accuracy: float | None) -> str:
-    """Format an accuracy, in percent, for the terminal."""
-    return "not evaluated yet" if accuracy is None else f"{percent(accuracy)} accuracy on the test images"

@@ -5,11 +5,12 @@ import html
 import json
 import os
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
-from contextlib import asynccontextmanager, suppress
+from collections.abc import AsyncIterator, Iterable
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
+from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
@@ -19,7 +20,7 @@ from starlette.routing import Route
 
 from stage.dataset import DATA_SET
 from web import api, results
-from web.metrics import CONTENT_TYPE, Metrics
+from web.metrics import Metrics, memory_of
 from web.pool import FAILED, LARGE, Pool, Reply
 from web.request_limits import RequestLimits
 from web.responses import NO_STORE, as_json, busy, refusal
@@ -47,17 +48,14 @@ class Service:
         self.started = as_iso(time.time())
 
     async def predict_picture(self, request: Request) -> Response:
-        """POST /predictions, PUT /predictions/{prediction_id}: respond with the prediction of a picture.
-
-        Raise HTTPException if the service is busy, or its model cannot predict.
-        """
+        """POST /predictions, PUT /predictions/{prediction_id}: respond with the prediction of a picture."""
         if self.waiting >= MAX_WAITING:
             raise busy("too many pictures are waiting. Try again.")
         self.waiting += 1
         try:
             async with asyncio.timeout(WAIT_SECONDS):
                 prediction_id = request.path_params.get("prediction_id", "")
-                reply = await self.predict(prediction_id, await request.body())
+                reply = await self.predict(prediction_id, request.scope["body"])
         except TimeoutError:
             raise busy(f"the prediction took more than {WAIT_SECONDS} s. Try again.") from None
         except EOFError:
@@ -70,7 +68,7 @@ class Service:
             self.metrics.predictions.labels(reply.outcome).inc()
         return Response(reply.body, reply.status, NO_STORE, "application/json")
 
-    async def predict(self, prediction_id: str, body: bytes) -> Reply:
+    async def predict(self, prediction_id: str, body: bytearray) -> Reply:
         """Have a picture predicted; large pictures one at a time. Raise EOFError if its worker ends."""
         reply = await self.pool().predict(prediction_id, body, may_be_large=False)
         if reply.status != LARGE:
@@ -85,11 +83,7 @@ class Service:
         return self.model.served.pool
 
     async def health_check(self, request: Request) -> Response:
-        """GET /health-check: respond with the state of the service."""
-        return as_json(self.health())
-
-    def health(self) -> dict[str, Any]:
-        """Return the state of the service, as Health describes it."""
+        """GET /health-check: respond with the state of the service, as Health describes it."""
         served = self.model.served
         if not self.model.watched or (served is None and self.model.failed):
             status, of_setup = "SETUP_FAILED", "failed"
@@ -99,7 +93,7 @@ class Service:
             status, of_setup = "BUSY" if self.waiting >= MAX_WAITING else "READY", "succeeded"
         times = {"started_at": self.started, "completed_at": served and served.loaded}
         setup = times | {"status": of_setup, "logs": self.model.problem}
-        return {"status": status, "setup": setup, "model": self.model_info()}
+        return as_json({"status": status, "setup": setup, "model": self.model_info()})
 
     def model_info(self) -> dict[str, Any] | None:
         """Return what is told of the served model, as ModelInfo describes it; None if there is none."""
@@ -121,13 +115,11 @@ class Service:
 
     async def read_metrics(self, request: Request) -> Response:
         """GET /metrics: respond with the service's metrics in Prometheus' text format."""
-        if served := self.model.served:
-            self.metrics.set_model(served.sha256, served.accuracy)
-        self.metrics.set_memory({os.getpid(), *(number for pool in self.model.pools() for number in pool.ids())})
-        return Response(self.metrics.as_text(), media_type=CONTENT_TYPE)
-
-
-# The application ------------------------------------------------------------------------------------------------------
+        served = self.model.served
+        self.metrics.set_model(served and served.sha256, served and served.accuracy)
+        processes = {os.getpid(), *(number for pool in self.model.pools() for number in pool.ids())}
+        self.metrics.memory.set(sum(map(memory_of, processes)))
+        return Response(generate_latest(self.metrics.registry), media_type=CONTENT_TYPE_LATEST)
 
 
 def make_app(model: ServedModel, hosts: Iterable[str]) -> Starlette:
@@ -140,8 +132,6 @@ def make_app(model: ServedModel, hosts: Iterable[str]) -> Starlette:
         task = asyncio.create_task(watch(model))
         yield
         task.cancel()
-        with suppress(asyncio.CancelledError):
-            await task
         model.end()
 
     routes = [  # which are searched in this order
@@ -154,7 +144,10 @@ def make_app(model: ServedModel, hosts: Iterable[str]) -> Starlette:
         *page_routes(),
     ]
     limits = Middleware(RequestLimits, hosts=hosts, metrics=metrics)
-    return Starlette(routes=routes, middleware=[limits], exception_handlers={HTTPException: refuse}, lifespan=lifespan)
+    handlers = {HTTPException: refuse}
+    app = Starlette(routes=routes, middleware=[limits], exception_handlers=handlers, lifespan=lifespan)
+    app.router.redirect_slashes = False  # to a URL of this host, without the prefix that a proxy may have
+    return app
 
 
 async def refuse(request: Request, error: Exception) -> Response:
@@ -177,30 +170,21 @@ async def watch(model: ServedModel) -> None:
 def page_routes() -> list[Route]:
     """Return the endpoints of the page. / and /docs return the same page; its script shows the requested view."""
     body = f'<body data-task="{html.escape(json.dumps(TASK))}">'.encode()
-    description = api.describe()
 
-    def page(name: str, kind: str) -> Callable[[Request], Awaitable[Response]]:
+    def page(name: str, kind: str) -> Response:
         content = (PAGE / name).read_bytes().replace(b"<body>", body)
-
-        async def respond(request: Request) -> Response:
-            return Response(content, headers={"Cache-Control": "no-cache", "Vary": "Accept"}, media_type=kind)
-
-        return respond
+        return Response(content, headers={"Cache-Control": "no-cache", "Vary": "Accept"}, media_type=kind)
 
     whole = page("index.html", "text/html")
 
     async def index(request: Request) -> Response:
-        if "text/html" in request.headers.get("accept", ""):
-            return await whole(request)
-        return as_json(api.INDEX, headers={"Vary": "Accept"})
+        is_browser = "text/html" in request.headers.get("accept", "")
+        return whole if is_browser else as_json(api.INDEX, headers={"Vary": "Accept"})
 
-    async def openapi(request: Request) -> Response:
-        return as_json(description)
-
-    return [
-        Route("/", index),
-        Route("/docs", whole),
-        Route("/style.css", page("style.css", "text/css")),
-        Route("/page.js", page("page.js", "text/javascript")),
-        Route("/openapi.json", openapi),
-    ]
+    responses = {  # each the same for every request
+        "/docs": whole,
+        "/style.css": page("style.css", "text/css"),
+        "/page.js": page("page.js", "text/javascript"),
+        "/openapi.json": as_json(api.describe()),
+    }
+    return [Route("/", index), *(Route(path, response, methods=["GET"]) for path, response in responses.items())]

@@ -8,6 +8,7 @@ not, forks the other workers, and is one itself. A worker answers the requests o
 
 import binascii
 import ctypes
+import io
 import os
 import re
 import signal
@@ -48,7 +49,7 @@ def main() -> None:
     try:
         predictor = load_predictor(Path(model), Path(data))
     except Failure as failure:
-        send(connections[0], Reply(FAILED, "", str(failure).encode()))
+        send(connections[0], failed(failure))
         return
     process.imports_done()
     mine = connections.pop()
@@ -68,25 +69,20 @@ def work(connection: socket.socket, predictor: Predictor) -> None:
     """Answer requests until the connection is closed."""
     loaded = Loaded(os.getpid(), predictor.sha256, predictor.accuracy)
     send(connection, Reply(200, "", msgspec.json.encode(loaded)))
-    while header := receive(connection, REQUEST.size):
+    requests = connection.makefile("rb")
+    while header := receive(requests, REQUEST.size):
         may_be_large, id_size, size = REQUEST.unpack(header)
-        prediction_id = receive(connection, id_size).decode()
-        send(connection, answer(predictor, receive(connection, size), prediction_id, may_be_large))
+        prediction_id = receive(requests, id_size).decode()
+        send(connection, answer(predictor, receive(requests, size), prediction_id, may_be_large))
         if may_be_large or size > TRIMMED_BODY:
             # The image's settings of malloc, made for training, keep freed memory; here each worker would keep it.
             ctypes.CDLL(None).malloc_trim(0)
 
 
-def receive(connection: socket.socket, size: int) -> bytearray:
+def receive(requests: io.BufferedReader, size: int) -> bytearray:
     """Return the next bytes; none if the connection has been closed."""
-    content = bytearray(size)
-    view, received = memoryview(content), 0
-    while received < size:
-        count = connection.recv_into(view[received:])
-        if not count:
-            return bytearray()
-        received += count
-    return content
+    content = bytearray(size)  # which answer() can empty
+    return content if requests.readinto(content) == size else bytearray()
 
 
 def send(connection: socket.socket, reply: Reply) -> None:
@@ -94,7 +90,9 @@ def send(connection: socket.socket, reply: Reply) -> None:
     connection.sendall(REPLY.pack(reply.status, reply.outcome.encode(), len(reply.body)) + reply.body)
 
 
-# Requests -------------------------------------------------------------------------------------------------------------
+def failed(failure: Failure) -> Reply:
+    """Return the reply that says why the model cannot be loaded, or cannot predict; its path may be no UTF-8."""
+    return Reply(FAILED, "", str(failure).encode(errors="backslashreplace"))
 
 
 def answer(predictor: Predictor, body: bytearray, prediction_id: str, may_be_large: bool) -> Reply:
@@ -120,7 +118,7 @@ def answer(predictor: Predictor, body: bytearray, prediction_id: str, may_be_lar
         }
         return Reply(200, read["confidence"], msgspec.json.encode(content))
     except NotFinite as failure:
-        return Reply(FAILED, "", str(failure).encode())
+        return failed(failure)
     except TooLarge as failure:
         status, problem = 422 if may_be_large else LARGE, str(failure)
     except Failure as failure:
