@@ -9,6 +9,7 @@ import sys
 import pytest
 
 import stages
+from pictures import prediction
 
 # A shell has a job in the background ignore these, and the stages would inherit that.
 for number in (signal.SIGHUP, signal.SIGINT, signal.SIGQUIT):
@@ -44,6 +45,12 @@ def trained(data, tmp_path_factory):
     folder = tmp_path_factory.mktemp("trained")
     stages.assert_succeeds(stages.run("train", "--epochs", "1", model=folder))
     return folder
+
+
+@pytest.fixture(scope="session")
+def predictor(trained, data):
+    """The model after a training of one epoch, ready to predict."""
+    return prediction.load_predictor(trained, data)
 
 
 @pytest.fixture(scope="session")

@@ -1,11 +1,6 @@
-"""Data sets of one's own, drawn for the tests: letters in several fonts, and coloured shapes.
-
-python tests/drawings.py letters data/letters 770 77     # so many images of each class, for training and for testing
-python tests/drawings.py shapes data/shapes 700 100
-"""
+"""Data sets of one's own, drawn for the tests: letters in several fonts, and coloured shapes."""
 
 import random
-import sys
 from pathlib import Path
 
 import matplotlib
@@ -48,9 +43,3 @@ def draw_folder(folder, classes, draw, **counts):
             (folder / split / name).mkdir(parents=True)
             for number in range(count):
                 draw(name, chance).save(folder / split / name / f"{number}.png")
-
-
-if __name__ == "__main__":
-    kind, folder, train, test = sys.argv[1:]
-    classes, draw = {"letters": (LETTERS, draw_letter), "shapes": (COLOURED_SHAPES, draw_shape)}[kind]
-    draw_folder(Path(folder), classes, draw, train=int(train), test=int(test))

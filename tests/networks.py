@@ -75,9 +75,12 @@ NETWORKS = {
         "        return x + 0.1 * F.relu(super().forward(x))\n\n\nclass Net(",
     ),
 }
-# Those that cannot, and what the refusal names.
+# Those that cannot, and the words that the refusal has.
 BAD_NETWORKS = {
-    "batch norm": (sequential(*FIRST, "nn.BatchNorm2d(10)", RELU, *SECOND, RELU, *LAST), "layers.2.running_mean"),
+    "batch norm": (
+        sequential(*FIRST, "nn.BatchNorm2d(10)", RELU, *SECOND, RELU, *LAST),
+        "layers.2.running_mean nn.GroupNorm",
+    ),
     "logits returned": (
         replaced(("return F.log_softmax(self.logits(x), dim=1)", "return self.logits(x)")),
         "log_softmax",

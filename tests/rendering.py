@@ -32,8 +32,13 @@ def render(digit, rng):
     if rng.random() < 0.3:
         exif[ORIENTATION] = orientation = int(rng.choice([*TURNS]))
         image = image.transpose(TURNS[orientation])
+    return encode(image, "JPEG", quality=int(rng.integers(40, 96)), exif=exif)
+
+
+def encode(image, format="PNG", **options):
+    """Return a picture as the content of a file."""
     buffer = io.BytesIO()
-    image.save(buffer, "JPEG", quality=int(rng.integers(40, 96)), exif=exif)
+    image.save(buffer, format, **options)
     return buffer.getvalue()
 
 

@@ -76,6 +76,17 @@ def infer_for(folder, changes):
     return folder
 
 
+def copy_tree(folder, texts=None):
+    """Makes a copy of the programs in a folder, after `make copies`; files of model-train may have other texts."""
+    for name in FOLDERS.values():
+        shutil.copytree(TREE / name, folder / name, ignore=shutil.ignore_patterns("*_cache*"))
+    shutil.copy(TREE / "Makefile", folder)
+    for name, text in (texts or {}).items():
+        (folder / "model-train" / name).write_text(text)
+    subprocess.run(["make", "--silent", "copies"], cwd=folder, check=True)
+    return folder
+
+
 def call(stage, *flags, model, data=DATA):
     """Runs a stage to its end in this process: one that does not train. What comes of it is as that of run()."""
     words, stdout, stderr = command(stage, *flags, model=model, data=data)[1:], io.StringIO(), io.StringIO()
@@ -206,6 +217,15 @@ def contents(folder, but=None):
     """The sha256 of every file in a folder, hidden ones too but LOCKS, by its path; `but` one, which is not read."""
     paths = [path for path in folder.rglob("*") if path.is_file() and path != but and path.name not in LOCKS]
     return {str(path.relative_to(folder)): sha256(path) for path in paths}
+
+
+@contextlib.contextmanager
+def unchanged(folder):
+    """The files in a folder are the same after the block."""
+    before = contents(folder)
+    yield
+    differ = {name for name, _ in before.items() ^ contents(folder).items()}
+    assert not differ, f"{sorted(differ)} changed in {folder}"
 
 
 def read_json(path):

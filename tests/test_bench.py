@@ -68,7 +68,7 @@ def test_all_clients_get_responses_and_an_error_of_the_service_is_not_counted_as
 def test_the_table_says_how_many_times_as_fast_serve_is():
     ours = {f"{name}, {clients} clients": 2 for name in (*report.FIGURES, "refused") for clients in report.CLIENTS}
     other = ours | {"p50, 32 clients": 3, "predictions/s, 32 clients": 1, "refused, 32 clients": 0.5}
-    table = report.service_table([{"kind": "services", "serve": ours, "Cog": other}, {"kind": "serve"}])
+    table = report.service_table([{"kind": "services", "serve": ours, "Cog": other}, {"kind": "default"}])
     row = next(line for line in table.splitlines() if line.startswith("| Cog | 32 |"))
     assert row == "| Cog | 32 | 3,000.00 ms | 2,000.00 ms | 1 | 2,000.00 ms | 50.0 % | 1.50 | 1.00 | 2.00 | 1.00 |"
     assert "FastAPI" not in table

@@ -18,26 +18,26 @@ import net
 import stages
 from export import card, exporter
 from stage import weights
+from stage.process import Failure
 
 FILES = {"README.md", "model.onnx", "model.safetensors"}
 IMAGES = 300  # of the 10,000 test images: the comparison takes 5 ms an image
 
 
-@pytest.fixture
-def few_images(monkeypatch):
+@pytest.fixture(scope="module", autouse=True)
+def few_images():
     """Has evaluate read only the first test images."""
     read_images = evaluate.read_images
-    monkeypatch.setattr(evaluate, "read_images", lambda *words: [part[:IMAGES] for part in read_images(*words)])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(evaluate, "read_images", lambda *words: [part[:IMAGES] for part in read_images(*words)])
+        yield
 
 
 @pytest.fixture(scope="module")
 def exported(trained, tmp_path_factory):
     """A volume with the export of a model, to look at."""
     volume = shutil.copytree(trained, tmp_path_factory.mktemp("exported") / "volume")
-    with pytest.MonkeyPatch.context() as patch:
-        read_images = evaluate.read_images
-        patch.setattr(evaluate, "read_images", lambda *words: [part[:IMAGES] for part in read_images(*words)])
-        stages.assert_succeeds(stages.call("evaluate", "--export", model=volume))
+    stages.assert_succeeds(stages.call("evaluate", "--export", model=volume))
     return volume
 
 
@@ -50,7 +50,7 @@ def model(exported):
 
 @pytest.fixture
 def images(data):
-    return evaluate.read_images(data, "test")[0][:IMAGES]
+    return evaluate.read_images(data, "test")[0]
 
 
 def expected_metadata(volume):
@@ -139,43 +139,37 @@ def test_the_code_on_the_card_for_safetensors_and_pytorch_works(exported, model,
 # What is refused ------------------------------------------------------------------------------------------------------
 
 
-def spoil_onnx(patch):
-    """Has another network exported than that of the model."""
-    as_onnx = exporter.as_onnx
-    patch.setattr(exporter, "as_onnx", lambda model, *rest: as_onnx(net.Net(), *rest))
-
-
-def round_probabilities(patch):
-    """Has the ONNX model give the same predictions with probabilities that differ by more than they may."""
-    load = torch.from_numpy
-    patch.setattr(torch, "from_numpy", lambda array: load(array) - 1e-4)
-
-
-def spoil_safetensors(patch):
-    """Has safetensors give back other weights."""
+def test_an_export_that_does_not_match_the_model_is_not_published(exported, tmp_path, monkeypatch):
+    volume = shutil.copytree(exported, tmp_path / "volume")
     load = exporter.safetensors.torch.load
     wrong = lambda content: {name: tensor + 1e-7 for name, tensor in load(content).items()}  # noqa: E731
-    patch.setattr(exporter.safetensors.torch, "load", wrong)
-
-
-@pytest.mark.parametrize("spoil", [spoil_onnx, round_probabilities, spoil_safetensors])
-def test_an_export_that_does_not_match_the_model_is_not_published(exported, tmp_path, few_images, monkeypatch, spoil):
-    volume = shutil.copytree(exported, tmp_path / "volume")
-    before = stages.contents(volume / "export")
-    spoil(monkeypatch)
-    stages.assert_fails(stages.call("evaluate", "--export", model=volume), 1, "nothing is exported")
-    assert stages.contents(volume / "export") == before
+    monkeypatch.setattr(exporter.safetensors.torch, "load", wrong)
+    with stages.unchanged(volume / "export"):
+        stages.assert_fails(stages.call("evaluate", "--export", model=volume), 1, "nothing is exported")
     assert [*volume.glob(".export*")] == []
 
 
-def test_a_network_that_torch_cannot_export_is_one_line(volume, few_images, monkeypatch):
+@pytest.mark.parametrize(
+    "change", [lambda right: right.roll(1, 1), lambda right: right - 1e-4], ids=["predictions", "probabilities"]
+)
+def test_an_onnx_model_of_other_predictions_or_probabilities_than_the_models_is_refused(
+    exported, model, images, change
+):
+    right = net.predict(model, images)
+    content = (exported / "export/model.onnx").read_bytes()
+    assert exporter.check_onnx(content, images, right) < exporter.MAX_DIFFERENCE
+    with pytest.raises(Failure, match="nothing is exported"):
+        exporter.check_onnx(content, images, change(right))
+
+
+def test_a_network_that_torch_cannot_export_is_one_line(volume, monkeypatch):
     forward = net.Net.forward
     monkeypatch.setattr(net.Net, "forward", lambda model, x: forward(model, x) + len(bytes(x.flatten().int()[:1])))
     stages.assert_fails(stages.call("evaluate", "--export", model=volume), 1, "net.py", "nothing is exported")
     assert not (volume / "export").exists()
 
 
-def test_an_evaluation_that_fails_exports_nothing(volume, few_images):
+def test_an_evaluation_that_fails_exports_nothing(volume):
     stages.assert_fails(stages.call("evaluate", "--export", "--min-accuracy", "100", model=volume), 1, "--min-accuracy")
     assert not (volume / "export").exists()
 

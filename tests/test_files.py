@@ -79,10 +79,9 @@ def test_a_failed_write_leaves_the_old_file_and_says_what_helps(tmp_path, monkey
 @pytest.mark.parametrize(("stage", "flags"), [("train", ["--fresh"]), ("evaluate", []), ("infer", [])])
 def test_no_file_is_replaced_before_its_successor_is_flushed_to_disk(finished, tmp_path, monkeypatch, stage, flags):
     folder = shutil.copytree(finished, tmp_path / "volume")
-    before = stages.contents(folder)
     monkeypatch.setattr(os, "fsync", fail)
-    stages.assert_fails(stages.call(stage, *flags, model=folder), 1)
-    assert stages.contents(folder) == before
+    with stages.unchanged(folder):
+        stages.assert_fails(stages.call(stage, *flags, model=folder), 1)
 
 
 def test_what_a_crash_left_half_written_does_not_reach_the_next_file(tmp_path):
@@ -150,11 +149,11 @@ def test_a_file_that_is_linked_from_elsewhere_is_not_overwritten_there(tmp_path)
     ],
 )
 def test_work_for_which_there_is_too_little_memory_is_refused(volume, monkeypatch, stage, flags, megabytes):
-    read_text, before = Path.read_text, stages.contents(volume)
+    read_text = Path.read_text
     limit = {"memory.max": f"{megabytes}000000"}
     monkeypatch.setattr(Path, "read_text", lambda path, *rest: limit.get(path.name) or read_text(path, *rest))
-    stages.assert_fails(stages.call(stage, *flags, model=volume), 2, "MNIST_MEMORY")
-    assert stages.contents(volume) == before
+    with stages.unchanged(volume):
+        stages.assert_fails(stages.call(stage, *flags, model=volume), 2, "MNIST_MEMORY")
 
 
 def test_numbers_that_are_rounded_do_not_contradict_what_is_said_of_them(monkeypatch):

@@ -12,6 +12,7 @@ from PIL import Image, ImageChops, ImageOps
 
 import example
 from pictures import heic, opening, preparation
+from rendering import encode
 from stage.process import Failure
 
 PICTURES = 20  # of each format
@@ -41,12 +42,6 @@ def photograph(digit, rng):
     pixels = np.full((150, 200, 3), (235, 230, 220), dtype=np.float32)
     pixels[15:110, 50:145] *= 1 - 0.8 * ink[..., None]
     return Image.fromarray((pixels + rng.normal(0, 2, (150, 200, 1))).clip(0, 255).astype(np.uint8))
-
-
-def encode(image, name="PNG", **options):
-    buffer = io.BytesIO()
-    image.save(buffer, name, **options)
-    return buffer.getvalue()
 
 
 def as_heic(image, orientation=1, **options):
@@ -107,8 +102,8 @@ def grey(image):
 
 @pytest.mark.parametrize("name", FORMATS)
 def test_a_file_is_read_as_its_png_is(photographs, name):
-    read = 0
-    for number, image in enumerate(photographs):
+    read = number = 0
+    for number, image in enumerate(photographs[:3] if name.startswith("HEIC") else photographs):
         exif = Image.Exif()
         exif[EXIF_ORIENTATION] = int(name[-1]) if "orientation" in name else 1
         expected = grey(opening.open_picture(encode(image, exif=exif)))
@@ -121,7 +116,7 @@ def test_a_file_is_read_as_its_png_is(photographs, name):
         expected = expected[: found.shape[0], : found.shape[1]]
         # In grey levels; stretched ones begin and end where the noise does.
         read += bool(np.abs(found - expected).mean() < (12 if "16 bits" in name else 3))
-    assert read == PICTURES
+    assert read == number + 1
 
 
 def test_the_rows_that_a_truncated_jpeg_lacks_are_cut_off_and_half_a_picture_is_refused(photographs):

@@ -141,40 +141,6 @@ def x():
     return net.to_input(torch.randint(256, (5, 28, 28), dtype=torch.uint8))
 
 
-@pytest.fixture
-def only(monkeypatch):
-    """A function that allows one kind of change alone, and has each of the five random numbers be what is given."""
-
-    def allow(name, value, numbers):
-        for other in ("MAX_ROTATION", "MAX_SCALING", "MAX_SHIFT"):
-            monkeypatch.setattr(augmentation, other, value if other == name else 0)
-        random = (torch.tensor(numbers)[:, None] + 1) / 2
-        monkeypatch.setattr(torch, "rand", lambda rows, columns: random.repeat(1, columns))
-
-    return allow
-
-
-def test_a_shift_moves_images_right_by_the_one_and_down_by_the_other_number(x, only):
-    only("MAX_SHIFT", 2 / 28, [0, 0, 0, 1.0, 0])  # a pixel is 2 / 28
-    assert torch.allclose(augmentation.augment(x, 1.0)[..., :-1], x[..., 1:], atol=1e-4)
-    only("MAX_SHIFT", 2 / 28, [0, 0, 0, 0, 1.0])
-    assert torch.allclose(augmentation.augment(x, 1.0)[..., :-1, :], x[..., 1:, :], atol=1e-4)
-
-
-def test_a_quarter_turn_is_a_rotation_of_the_pixels(x, only):
-    only("MAX_ROTATION", math.pi / 2, [1.0, 0, 0, 0, 0])
-    assert torch.allclose(augmentation.augment(x, 1.0), x.rot90(1, (2, 3)), atol=1e-3)
-
-
-@pytest.mark.parametrize(("numbers", "size"), [([0, 1.0, 0, 0, 0], (28, 14)), ([0, 0, 1.0, 0, 0], (14, 28))])
-def test_a_scaling_by_two_makes_an_image_narrower_or_flatter(only, numbers, size):
-    only("MAX_SCALING", 1.0, numbers)
-    picture = torch.zeros(1, 1, 28, 28)
-    picture[..., 1:-1, 1:-1] = 1
-    rows, columns = (augmentation.augment(picture, 1.0)[0, 0] > 0.5).nonzero().unbind(1)
-    assert (len(rows.unique()), len(columns.unique())) == pytest.approx(size, abs=2)
-
-
 def test_images_of_other_sizes_and_in_colour_are_augmented_as_affine_grid_would():
     x = torch.randn(3, 3, 32, 20)
     torch.manual_seed(1)

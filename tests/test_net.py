@@ -19,14 +19,6 @@ def images(data):
     return reading.read_images(data, "test")[0][:100]
 
 
-def test_a_checkpoint_of_the_examples_network_has_the_same_keys_shapes_and_types_and_loads(tmp_path):
-    expected = example.untrained(seed=5).state_dict()
-    torch.save(expected, tmp_path / "mnist_cnn.pt")
-    model = net.Net()
-    weights.load_model(model, tmp_path)
-    assert all(tensor.equal(expected[key]) for key, tensor in model.state_dict().items())
-
-
 def test_the_predictions_are_those_of_the_examples_network(trained, images):
     model = net.Net()
     weights.load_model(model, trained)

@@ -14,7 +14,8 @@ from PIL.PngImagePlugin import PngInfo
 import example
 import rendering
 import stages
-from pictures import opening, prediction, reading
+from pictures import opening, reading
+from rendering import encode
 from stage.process import Failure
 
 RENDERED = 300
@@ -60,11 +61,6 @@ def digits(data):
 
 
 @pytest.fixture(scope="module")
-def predictor(data, trained):
-    return prediction.load_predictor(trained, data)
-
-
-@pytest.fixture(scope="module")
 def prepare(predictor):
     """A function that returns what the network sees of a picture."""
     return lambda image: reading.read(image, predictor)[1]
@@ -79,12 +75,6 @@ def three(digits):
 def paint(digit, side):
     """Return a test image, uint8 [28, 28], as a square picture of any size, dark on white."""
     return Image.fromarray(255 - digit.numpy()).resize((side, side), Image.Resampling.BICUBIC)
-
-
-def encode(image, name="PNG", **options):
-    buffer = io.BytesIO()
-    image.save(buffer, name, **options)
-    return buffer.getvalue()
 
 
 def outcome(prepare, file):

@@ -10,7 +10,7 @@ import pytest
 import stages
 from stage.files import TRAIN_LOCK
 from stage.process import Failure
-from training import plan, settings
+from training import first_look, plan, settings
 from training.details.lock import volume_lock
 
 OTHERS = {  # a value of each setting that the training in a volume did not have
@@ -22,20 +22,17 @@ OTHERS = {  # a value of each setting that the training in a volume did not have
 
 def decide(folder, *, fresh=False, **requested):
     """The action and the settings that are decided; no file is touched."""
-    before = stages.contents(folder)
-    decided = plan.decide(requested, fresh, folder)
-    assert stages.contents(folder) == before
+    with stages.unchanged(folder):
+        decided = plan.decide(requested, fresh, folder)
     return decided.action, decided.settings
 
 
 def assert_refused(folder, *names, **requested):
     """The request is refused with exit status 2, in a message that has the names; no file is touched."""
-    before = stages.contents(folder)
-    with pytest.raises(Failure) as refusal:
+    with stages.unchanged(folder), pytest.raises(Failure) as refusal:
         plan.decide(requested, False, folder)
     assert refusal.value.status == 2
     assert all(name in str(refusal.value) for name in names)
-    assert stages.contents(folder) == before
 
 
 @pytest.mark.parametrize("requested", [{}, {"epochs": 3, "seed": 9}], ids=str)
@@ -95,6 +92,16 @@ def test_settings_that_differ_are_refused_and_the_difference_named(request, stat
     assert_refused(folder, f"{settings.flag(name)} {OTHERS[name]}", "--fresh", **{name: OTHERS[name]})
 
 
+def test_the_advice_to_start_over_has_the_flags_of_the_training_and_what_was_requested(volume, monkeypatch):
+    stages.edit_record(volume, settings={"batch_size": 500}, batches=110)
+    has = "--fresh --epochs 1 --batch-size 500"
+    assert f"{has} (" in plan.decide({}, False, volume).message
+    assert_refused(volume, f"{has} --lr 0.2 (", lr=0.2)
+    assert_refused(volume, "--fresh --epochs 1 --batch-size 48 (", batch_size=48)
+    monkeypatch.setattr(plan.code, "sha256_by_part", lambda: {"net.py": "another"})
+    assert_refused(volume, f"{has} (", "net.py")
+
+
 @pytest.mark.parametrize("record", [None, "{"], ids=["finished", "garbage"])
 def test_fresh_starts_over_from_anything(volume, record):
     if record:
@@ -141,12 +148,22 @@ def test_beside_another_training_a_finished_model_is_a_success_if_nothing_is_ask
         path.unlink()
     if model == "a pipe":
         os.mkfifo(path)
-    with volume_lock(volume):
-        before = stages.contents(volume)
+    with volume_lock(volume), stages.unchanged(volume):
         result = stages.call("train", *flags, model=volume)
-        assert stages.contents(volume) == before
     if status:
         stages.assert_fails(result, status, volume, platform.node())
     else:
         stages.assert_succeeds(result)
         assert len(result.stdout.splitlines()) == 1
+
+
+@pytest.mark.parametrize(("flags", "status"), [((), 0), (("--epochs", "3"), 2)])
+def test_a_training_that_begins_after_the_first_look_leaves_a_finished_model_in_use(volume, monkeypatch, flags, status):
+    monkeypatch.setattr(first_look, "end_if_nothing_to_do", lambda: None)
+    with volume_lock(volume), stages.unchanged(volume):
+        result = stages.call("train", *flags, model=volume)
+    if status:
+        stages.assert_fails(result, status, volume, platform.node())
+    else:
+        stages.assert_succeeds(result)
+        assert "stays in use until" in result.stdout

@@ -19,7 +19,10 @@ WRONG = {
         *("--schedule", *FOLDERS),
     ],
     "evaluate": [*FOLDERS, "--min-accuracy -1", "--min-accuracy 101", "--min-accuracy nan", "--samples 5"],
-    "infer": [*FOLDERS, *(f"--samples {number}" for number in ("0", "-5", "101", "five")), "--seed -1", "--epochs 5"],
+    "infer": [
+        *(*FOLDERS, "--samples 0", "--samples -5", "--samples 101", "--samples five", "--seed -1", "--epochs 5"),
+        *("--samples 3 photo.png", "--seed 3 photo.png"),  # they are for test images
+    ],
     "serve": [*FOLDERS, "--host=", "--allow-host=", "--port 0", "--port 65536", "--port " + 5_000 * "9"],
 }
 

@@ -129,7 +129,6 @@ def plan_runs(args):
         "matrices": run_matrices,
         **{peer: partial(run_peer, peer) for peer in report.PEERS},
         "stages": run_stages,
-        "serve": run_serve,
         "services": run_services,
         "reference, default threads": partial(run_reference, 1, []),
     }
@@ -189,14 +188,6 @@ def run_stages(seed):
                 seconds[name].append(containers.run(project, *words)["container_seconds"])
         predicting = containers.run(project, "evaluate", SPEEDS, "predict_all")
     return {name: statistics.median(times) for name, times in seconds.items()} | json.loads(predicting["output"])
-
-
-def run_serve(seed):
-    """The service: latency, predictions/s, start to ready beside the mere import of torch, memory."""
-    with Pipeline() as project:
-        containers.run(project, "train", "/opt/app/train.py", *RECIPES["one epoch"].split(), f"--seed={seed}")
-        containers.run(project, "evaluate", "/opt/app/evaluate.py", "--min-accuracy=0")
-        return serving.measure(project)
 
 
 def run_services(seed):

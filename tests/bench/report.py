@@ -29,8 +29,7 @@ def make_rows(results):
     it takes.
     """
     runs, recipes = results["runs"], results["recipes"]
-    rows = [*recipe_rows(runs, recipes), *worker_rows(runs, results["compared"], recipes)]
-    rows += [*resource_rows(runs), *serve_rows(runs)]
+    rows = [*recipe_rows(runs, recipes), *worker_rows(runs, results["compared"], recipes), *resource_rows(runs)]
     sizes = [make_row(what, [size], [], "MB") | {"seeds": ""} for what, size in results["sizes"].items()]
     return [row for row in rows if row["ours"] is not None] + sizes
 
@@ -76,18 +75,6 @@ def resource_rows(runs):
     yield make_row("predicting the test images alone", values(runs, "stages", "predicted_per_second"), [], "images/s")
     for what, name in (("peak memory of the train container", "peak_bytes"), ("its part in /dev/shm", "shm_bytes")):
         yield make_row(what, values(runs, "default", name), values(runs, "reference", name), "MB", cost=True)
-
-
-def serve_rows(runs):
-    """The service's latency, throughput, start and memory."""
-    for clients in (1, 32):
-        for name, unit in (("p50", "ms"), ("p99", "ms"), ("predictions/s", "predictions/s")):
-            figures = values(runs, "serve", f"{name}, {clients} clients")
-            yield make_row(f"serve: {name}, clients: {clients}", figures, [], unit)
-    yield make_row("serve: the network alone, one image", values(runs, "serve", "network_seconds"), [], "ms")
-    ours, other = values(runs, "serve", "ready_seconds"), values(runs, "serve", "import in serve")
-    yield make_row("serve: container's start to ready, against `import torch`", ours, other, "s", cost=True)
-    yield make_row("serve: memory of its processes", values(runs, "serve", "serve_bytes"), [], "MB")
 
 
 def service_table(runs):

@@ -1,6 +1,6 @@
-"""Measures the service: in its container, and as a process in turns with what one might write instead. See bench.py.
+"""Measures the service as a process, in turns with what one might write instead. See bench.py.
 
-Without Docker, with figures of the processes alone, in 2 to 4 minutes:
+Without Docker, in 2 to 4 minutes:
 
     .venv/bin/python tests/bench/serving.py --model model
     .venv/bin/python tests/bench/serving.py --model model --only serve FastAPI --rounds 5
@@ -18,29 +18,24 @@ import importlib.util
 import io
 import json
 import os
-import re
 import shutil
 import signal
 import statistics
 import subprocess
 import sys
 import tempfile
-import time
-from datetime import datetime
 from functools import partial
 from pathlib import Path
 
 import report
 from PIL import Image
 
-import containers  # puts the folders of the next ones in the path
+sys.path.insert(0, str(Path(__file__).parents[1]))
 from environments import make_environment
 from nodes import free_port
-from pipeline import docker
 from stages import DATA, RAW, command, wait_until
 
 WARM_UP_SECONDS, SECONDS = 0.5, 2  # with each number of clients
-STARTS = 3
 PICTURES = 50  # different ones, requested in turns
 HERE = Path(__file__).parent
 REQUIREMENTS, ENVIRONMENT = HERE / "requirements-serving.txt", Path(sys.prefix) / "serving"
@@ -66,41 +61,6 @@ def main():
         runs.append({"kind": "services", "seed": number} | measure_services(args.model, args.data, args.only))
         print(f"serving: {number} of {args.rounds} rounds", file=sys.stderr, flush=True)
     print(report.service_table(runs))
-
-
-# In the container -----------------------------------------------------------------------------------------------------
-
-
-def measure(project):
-    """The figures of the service with the model in a project's volume: seconds, requests/s, bytes."""
-    figures, starts, imports = {}, [], []
-    for number in range(STARTS):
-        imports.append(containers.run(project, "infer", "-c", "import torch")["container_seconds"])
-        port = free_port()
-        container = project.start("serve", options=(f"--publish=127.0.0.1:{port}:8000",))
-        wait_until(partial(is_ready, port), "the service")
-        starts.append(time.time() - datetime.fromisoformat(container.state()["StartedAt"]).timestamp())
-        if number == STARTS - 1:
-            figures = measure_requests(port, make_bodies(DATA))
-            metrics = get(port, "/metrics").decode()
-            figures["serve_bytes"] = float(re.search(r"^mnist_memory_bytes (\S+)", metrics, re.M)[1])
-        docker("rm", "--force", container.id)
-    predicted = containers.run(project, "infer", "/opt/tests/bench/speeds.py", "predict_one")
-    figures |= {"ready_seconds": statistics.median(starts), "import in serve": statistics.median(imports)}
-    return figures | json.loads(predicted["output"])
-
-
-def is_ready(port):
-    """Whether the service has loaded the model."""
-    with contextlib.suppress(OSError, http.client.HTTPException):
-        return json.loads(get(port, "/health-check"))["status"] == "READY"
-
-
-def get(port, path):
-    """The content at a path of the service."""
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=5)
-    connection.request("GET", path)
-    return connection.getresponse().read()
 
 
 # As processes ---------------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Runs in the stages' images: prints as JSON what the function that is named measures. See bench.py and serving.py."""
+"""Runs in the stages' images: prints as JSON what the function that is named measures. See bench.py."""
 
 import json
 import statistics
@@ -44,16 +44,6 @@ def predict_all():
     images, _ = read_images(files.DATA, "test")
     seconds = median_seconds(partial(net.predict, model, images), repeats=20, warm_up=3)
     return {"predicted_per_second": len(images) / seconds, "threads": torch.get_num_threads()}
-
-
-def predict_one():
-    """The seconds in which the network predicts one prepared image, as serve does."""
-    from pictures import prediction  # which only infer's image has
-
-    torch.set_num_threads(1)
-    predictor = prediction.load_predictor(files.MODEL)
-    images = iter(read_images(files.DATA, "test")[0])
-    return {"network_seconds": median_seconds(lambda: predictor.predict(next(images)), repeats=1000)}
 
 
 if __name__ == "__main__":
