@@ -37,7 +37,7 @@ def stop_at_moments(stage, data, number, volume):
             ended = container.end(SECONDS)
             finished = ended.returncode == 0 and ended.ended < sent + 1  # before the signal, or just about to
             assert finished or ended.returncode == 128 + number, f"{number.name} after {delay} s: {ended}"
-    assert "Traceback" not in ended.stderr
+            assert "Traceback" not in ended.stderr
     assert_whole(volume)
     assert {*os.listdir(volume)} <= names
 
