@@ -55,7 +55,7 @@ def test_a_training_that_is_stopped_at_a_random_moment_ends_within_3_seconds(vol
 
 @pytest.mark.parametrize("left", range(0, 240, 48))
 def test_a_training_on_a_full_disk_fails_and_succeeds_when_there_is_space_again(volume, left):
-    scenarios.fill_disk(volume, "train", left)
+    scenarios.fill_disk(volume, left)
 
 
 @pytest.mark.timeout(0)
