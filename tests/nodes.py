@@ -11,7 +11,6 @@ from pipeline import COMPOSE_FILE, Pipeline, image
 from stages import TREE
 
 CLUSTER_FILE = TREE / "deploy" / "compose.cluster.yml"
-RECORDER = TREE / "tests" / "recorder"
 SMALL = ("--epochs", "1", "--batch-size", "500", "--num-processes", "1")  # flags for a training that takes little time
 
 
@@ -54,23 +53,15 @@ def digests(ends):
 
 
 class Cluster(Pipeline):
-    """The services of both compose files: train and train-2 are nodes, which get the flags of train in `flags`.
-
-    recorded: a folder in which the recorder writes what the nodes do.
-    """
+    """The services of both compose files: train and train-2 are nodes, which get the flags of train in `flags`."""
 
     files = (COMPOSE_FILE, CLUSTER_FILE)
     nodes = ("train", "train-2")
 
-    def __init__(self, volume=None, flags=(), recorded=None, environment=None, **changes):
+    def __init__(self, volume=None, flags=(), environment=None, **changes):
         environment = {"MNIST_TRAIN_FLAGS": " ".join(map(str, flags))} | (environment or {})
         super().__init__(volume, environment=environment, **changes)
-        services = self.override["services"]
-        services["train-2"] = {"image": image("train"), "volumes": []} | changes.get("train-2", {})
-        for node in self.nodes if recorded else ():
-            recorded.chmod(0o777)
-            services[node]["volumes"] = [f"{RECORDER}:/opt/recorder:ro", f"{recorded}:/opt/recorded"]
-            services[node]["environment"] = {"PYTHONPATH": "/opt/recorder"}
+        self.override["services"]["train-2"] = {"image": image("train")} | changes.get("train-2", {})
 
     def start_nodes(self, *names):
         """Starts the nodes that are named, or both, and returns their containers."""

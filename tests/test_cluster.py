@@ -1,5 +1,6 @@
 """Training on several nodes: their shares of the batches, what keeps them from training together, and two of them."""
 
+import contextlib
 import functools
 import json
 import os
@@ -16,8 +17,11 @@ import torch
 import hogwild
 import nodes
 import stages
+import train
 from cluster import launch
 from cluster import nodes as cluster
+from cluster.environment import HAS_BEGUN
+from stage import process
 from stage.process import Failure
 from training import record, workers
 from training.settings import Settings
@@ -67,12 +71,35 @@ def test_a_node_that_differs_from_node_0_is_refused_and_the_difference_named(kin
     assert refusal.value.status == 2
 
 
-def test_a_node_tells_the_others_its_flags_also_that_it_starts_over(data, tmp_path, monkeypatch):
+def test_a_node_describes_the_flags_given_the_data_read_and_the_programs(data, tmp_path, monkeypatch):
     (tmp_path / "begun").touch()
-    monkeypatch.setenv(cluster.HAS_BEGUN, str(tmp_path / "begun"))
-    args = SimpleNamespace(data=data, dry_run=False, fresh=True)
-    node = cluster.Preparation(SimpleNamespace(rank=1, world=2), args, {"lr": 0.2}, None)
-    assert json.loads(node.describe())["flags"] == {"--lr": "0.2", "--fresh": "given"}
+    monkeypatch.setenv(HAS_BEGUN, str(tmp_path / "begun"))
+    args = SimpleNamespace(data=data, model=tmp_path, dry_run=False, fresh=True)
+    node = SimpleNamespace(rank=1, world=2)
+    described = json.loads(cluster.Preparation(node, args, {"lr": 0.2}, contextlib.ExitStack()).describe())
+    assert described["flags"] == {"--lr": "0.2", "--fresh": "given"}
+    assert described["data"] == {name: stages.sha256(data / stages.RAW / name) for name in stages.RAW_FILES}
+    programs, top = described["programs"], stages.TREE / "model-train"
+    assert {"net.py", "hogwild.py", "train.py", "stage/dataset.py", "training/workers.py"} <= programs.keys()
+    assert programs == {name: stages.sha256(top / name) for name in programs}
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_node_trains_on_its_share_and_node_0_alone_writes_to_the_volume(tmp_path, monkeypatch, rank):
+    own = new_nodes(rank, 2)
+    own.publish = mock.Mock()
+    for patched in ("__enter__", "__exit__"):  # no worker is forked
+        monkeypatch.setattr(workers.Workers, patched, lambda self, *error: self if not error else None)
+    monkeypatch.setattr(process, "handle_stop_signals", mock.Mock())
+    monkeypatch.setattr(train, "train_epochs", mock.Mock())
+    args = SimpleNamespace(model=tmp_path, log_interval=None, dry_run=False)
+    assert train.train(own.record, own.shared, (torch.zeros(0), torch.zeros(0)), own, args) == 0
+    _, given, _, checkpoints, _ = train.train_epochs.call_args.args
+    assert (given.next, given.world) == (rank, 2)
+    checkpoints.save()
+    if rank:
+        own.publish.call_args.args[0]()  # it would publish the model
+    assert {*stages.contents(tmp_path)} == (set() if rank else {"checkpoint.pt", "train_results.json"})
 
 
 def test_on_one_machine_nothing_of_this_is_imported(data, tmp_path):

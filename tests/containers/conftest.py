@@ -11,7 +11,7 @@ import pytest
 
 from pipeline import PREFIX, Pipeline, as_root, docker, output_of, remove_images
 
-OWNERS = (0, 1000, 1234)  # of a checkout: root, the first user of a machine, another one
+OWNERS = (0, 1234)  # of a checkout: root, another user
 
 pytest.register_assert_rewrite("scenarios", "slurm")
 

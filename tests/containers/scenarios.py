@@ -59,14 +59,15 @@ def kill_training(project, volume, *flags, wait=lambda train: None):
     return ended
 
 
-def kill_while_publishing(volume, stage, file):
-    """Kills a stage at the instant in which it writes a file."""
+def kill_while_publishing(volume, stage):
+    """Kills a stage at the instant in which it writes a file, with each of its files in turn; then runs it."""
     names = {path.name for path in volume.iterdir()}
     with Pipeline(volume) as project:
-        container = project.start(stage, *FLAGS[stage])
-        assert kill_once_there_is(container, project, file)
-        container.end()
-        stages.assert_whole(volume)
+        for file in PARTS[stage]:
+            container = project.start(stage, *FLAGS[stage])
+            assert kill_once_there_is(container, project, file)
+            container.end()
+            stages.assert_whole(volume)
         assert project.run(stage, *FLAGS[stage]).returncode == 0
     after = {path.name for path in volume.iterdir()}
     assert after >= names
@@ -89,12 +90,12 @@ def stop_training(volume, number, wait=Container.wait_until_it_trains, data=None
     assert stages.batches_saved(volume) >= before
 
 
-def fill_disk(volume, stage, left):
-    """Runs a stage on a full disk that has a copy of the volume and some kB left, and again when there is space."""
+def fill_disk(volume, left):
+    """Trains on a full disk that has a copy of the volume and some kB left, and again when there is space."""
     with Pipeline(disk="4m") as project:
         output_of("cp", f"{volume}/.", f"{project.helper.id}:{MODEL}")
         project.shell(f"dd if=/dev/zero of=filler bs=4k 2>&1; truncate -s -{left}k filler")
-        stages.assert_fails(project.run(stage, *FLAGS[stage]), 1, "No space")
+        stages.assert_fails(project.run("train", *FLAGS["train"]), 1, "No space")
         project.shell("rm filler")
         copy = project.copy_out(volume.with_name("copy"))
         before, after = stages.contents(volume), stages.contents(copy)
@@ -102,7 +103,7 @@ def fill_disk(volume, stage, left):
             found.pop("train_results.json")  # may name the training that has been resumed
         assert after == before
         stages.assert_whole(copy)
-        stages.assert_succeeds(project.run(stage, *FLAGS[stage]))
+        stages.assert_succeeds(project.run("train", *FLAGS["train"]))
 
 
 MOMENTS = 14  # of an export, besides those of its publication

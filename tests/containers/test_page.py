@@ -143,20 +143,28 @@ class Page:
         assert not [url for url in urls if url.startswith(("http", "ws")) and not url.startswith(self.address)]
 
 
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory):
+    """A browser for all tests: its driver."""
+    options = webdriver.ChromeOptions()
+    for flag in [*FLAGS, f"--user-data-dir={tmp_path_factory.mktemp('browser')}"]:
+        options.add_argument(flag)
+    options.binary_location = BROWSER
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
+    with webdriver.Chrome(options, webdriver.ChromeService(shutil.which("chromedriver"))) as driver:
+        yield driver
+
+
 @pytest.fixture
-def page(served, tmp_path):
-    """Return a function that opens the page in a new browser. After the test, assert_clean() must succeed."""
+def page(served, browser):
+    """Return a function that opens the page. After the test, assert_clean() must succeed."""
     with contextlib.ExitStack() as stack:
 
         def open_page(address=served.address, **window):
-            options = webdriver.ChromeOptions()
-            for flag in [*FLAGS, f"--user-data-dir={tmp_path / 'profile'}"]:
-                options.add_argument(flag)
-            options.binary_location = BROWSER
-            options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
-            driver = webdriver.Chrome(options, webdriver.ChromeService(shutil.which("chromedriver")))
-            stack.callback(driver.quit)
-            opened = Page(driver, address, **window)
+            browser.get("about:blank")
+            for log in ("browser", "performance"):
+                browser.get_log(log)  # takes away what the page of another test has left there
+            opened = Page(browser, address, **window)
             stack.callback(opened.assert_clean)
             return opened
 

@@ -1,4 +1,4 @@
-"""The pipeline as a whole: what the README's main command leaves, running it again, and stages that do not start."""
+"""The pipeline as a whole: what the README's main command leaves, running it again, and a picture in HEIC."""
 
 import json
 import os
@@ -7,12 +7,10 @@ import subprocess
 
 import pillow_heif
 import pytest
-import torch
 from PIL import Image
 
 import example
-from nodes import free_port
-from pipeline import COMPOSE_FILE, OFTEN, Pipeline, statuses
+from pipeline import COMPOSE_FILE, Pipeline, statuses
 from stages import MADE_BY, assert_succeeds, contents, read_json, sha256
 
 SUCCESS = {"train": 0, "evaluate": 0, "infer": 0}
@@ -80,34 +78,3 @@ def test_infer_reads_a_heic(volume, data, tmp_path):
     one, other = read_json(volume / "own" / "predictions.json")["predictions"]
     assert one["prediction"] == other["prediction"] == 7
     assert one["probabilities"] == pytest.approx(other["probabilities"], abs=0.02)
-
-
-def test_the_finished_model_is_evaluated_used_and_served_while_another_training_goes_on(volume):
-    before = identity(volume / "mnist_cnn.pt")
-    with Pipeline(volume, environment={"MNIST_PORT": str(free_port())}) as project:
-        train = project.start("train", "--epochs", "70", *OFTEN)
-        train.wait_until_it_trains()
-        for words in (("run", "--rm", "-T", "evaluate"), ("run", "--rm", "-T", "infer"), ("up", "--wait", "serve")):
-            done = project.compose(*words)
-            assert done.returncode == 0, done.stderr
-            assert_succeeds(project.container("train").end())
-        assert train.state()["Running"]
-        assert not read_json(volume / "train_results.json")["finished"]
-    assert identity(volume / "mnist_cnn.pt") == before
-    for name in ("eval_results.json", "predictions.json"):
-        assert read_json(volume / name)["model_sha256"] == before[0]
-
-
-def test_if_train_fails_neither_of_the_others_starts(tmp_path):
-    data, volume = tmp_path / "data", tmp_path / "volume"
-    data.mkdir()
-    with Pipeline(volume, data, train={"network_mode": "none"}) as project:
-        assert statuses(project.up()) == {"train": 1}
-    assert not contents(volume)
-
-
-def test_if_the_network_is_untrained_evaluate_fails_and_infer_does_not_start(tmp_path):
-    torch.save(example.untrained().state_dict(), tmp_path / "mnist_cnn.pt")
-    with Pipeline(tmp_path) as project:
-        assert statuses(project.up()) == {"train": 0, "evaluate": 1}
-    assert {*contents(tmp_path)} == {"mnist_cnn.pt"}

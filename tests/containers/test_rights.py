@@ -37,20 +37,22 @@ print(json.dumps({
 """
 
 
-@pytest.fixture(scope="module", params=STAGES)
-def probed(request, owned, tmp_path_factory):
-    """A stage, the owner of its data folder, and what the probe says."""
-    stage, (data, owner) = request.param, owned
+@pytest.fixture(scope="module")
+def probed(owned, tmp_path_factory):
+    """What the probe says in place of each stage's program."""
     probe = tmp_path_factory.mktemp("probe") / "probe.py"
     probe.write_text(PROBE)
-    with Pipeline(data=data, **{stage: {"volumes": [f"{probe}:/opt/app/{stage}.py:ro"]}}) as project:
-        ended = project.run(stage, "--a-flag", "of two words")
-    assert_succeeds(ended)
-    return stage, owner, json.loads(ended.stdout)
+    changes = {stage: {"volumes": [f"{probe}:/opt/app/{stage}.py:ro"]} for stage in STAGES}
+    with Pipeline(data=owned[0], **changes) as project:
+        ends = {stage: project.run(stage, "--a-flag", "of two words") for stage in STAGES}
+    for ended in ends.values():
+        assert_succeeds(ended)
+    return {stage: json.loads(ended.stdout) for stage, ended in ends.items()}
 
 
-def test_a_stage_runs_as_the_owner_of_the_data_folder_without_a_capability_and_can_gain_none(probed):
-    _, owner, found = probed
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_stage_runs_as_the_owner_of_the_data_folder_without_a_capability_and_can_gain_none(probed, owned, stage):
+    owner, found = owned[1], probed[stage]
     assert {*found["users"]} == {str(owner)}
     assert {*found["groups"]} <= {str(owner)}
     assert {*found["capabilities"].values()} == {"0" * 16}
@@ -58,14 +60,15 @@ def test_a_stage_runs_as_the_owner_of_the_data_folder_without_a_capability_and_c
     assert found["becomes_root"] is (owner == 0)
 
 
-def test_a_stage_writes_to_the_volume_only_and_train_to_the_data_too_and_evaluate_has_no_network(probed):
-    stage, _, found = probed
-    assert found["writes"] == [DATA_FOLDER] * (stage == "train") + [MODEL]
-    assert (found["networks"] == ["lo"]) is (stage == "evaluate")
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_stage_writes_to_the_volume_only_and_train_to_the_data_too_and_evaluate_has_no_network(probed, stage):
+    assert probed[stage]["writes"] == [DATA_FOLDER] * (stage == "train") + [MODEL]
+    assert (probed[stage]["networks"] == ["lo"]) is (stage == "evaluate")
 
 
-def test_flags_reach_the_program_as_they_were_given(probed):
-    assert probed[2]["flags"] == ["--a-flag", "of two words"]
+@pytest.mark.parametrize("stage", STAGES)
+def test_flags_reach_the_program_as_they_were_given(probed, stage):
+    assert probed[stage]["flags"] == ["--a-flag", "of two words"]
 
 
 def test_the_pipeline_works_in_a_new_volume_and_its_files_belong_to_the_owner_of_the_data(owned):
@@ -84,30 +87,30 @@ def shared(volume):
     as_root(volume, f"chown -hR {os.getuid()}:{os.getgid()} . && chmod -R u+rwX .")
 
 
-@pytest.mark.parametrize("stage", STAGES)
-def test_a_stage_runs_as_any_user_that_it_is_given(shared, stage):
+def test_a_stage_runs_as_any_user_that_it_is_given(shared):
     with Pipeline(shared) as project:
-        assert_succeeds(project.run(stage, *FLAGS[stage], options=("--user", "1000")))
-    assert {(shared / name).stat().st_uid for name in MADE_BY[stage]} == {1000}
+        for stage in STAGES:
+            assert_succeeds(project.run(stage, *FLAGS[stage], options=("--user", "1000")))
+            assert {(shared / name).stat().st_uid for name in MADE_BY[stage]} == {1000}
     assert_whole(shared)
 
 
-@pytest.mark.parametrize("stage", STAGES)
-def test_files_of_others_in_a_sticky_folder_stay_and_the_fix_is_named(shared, stage):
+def test_files_of_others_in_a_sticky_folder_stay_and_the_fix_is_named(shared):
     before = contents(shared)
     with Pipeline(shared) as project:
         as_root(shared, f"chown -R {OTHER} . && chmod 1777 .")
-        assert_fails(project.run(stage, *FLAGS[stage], options=("--user", "1000")), 1, "owner of the folder")
+        for stage in STAGES:
+            assert_fails(project.run(stage, *FLAGS[stage], options=("--user", "1000")), 1, "owner of the folder")
     assert contents(shared) == before
 
 
-@pytest.mark.parametrize("stage", STAGES)
-def test_an_unfinished_file_of_another_user_is_removed(shared, stage):
-    parts = [shared / f".{name}.part" for name in MADE_BY[stage]]
+def test_an_unfinished_file_of_another_user_is_removed(shared):
+    parts = [shared / f".{name}.part" for stage in STAGES for name in MADE_BY[stage]]
     for part in parts:
         part.write_text("unfinished")
     with Pipeline(shared) as project:
         as_root(shared, f"chown {OTHER} .*.part && chmod 444 .*.part")
-        assert_succeeds(project.run(stage, *FLAGS[stage]))
-    assert not any(part.exists() for part in parts)
+        for stage in STAGES:
+            assert_succeeds(project.run(stage, *FLAGS[stage]))
+            assert not any((shared / f".{name}.part").exists() for name in MADE_BY[stage])
     assert_whole(shared)

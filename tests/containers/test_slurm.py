@@ -7,7 +7,12 @@ from slurm import FLAGS, assert_finished, start_training
 from stages import results
 
 
-def test_a_job_that_is_cancelled_saves_a_checkpoint_and_the_same_command_resumes_to_an_evaluated_model(cluster):
+def test_a_refused_job_cancels_those_that_follow_and_a_cancelled_one_is_resumed_by_the_same_command(cluster):
+    cluster.submit(flags=("--lr", "0"))  # which train refuses: the others do not start
+    states = {name: job["JobState"] for name, job in cluster.end().items()}
+    assert states == {"mnist-train": "FAILED", "mnist-evaluate": "CANCELLED", "mnist-infer": "CANCELLED"}
+    assert not cluster.model.exists()
+    # One that is cancelled saves a checkpoint, and the same command resumes to an evaluated model.
     run, asked = start_training(cluster), time.time()
     cluster.command("scancel", "--name=mnist-train")
     assert {job["JobState"] for job in cluster.end().values()} == {"CANCELLED"}
@@ -18,10 +23,3 @@ def test_a_job_that_is_cancelled_saves_a_checkpoint_and_the_same_command_resumes
     assert {job["Partition"] for job in jobs.values()} == {"other"}
     assert_finished(cluster, jobs, run)
     assert results(cluster.model)["nodes"] == 2
-
-
-def test_a_job_whose_training_is_refused_fails_and_the_others_do_not_start(cluster):
-    cluster.submit(flags=("--lr", "0"))
-    states = {name: job["JobState"] for name, job in cluster.end().items()}
-    assert states == {"mnist-train": "FAILED", "mnist-evaluate": "CANCELLED", "mnist-infer": "CANCELLED"}
-    assert not cluster.model.exists()
