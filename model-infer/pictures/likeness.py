@@ -20,8 +20,8 @@ class Likeness(NamedTuple):
 
     known: Sequence[torch.Tensor]  # of each class: the features of the images predicted as it, float32 [F, N]
     squared_length: float  # of an image's features: the number of layers that they are from
-    unlike: float = 1.0  # the cosine distance beyond which an image is UNLIKE: the unit of distances()
-    like: float = 1.0  # the distance, in that unit, up to which a prediction may be sure
+    unlike: float  # the cosine distance beyond which an image is UNLIKE: the unit of distances()
+    like: float  # the distance, in that unit, up to which a prediction may be sure
 
     def distances(self, log_probabilities: torch.Tensor, features: torch.Tensor) -> list[float]:
         """Return the distances of images from the training images: 1 is that beyond which they are UNLIKE.
@@ -29,8 +29,8 @@ class Likeness(NamedTuple):
         Images are given by what Predictor.forward() returns: float32 [N, classes] and float32 [N, F].
         """
         pairs = zip(features, log_probabilities.argmax(1).tolist(), strict=True)
-        nearest = [(one @ self.known[n]).max().item() if self.known[n].numel() else 0.0 for one, n in pairs]
-        return [(1 - cosine / self.squared_length) / self.unlike for cosine in nearest]
+        largest = [largest_products(one[None], self.known[number]).item() for one, number in pairs]
+        return [(1 - product / self.squared_length) / self.unlike for product in largest]
 
 
 def learn_likeness(
@@ -40,11 +40,22 @@ def learn_likeness(
 
     Both are given as by Predictor.forward(): log-probabilities, float32 [N, classes], and features, float32 [N, F].
     """
-    log_probabilities, features = training
-    predictions, classes = log_probabilities.argmax(1), range(log_probabilities.shape[1])
-    known = [features[predictions == number].T.contiguous() for number in classes]
-    likeness = Likeness(known, (features[0] @ features[0]).item())
-    distances = sorted(likeness.distances(*validation))  # in units of likeness.unlike, which is still 1
+    known, others = (by_class(*images) for images in (training, validation))
+    known = [features.T.contiguous() for features in known]
+    squared_length = (training[1][0] @ training[1][0]).item()
+    largest = torch.cat([largest_products(*pair) for pair in zip(others, known, strict=True)])
+    distances = sorted((1 - largest / squared_length).tolist())
     # One image fewer than the fraction: in batches, distances differ in the last bits from those of single images.
     unlike = max(distances[-max(1, int(FLAGGED_FRACTION * len(distances)))], 1e-6)
-    return likeness._replace(unlike=unlike, like=distances[int(LIKE_FRACTION * (len(distances) - 1))] / unlike)
+    return Likeness(known, squared_length, unlike, distances[int(LIKE_FRACTION * (len(distances) - 1))] / unlike)
+
+
+def by_class(log_probabilities: torch.Tensor, features: torch.Tensor) -> list[torch.Tensor]:
+    """Return the features, float32 [N, F], of the images that are predicted as each class."""
+    predictions = log_probabilities.argmax(1)
+    return [features[predictions == number] for number in range(log_probabilities.shape[1])]
+
+
+def largest_products(features: torch.Tensor, known: torch.Tensor) -> torch.Tensor:
+    """Return the largest scalar product of each image's features, float32 [N, F], with known ones, float32 [F, K]."""
+    return (features @ known).amax(1) if known.numel() else features.new_zeros(len(features))
