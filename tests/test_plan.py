@@ -132,6 +132,18 @@ def test_a_lock_whose_text_is_not_fit_for_a_terminal_names_no_holder(tmp_path):
             pass
 
 
+def train_beside_another(volume, flags, status):
+    """Runs train while another training has the lock: one line says that the model stays in use, or what is refused."""
+    with volume_lock(volume), stages.unchanged(volume):
+        result = stages.call("train", *flags, model=volume)
+    if status:
+        stages.assert_fails(result, status, volume, platform.node())
+    else:
+        stages.assert_succeeds(result)
+        assert "stays in use until" in result.stdout
+        assert len(result.stdout.splitlines()) == 1
+
+
 @pytest.mark.parametrize(
     ("model", "flags", "status"),
     [
@@ -148,22 +160,10 @@ def test_beside_another_training_a_finished_model_is_a_success_if_nothing_is_ask
         path.unlink()
     if model == "a pipe":
         os.mkfifo(path)
-    with volume_lock(volume), stages.unchanged(volume):
-        result = stages.call("train", *flags, model=volume)
-    if status:
-        stages.assert_fails(result, status, volume, platform.node())
-    else:
-        stages.assert_succeeds(result)
-        assert len(result.stdout.splitlines()) == 1
+    train_beside_another(volume, flags, status)
 
 
 @pytest.mark.parametrize(("flags", "status"), [((), 0), (("--epochs", "3"), 2)])
 def test_a_training_that_begins_after_the_first_look_leaves_a_finished_model_in_use(volume, monkeypatch, flags, status):
     monkeypatch.setattr(first_look, "end_if_nothing_to_do", lambda: None)
-    with volume_lock(volume), stages.unchanged(volume):
-        result = stages.call("train", *flags, model=volume)
-    if status:
-        stages.assert_fails(result, status, volume, platform.node())
-    else:
-        stages.assert_succeeds(result)
-        assert "stays in use until" in result.stdout
+    train_beside_another(volume, flags, status)
