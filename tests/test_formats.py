@@ -1,4 +1,4 @@
-"""The formats of files: each is read as a PNG of the same picture, HEIC by a process of its own."""
+"""The formats of files: each gives what a PNG of the same picture gives, HEIC by a process of its own."""
 
 import io
 import random
