@@ -40,7 +40,7 @@ cluster-test: .venv/for-tests ## what faults do to a training on two nodes (FLAG
 	REQUIRE_CONTAINERS=1 $(PYTHON) -m pytest tests/containers/cluster_faults.py tests/containers/slurm_faults.py $(FLAGS)
 
 tools-test: .venv/for-tests ## what dvc, MLflow and Prometheus make of the results (downloads the first two)
-	$(PYTHON) -m pytest tests/other_programs.py $(FLAGS)
+	$(PYTHON) -m pytest tests/other_programs.py tests/prometheus.py $(FLAGS)
 
 scaling: .venv/for-tests ## measure training on two nodes, simulate it on up to 64, and draw docs/scaling.png
 	$(PYTHON) tests/bench/scaling.py $(FLAGS)

@@ -2,7 +2,6 @@
 
 import contextlib
 import re
-import socket
 import sys
 from concurrent.futures import ThreadPoolExecutor
 
@@ -14,15 +13,9 @@ CLUSTER_FILE = TREE / "deploy" / "compose.cluster.yml"
 SMALL = ("--epochs", "1", "--batch-size", "500", "--num-processes", "1")  # flags for a training that takes little time
 
 
-def free_port():
-    """A port on which nothing listens."""
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        return server.getsockname()[1]
-
-
 def command(*flags, model, port=None, data=stages.DATA, tree=TREE):
     """The command line of one of two nodes on this machine; flags can be those of launch.py and of train."""
-    endpoint = ["--rdzv-endpoint", f"127.0.0.1:{port or free_port()}"]
+    endpoint = ["--rdzv-endpoint", f"127.0.0.1:{port or stages.free_port()}"]
     program = [sys.executable, str(tree / "model-train/cluster/launch.py"), *endpoint]
     where = ["--data", str(data), "--model", str(model)]
     return [*program, "--nnodes", "2", "--local-addr", "127.0.0.1", *where, *flags]

@@ -119,9 +119,8 @@ class Pipeline:
     def __init__(self, volume=None, data=None, disk=None, environment=None, **changes):
         self.name, self.disk = f"{PREFIX}-{uuid.uuid4().hex[:6]}", disk
         self.environment = os.environ | (environment or {})
-        services = {stage: {"image": image(stage), "volumes": []} | changes.get(stage, {}) for stage in STAGES}
-        for service, made_for in (("serve", "infer"), ("export", "export")):
-            services[service] = {"image": image(made_for)} | changes.get(service, {})
+        names = (*STAGES, "export", *changes)
+        services = {name: {"image": image(name), "volumes": []} | changes.get(name, {}) for name in names}
         for stage in STAGES if data else ():
             mount = f"{data}:{DATA_FOLDER}{'' if stage == 'train' else ':ro'}"
             services[stage]["volumes"] = [mount, *services[stage]["volumes"]]

@@ -9,6 +9,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -149,6 +150,12 @@ def proxied(address, prefix):
             yield f"http://127.0.0.1:{server.server_port}{prefix}"
         finally:
             server.shutdown()
+
+
+def free_port():
+    """A port on which nothing listens."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return server.getsockname()[1]
 
 
 def finish(process):

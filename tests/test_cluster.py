@@ -244,14 +244,14 @@ def test_two_nodes_leave_a_finished_model_as_it_is(pair):
     ids=["different flags", "more nodes than batches"],
 )
 def test_nodes_that_cannot_train_together_end_at_once_each_in_one_line(data, tmp_path, flags, names):
-    port = nodes.free_port()
+    port = stages.free_port()
     for end in nodes.run(*(nodes.command(*nodes.SMALL, *each.split(), port=port, model=tmp_path) for each in flags)):
         stages.assert_fails(end, 2, *names)
     assert stages.contents(tmp_path) == {}
 
 
 def test_nodes_whose_volume_is_not_shared_end_each_in_one_line(data, tmp_path):
-    port = nodes.free_port()
+    port = stages.free_port()
     one, other = (nodes.command(*nodes.SMALL, port=port, model=tmp_path / name) for name in ("one", "other"))
     for end in nodes.run(one, other, NODE_TIMEOUT=2):
         stages.assert_fails(end, 1, "volume", "train_results.json")
@@ -378,6 +378,11 @@ def test_the_jobs_that_follow_a_training_have_its_partition_account_and_qos(sbat
     assert len(jobs) == 2
     for job in jobs:
         assert {"--partition=partition", "--account=account", "--qos=qos"} <= {*job.split()}
+
+
+def test_a_message_in_a_job_names_the_command_that_submits_one(volume):
+    result = stages.run("train", "--lr", "0.2", model=volume, SLURM_JOB_ID=7)
+    stages.assert_fails(result, 2, "sbatch deploy/train.sbatch --fresh")
 
 
 def test_a_job_trains_although_those_that_follow_cannot_be_submitted_and_says_so(sbatch, tmp_path):

@@ -29,19 +29,19 @@ from unittest.mock import AsyncMock, Mock
 
 import pytest
 import torch
+import yaml
 from PIL import Image
 from starlette.exceptions import HTTPException
 
-import nodes
 import serve
 import stages
 from pictures import reading
 from pictures.prediction import NotFinite, load_predictor
 from rendering import encode
-from stage import dataset, process
+from stage import VERSION, dataset, process
 from stage.images import read_images
 from stage.process import Failure
-from web import pool, served_model, worker
+from web import api, pool, served_model, worker
 from web.metrics import Metrics
 from web.request_limits import RequestLimits
 from web.results import read_results
@@ -86,7 +86,7 @@ def data_url(content):
 @contextlib.contextmanager
 def serving(model, data=stages.DATA, program=None, status="READY"):
     """Run the service on a model folder, a data folder and a free port; the block has it once it has the status."""
-    port = nodes.free_port()
+    port = stages.free_port()
     command = stages.command("serve", "--port", str(port), model=model, data=data)
     command[1] = program or command[1]
     with stages.running(command) as process:
@@ -111,6 +111,38 @@ def digit(data):
 # Starting -------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize(
+    "flags", ["--data=", "--model=", "--host=", "--allow-host=", "--port 0", "--port 65536", "--port " + 5_000 * "9"]
+)
+def test_a_wrong_flag_is_refused_in_one_line_and_nothing_is_touched(tmp_path, flags):
+    result = stages.call("serve", *flags.split(), model=tmp_path / "volume")
+    stages.assert_fails(result, 2, flags.replace("=", " ").split()[0])
+    assert "parse_" not in result.stderr  # argparse names the function that raises a ValueError
+    assert not (tmp_path / "volume").exists()
+
+
+def test_the_program_and_the_api_tell_the_version_of_the_pipeline(tmp_path):
+    result = stages.call("serve", "--version", model=tmp_path)
+    stages.assert_succeeds(result)
+    assert result.stdout == f"serve {VERSION}\n"
+    assert api.describe()["info"]["version"] == VERSION
+
+
+def test_its_container_starts_where_it_is_named_comes_back_reads_only_and_is_reached_from_this_machine_alone():
+    services = yaml.safe_load((stages.TREE / "docker-compose.yml").read_text())["services"]
+    serve = services["serve"]
+    assert (serve["profiles"], serve["restart"]) == (["serve"], "unless-stopped")
+    assert "start_interval" not in serve["healthcheck"]  # which needs a newer engine than the stages
+    assert (serve["build"], serve["image"]) == (services["infer"]["build"], services["infer"]["image"])
+    success = {"condition": "service_completed_successfully"}
+    assert serve["depends_on"] == {"train": success, "evaluate": success}
+    assert serve["ports"] == ["127.0.0.1:${MNIST_PORT:-8000}:${MNIST_PORT:-8000}"]
+    assert all(volume.endswith(":ro") for volume in serve["volumes"])
+    assert "network_mode" not in serve
+    for right in ("read_only", "cap_drop", "cap_add", "security_opt", "init"):
+        assert serve[right] == services["evaluate"][right]
+
+
 @pytest.mark.parametrize("host", ["127.0.0.1", "192.0.2.7"], ids=["the port is in use", "not of this machine"])
 def test_an_address_that_it_cannot_listen_on_is_refused_in_one_line_with_the_flags_that_change_it(tmp_path, host):
     with socket.create_server(("127.0.0.1", 0)) as other:
@@ -123,7 +155,7 @@ def test_an_address_that_it_cannot_listen_on_is_refused_in_one_line_with_the_fla
 def test_the_address_that_it_prints_can_be_opened(capsys, host, url):
     if host == "::" and not socket.has_dualstack_ipv6():
         pytest.skip("this machine has no IPv6")
-    port = nodes.free_port()
+    port = stages.free_port()
     serve.listen(host, port).close()
     assert f"http://{url}:{port} " in capsys.readouterr().out
 

@@ -23,7 +23,6 @@ WRONG = {
         *(*FOLDERS, "--samples 0", "--samples -5", "--samples 101", "--samples five", "--seed -1", "--epochs 5"),
         *("--samples 3 photo.png", "--seed 3 photo.png"),  # they are for test images
     ],
-    "serve": [*FOLDERS, "--host=", "--allow-host=", "--port 0", "--port 65536", "--port " + 5_000 * "9"],
 }
 
 

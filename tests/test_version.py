@@ -6,19 +6,17 @@ import pytest
 
 import stages
 from stage import VERSION
-from web import api
 
 
-@pytest.mark.parametrize("program", [*stages.STAGES, "serve"])
+@pytest.mark.parametrize("program", stages.STAGES)
 def test_every_program_tells_the_version(tmp_path, program):
     result = stages.call(program, "--version", model=tmp_path)
     stages.assert_succeeds(result)
     assert result.stdout == f"{program} {VERSION}\n"
 
 
-def test_a_training_and_the_api_tell_it(trained):
+def test_a_training_tells_it(trained):
     assert stages.results(trained)["version"] == VERSION
-    assert api.describe()["info"]["version"] == VERSION
 
 
 def test_the_changelog_tells_what_is_new_in_it():

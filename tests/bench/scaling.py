@@ -102,7 +102,7 @@ def measure_traffic():
 def measure_all_reduce():
     """The median of the seconds that an all_reduce of the parameters takes two idle processes, on a core each."""
     with ProcessPoolExecutor(2, multiprocessing.get_context("spawn")) as pool:
-        return max(pool.map(all_reduce, range(2), [nodes.free_port()] * 2))
+        return max(pool.map(all_reduce, range(2), [stages.free_port()] * 2))
 
 
 def all_reduce(rank, port):

@@ -32,8 +32,7 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from environments import make_environment
-from nodes import free_port
-from stages import DATA, RAW, command, wait_until
+from stages import DATA, RAW, command, free_port, wait_until
 
 WARM_UP_SECONDS, SECONDS = 0.5, 2  # with each number of clients
 PICTURES = 50  # different ones, requested in turns

@@ -10,8 +10,7 @@ from signal import SIGHUP, SIGINT, SIGQUIT, SIGTERM
 import pytest
 import scenarios
 
-from nodes import free_port
-from pipeline import Pipeline, in_image, output_of, statuses
+from pipeline import Pipeline, output_of, statuses
 from stages import STAGES, assert_whole, batches_saved, wait_until
 
 # As in a checkout of a plain user, whose uid is not that of who sends the signal. The entrypoint treats root likewise.
@@ -63,18 +62,3 @@ def test_compose_stop_stops_the_training_and_keeps_evaluate_from_starting(volume
         train.wait_until_it_trains()
         project.compose("stop")
         assert statuses(up.result(timeout=60)) == {"train": 143}
-
-
-def test_serve_is_started_again_after_a_crash_and_ended_by_stop_and_down(volume, owned):
-    with Pipeline(volume, owned[0], environment={"MNIST_PORT": str(free_port())}) as project:
-        up = project.compose("up", "--wait", "serve")
-        assert up.returncode == 0, up.stderr
-        serve = project.container("serve")
-        first = serve.state()["Pid"]
-        # Not by `docker kill`, after which the engine would take it for stopped.
-        in_image("infer", f"kill -9 {first}", "--pid", "host", "--privileged")
-        wait_until(lambda: serve.state()["Pid"] not in (0, first), "another start")
-        project.compose("stop", "serve")
-        assert serve.state()["ExitCode"] == 143
-        project.compose("--profile", "serve", "down")
-        assert project.containers() == []

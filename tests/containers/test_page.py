@@ -15,8 +15,7 @@ from selenium import webdriver
 
 import stages
 import strokes
-from nodes import free_port
-from pipeline import Pipeline
+from pipeline import Pipeline, image
 from stage.images import read_images
 
 BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
@@ -40,9 +39,9 @@ LOADED = "return [...document.querySelectorAll('#results img')].filter((i) => i.
 @pytest.fixture(scope="module")
 def served(complete, tmp_path_factory):
     """The service on a volume after all three stages: its project, with `address`."""
-    port = free_port()
+    port = stages.free_port()
     volume = shutil.copytree(complete, tmp_path_factory.mktemp("served") / "volume")
-    with Pipeline(volume, environment={"MNIST_PORT": str(port)}) as project:
+    with Pipeline(volume, environment={"MNIST_PORT": str(port)}, serve={"image": image("infer")}) as project:
         project.address = f"http://127.0.0.1:{port}"
         up = project.compose("up", "--wait", "serve")  # fails unless it becomes healthy
         assert up.returncode == 0, up.stderr
@@ -291,7 +290,7 @@ def test_for_another_data_set_pictures_are_predicted_by_name_and_nothing_is_abou
     folder = stages.infer_for(tmp_path, f"name='Clothes', classes={names}, preparation='resize'")
     (folder / "data").mkdir()
     (folder / "data/Clothes").symlink_to(stages.DATA / "MNIST")
-    port = free_port()
+    port = stages.free_port()
     words = stages.command("serve", "--port", str(port), model=folder / "volume", data=folder / "data")
     words[1] = str(folder / "tree/model-infer/serve.py")
     with stages.running(words) as process:
