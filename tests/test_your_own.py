@@ -4,8 +4,12 @@ import ast
 import dataclasses
 import gzip
 import json
+import re
 import shutil
 import struct
+import subprocess
+import sys
+from functools import partial
 from pathlib import Path
 
 import onnx
@@ -166,6 +170,65 @@ def test_a_stage_whose_copies_are_old_names_make_copies(data, tree, volume, stag
     (volume / "train_results.json").unlink()  # a model from elsewhere is used
     least = ("--min-accuracy", "0") if stage == "evaluate" else ()
     stages.assert_succeeds(stages.run(stage, *least, model=volume, tree=tree))
+
+
+# Parts that are removed -----------------------------------------------------------------------------------------------
+
+# What the recipes have removed by hand, as patterns in which a dot can be the end of a line.
+BY_HAND = {
+    "the page": {
+        "docker-compose.yml": ["  # Not a stage: the page.*?\n\n"],
+        "model-infer/Dockerfile.infer": [
+            *("# What serve needs.*?\n\n", "COPY --from=serve.*?\n", "ENV PYTHONPATH=/opt/serve\n"),
+            "COPY --chmod=755 web .*?\n",
+        ],
+        "Makefile": [" serve(?= )", "\nserve:.*?\n\n", "model-infer/requirements-serve.txt ", " tests/prometheus.py"],
+        "tests/bench/bench.py": [
+            *("import serving\n", "def run_services.*?\n\n\n", ' +"services": .*?\n'),
+            r" +print\(report.service_table.*?\n",
+        ],
+        "tests/test_tree.py": [', "web"'],
+        "tests/containers/test_sbom.py": [', "infer": "/opt/serve"'],
+    },
+    "several nodes": {
+        "model-train/train.py": ["if TYPE_CHECKING.*?\n\n", r" +if settings.is_node.*?train\)\n", *3 * [r" \| Nodes"]],
+        "model-train/training/settings.py": [" +sync_every.*? = 20\n", "def is_node.*?\n\n\n"],
+        "model-train/training/first_look.py": [" +if settings.is_node.*? return\n"],
+        "model-train/stage/process.py": [" +elif [^\n]*SLURM_JOB_ID.*?\n.*?\n"],
+        "model-train/Dockerfile.train": ["COPY --chmod=755 cluster .*?\n"],
+        "Makefile": [" cluster-test", " scaling(?=\n)", "cluster-test:.*?\n\n", "scaling:.*?\n\n"],
+        "tests/test_tree.py": [', "cluster"'],
+        "tests/containers/conftest.py": [', "slurm"', r" +docker\([^\n]*-slurm.*?\n", "@pytest.fixture\ndef cluster.*"],
+    },
+}
+
+
+@pytest.mark.parametrize("part", BY_HAND)
+def test_a_part_that_is_not_needed_is_removed_by_a_recipe(finished, tmp_path, part):
+    but = shutil.ignore_patterns(".git", ".venv", "*_cache*", "data", "model", "out")
+    shutil.copytree(stages.TREE, tmp_path, ignore=but, dirs_exist_ok=True)
+    (tmp_path / "data").symlink_to(stages.DATA)
+    run = partial(subprocess.run, cwd=tmp_path, check=True, stdout=subprocess.DEVNULL)
+    recipe = (tmp_path / "docs/your-own.md").read_text().partition(f"# Without {part}\n")[2].partition("\n#")[0]
+    gone = {*tmp_path.rglob("*.py")}
+    run("\n".join(re.findall("^    (.*)", recipe, re.MULTILINE)), shell=True)
+    gone -= {*tmp_path.rglob("*.py")}
+    for name, patterns in BY_HAND[part].items():
+        assert f"`{name}`" in recipe
+        text = (tmp_path / name).read_text()
+        for pattern in patterns:
+            text, found = re.subn(pattern, "", text, count=1, flags=re.DOTALL)
+            assert found, f"{name}: {pattern}"
+        (tmp_path / name).write_text(text)
+    run(["make", "--silent", "copies"])
+    run([Path(sys.executable).with_name("ruff"), "check", "--fix", "--no-cache", "."])
+    names = {path.parent.name if path.stem == "__init__" else path.stem for path in gone}
+    for path in tmp_path.glob("[mt]*/**/*.py"):
+        imported = re.findall(r"^ *(?:from|import) (\w+)", path.read_text(), re.MULTILINE)
+        assert not names & {*imported}, path
+    run(["make", "--dry-run", "local", "tools-test", "bench", "chaos"])
+    stages.assert_succeeds(stages.run("train", "--dry-run", model=tmp_path / "model", tree=tmp_path))
+    stages.assert_succeeds(stages.run("infer", model=shutil.copytree(finished, tmp_path / "volume"), tree=tmp_path))
 
 
 # Reading --------------------------------------------------------------------------------------------------------------
