@@ -158,7 +158,7 @@ def train_until_pause(
     while workers.poll(limit):
         progress.update()
         if nodes.world == 1 and (workers.stop.number or checkpoints.is_due()):
-            limit = workers.next  # send no more: the loop ends when the batches that are sent are done
+            limit = workers.next_to_send  # send no more: the loop ends when the batches that are sent are done
     return limit
 
 

@@ -43,7 +43,7 @@ def new_nodes(rank, world, total=None, done=0, **changes):
 @pytest.mark.parametrize("world", [1, 2, 3, 7])
 def test_the_shares_of_the_nodes_are_disjoint_and_together_all_batches_that_are_left(world, done):
     record = new_nodes(0, 1, done=done).record
-    shares = [range(workers.Workers(None, record, None, rank, world).next, 21, world) for rank in range(world)]
+    shares = [range(workers.Workers(None, record, None, rank, world).next_to_send, 21, world) for rank in range(world)]
     assert sorted(number for numbers in shares for number in numbers) == [*range(done, 21)]
     assert max(map(len, shares)) - min(map(len, shares)) <= 1
 
@@ -95,7 +95,7 @@ def test_a_node_trains_on_its_share_and_node_0_alone_writes_to_the_volume(tmp_pa
     args = SimpleNamespace(model=tmp_path, log_interval=None, dry_run=False)
     assert train.train(own.record, own.shared, (torch.zeros(0), torch.zeros(0)), own, args) == 0
     _, given, _, checkpoints, _ = train.train_epochs.call_args.args
-    assert (given.next, given.world) == (rank, 2)
+    assert (given.next_to_send, given.nodes) == (rank, 2)
     checkpoints.save()
     if rank:
         own.publish.call_args.args[0]()  # it would publish the model

@@ -48,7 +48,7 @@ class WorkerRecord(msgspec.Struct):
 
 
 class LostWorker(msgspec.Struct):
-    """A killed worker: the signal, and the first of the batches that it had, if any (other workers redid them)."""
+    """A killed worker: the signal, and the first of the batches that it had, if any (they are redone)."""
 
     rank: Count
     signal: Count
