@@ -13,6 +13,7 @@ from unittest import mock
 
 import pytest
 import torch
+from torch.distributed import run as torchrun
 
 import hogwild
 import nodes
@@ -331,10 +332,24 @@ def test_the_node_that_has_the_address_of_the_endpoint_hosts_it(own_address, mon
 
 
 @pytest.mark.parametrize(
+    ("words", "restarts"),
+    [("", 7), ("--max-restarts 5", 5), ("--rdzv-endpoint x:1", 3), ("--rdzv-endpoint x:1 --max-restarts 5", 5)],
+)
+def test_the_restarts_are_those_of_the_flag_or_else_3_at_an_endpoint_or_those_of_torchruns_variable(
+    monkeypatch, words, restarts
+):
+    monkeypatch.setattr("sys.argv", ["launch.py", *words.split()])
+    monkeypatch.setenv("PET_MAX_RESTARTS", "7")
+    args, _ = launch.parse_args()
+    assert int(torchrun.get_args_parser().parse_args(launch.torchrun_words(args, "x", 1)).max_restarts) == restarts
+
+
+@pytest.mark.parametrize(
     "wrong",
     [
         *("--epochs 0", "--nnodes 2:1", "--nnodes two", "--nnodes 0", "--max-restarts -1", "--timeout 0"),
         *("--rdzv-endpoint host0", "--rdzv-endpoint :1", "--rdzv-endpoint host0:one", "--rdzv-endpoint host0:65536"),
+        "--rdzv-id ",
         *("PET_NNODES two", "PET_NODE_RANK one", "PET_NODE_RANK 2", "PET_MASTER_PORT 65536", "PET_MASTER_PORT one"),
         *("PET_MASTER_PORT ", "PET_MASTER_ADDR ", "PET_MAX_RESTARTS -1"),
     ],
