@@ -1,6 +1,6 @@
 """Evaluates the trained model on the test images.
 
-Reads   DATA: the test images; MODEL/mnist_cnn.pt: the model
+Reads   DATA: the test images; MODEL/mnist_cnn.pt: the model; MODEL/train_results.json, if it is there: its code
 Writes  MODEL/eval_results.json: test loss, accuracy, figures per class, confusion matrix, the model's sha256
         MODEL/confusion_matrix.png: the confusion matrix
         MODEL/mistakes.png: the 25 most confident mistakes
@@ -30,11 +30,11 @@ import torch
 import torch.nn.functional as F
 
 import net
-from stage import code, files, flags, weights
+from stage import files, flags, weights
 from stage.dataset import DATA_SET
 from stage.figures import as_png, new_figure
 from stage.files import CONFUSION_MATRIX, EVAL_RESULTS, MISTAKES, WEIGHTS, publish
-from stage.images import read_images
+from stage.images import EDIT_HINT, read_images
 from stage.output import percent, say
 from stage.process import Failure
 
@@ -61,7 +61,6 @@ def main() -> int:
         torch.set_num_threads(limits.count_cores())
         model = net.Net()
         sha256 = weights.load_model(model, args.model)
-        code.check_same(args.model, sha256)
         images, labels = read_images(args.data, "test")
         log_probabilities = net.predict(model, images)
         if not log_probabilities.isfinite().all():
@@ -72,7 +71,7 @@ def main() -> int:
             raise Failure(
                 f"{args.model / WEIGHTS} has {results['Accuracy']} % accuracy, below --min-accuracy "
                 f"{args.min_accuracy}; no results are written. Train longer: {process.command('train', '--epochs N')}; "
-                f"or expect less: --min-accuracy, or min_accuracy in model-train/stage/dataset.py"
+                f"or expect less: --min-accuracy, or min_accuracy. {EDIT_HINT}"
             )
         contents = {
             CONFUSION_MATRIX: draw_confusion_matrix(results["confusion_matrix"]),
@@ -170,8 +169,9 @@ def draw_confusion_matrix(matrix: list[list[int]]) -> bytes:
     return as_png(figure)
 
 
-def draw_mistakes(images: torch.Tensor, labels: torch.Tensor, log_probabilities: torch.Tensor, side: int = 5) -> bytes:
+def draw_mistakes(images: torch.Tensor, labels: torch.Tensor, log_probabilities: torch.Tensor) -> bytes:
     """Draw the mistakes with the highest confidence, as a PNG, the most confident first."""
+    side = 5  # images in a row, and rows
     confidence, predictions = log_probabilities.exp().max(1)
     wrong = torch.nonzero(predictions != labels).flatten()
     worst = wrong[confidence[wrong].argsort(descending=True)][: side * side]

@@ -1,12 +1,13 @@
 """The infer stage: predicts a few random test images, or the user's own pictures, and draws the predictions.
 
-Reads   DATA: the test images; MODEL/mnist_cnn.pt: the model; MODEL/eval_results.json, if it is there
+Reads   DATA: the test images; MODEL/mnist_cnn.pt: the model
+        MODEL/train_results.json and MODEL/eval_results.json, if they are there: its code and its accuracy
 Writes  MODEL/results/{predicted}_{index}.png: a picture of each sample; those of earlier runs are removed
         MODEL/predictions.json: index, prediction, true class and probabilities of each; the model and its accuracy
         MODEL/predictions.png: all samples on one sheet
 
 With pictures, by their paths in DATA, it reads those and the training images, and writes instead:
-        MODEL/own/{number}_{stem}.png: a picture of each prediction; those of earlier runs are removed
+        MODEL/own/{predicted}_{stem}.png: a picture of each prediction; those of earlier runs are removed
         MODEL/own/predictions.json: file, digits, probabilities and confidence of each; the model and its accuracy
 
     docker compose run --rm infer
@@ -59,7 +60,7 @@ def main() -> int:
     process.imports_done()
     args = parse_args()
     with process.exit_on_failure("infer"):
-        limits.check_threads(4)  # torch starts few, since the network predicts on one thread
+        limits.check_threads(4)  # test images are predicted on one thread; pictures need one more for each core
         status = own.predict_pictures(args.pictures, args.data, args.model) if args.pictures else predict_samples(args)
         if args.model == files.MODEL:
             say(f"infer: copy all files out of the volume into a new folder, out, with: {COPY_COMMAND}")

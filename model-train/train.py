@@ -10,8 +10,8 @@ Writes  MODEL/mnist_cnn.pt: the state_dict of the finished model
     docker compose run --rm train --epochs 20
     python model-train/train.py --data data --model model
 
-What MODEL contains decides what train does: docs/operations.md has the table. This process only hands out batches to
-the workers, which train as hogwild.py describes, and it validates, saves and publishes.
+What MODEL contains decides what train does: docs/operations.md has the table. This process trains nothing itself: it
+hands out batches to the workers (hogwild.py), validates, saves and publishes.
 """
 
 from stage import process
@@ -21,7 +21,7 @@ if __name__ == "__main__":
     process.prepare_process()
     from training import first_look
 
-    first_look.end_if_nothing_to_do()
+    first_look.end_unless_there_is_work()
 
 import argparse
 import contextlib
@@ -34,13 +34,13 @@ from typing import TYPE_CHECKING
 import torch
 
 from hogwild import SharedState
-from stage.files import CURVES, FRESH_HINT, WEIGHTS, publish
+from stage.files import CURVES, WEIGHTS, publish
 from stage.images import Images, split_validation, to_tensors
 from stage.output import percent, print_error, say
 from stage.process import Failure, exit_on_failure
 from training import plan, settings
 from training.alone import Alone
-from training.checkpoint import Checkpoints, serialize
+from training.checkpoint import CheckpointWriter, serialize
 from training.data import read_data
 from training.details.curves import draw_curves
 from training.details.lock import Busy, volume_lock
@@ -60,7 +60,7 @@ MIN_LEARNED = 0.1
 
 def main() -> int:
     """Run the stage and return its exit status."""
-    args, requested = settings.parse_args()  # as in the first look, which hands nothing over
+    args, requested = settings.parse_args()  # again: the first look is only for train.py as the program
     with exit_on_failure("train"):
         if settings.is_node():
             from cluster.nodes import train_on_node
@@ -75,7 +75,7 @@ def main() -> int:
                 if todo.action != "nothing":
                     return train_alone(todo, args)
         except Busy as busy:
-            todo = plan.beside_another(busy, bool(requested or args.fresh), args.model)
+            todo = plan.beside_another(busy, requested, args.fresh, args.model)
         say(f"train: {todo.message}")
     return 0
 
@@ -85,7 +85,7 @@ def train_alone(todo: plan.Plan, args: argparse.Namespace) -> int:
     data = read_data(args.data)
     training, validation = split_validation(*to_tensors(data))
     sha256 = data.sha256
-    del data  # of transposed data sets, the tensors are copies
+    del data  # its pixels; those of transposed data sets have been copied
     record, shared = start_or_resume(todo, sha256, *training, args.model)
     say(f"train: {todo.message} ({todo.settings.as_flags()})")
     return train(record, shared, validation, Alone(), args)
@@ -94,10 +94,13 @@ def train_alone(todo: plan.Plan, args: argparse.Namespace) -> int:
 def train(
     record: Record, shared: SharedState, validation: Images, nodes: "Alone | Nodes", args: argparse.Namespace
 ) -> int:
-    """Train, on one machine or together with other nodes; publish the model, and return the exit status."""
+    """Train, publish the model, and return the exit status.
+
+    `nodes` is what the machines do together: alone.py for a single one, cluster/nodes.py for several.
+    """
     process.imports_done()  # before the workers are forked, which share what there is
-    folder = args.model if nodes.rank == 0 else None  # node 0 alone writes to the volume
-    checkpoints = Checkpoints(folder, shared, record)
+    folder = args.model if nodes.rank == 0 else None  # only node 0 writes; None too in a dry run
+    checkpoints = CheckpointWriter(folder, shared, record)
     stop = StopRequest()
     process.handle_stop_signals(stop.handle)
     try:
@@ -120,10 +123,11 @@ def train(
 
 
 def train_epochs(
-    validation: Images, workers: Workers, nodes: "Alone | Nodes", checkpoints: Checkpoints, progress: Progress
+    validation: Images, workers: Workers, nodes: "Alone | Nodes", checkpoints: CheckpointWriter, progress: Progress
 ) -> None:
     """Loop over the epochs: train, save checkpoints, validate. Raise Stopped if a signal ends the training."""
     record, shared = workers.record, workers.shared
+    images, labels = (each[nodes.rank :: nodes.world] for each in validation)  # each node validates on a part
     began = time.monotonic() - record.seconds  # earlier runs count too
     for epoch in range(len(record.history), record.settings.epochs):
         end_of_epoch = (epoch + 1) * shared.batches_per_epoch
@@ -140,7 +144,6 @@ def train_epochs(
                 checkpoints.write(checkpoint)
         if epoch + 1 == record.settings.epochs:
             shared.load_mean(nodes.sum(shared.parameter_sums.sum(0), workers))  # with --averaging
-        images, labels = (each[nodes.rank :: nodes.world] for each in validation)  # each node validates on a part
         sums = nodes.sum(validate(shared.model, images, labels), workers)
         record.update(end_of_epoch, time.monotonic() - began)
         record.add_epoch(sums.tolist())
@@ -149,7 +152,7 @@ def train_epochs(
 
 
 def train_until_pause(
-    limit: int, workers: Workers, nodes: "Alone | Nodes", checkpoints: Checkpoints, progress: Progress
+    limit: int, workers: Workers, nodes: "Alone | Nodes", checkpoints: CheckpointWriter, progress: Progress
 ) -> int:
     """Train on the batches below the limit, or fewer if it is time to stop or to save; return the first not done.
 
@@ -158,7 +161,7 @@ def train_until_pause(
     while workers.poll(limit):
         progress.update()
         if nodes.world == 1 and (workers.stop.number or checkpoints.is_due()):
-            limit = workers.next  # send no more: the loop ends when the batches that are sent are done
+            limit = workers.next_to_send  # send no more: the loop ends when the batches that are sent are done
     return limit
 
 
@@ -175,7 +178,7 @@ def publish_model(record: Record, shared: SharedState, folder: Path | None, labe
     if accuracy < chance + MIN_LEARNED * (100 - chance):
         raise Failure(
             f"the validation accuracy after the last epoch is only {accuracy:.2f} % (chance is {chance:.0f} %); the "
-            f"model is not published. Try a smaller --lr. Settings: {record.settings.as_flags()}. {FRESH_HINT}"
+            f"model is not published. Try a smaller --lr. {plan.fresh_hint_for(record.settings)}"
         )
     buffer = io.BytesIO()
     torch.save(shared.state_dict(), buffer)

@@ -95,7 +95,7 @@ def call(stage, *flags, model, data=DATA):
         try:
             program = importlib.import_module(stage)
             if stage == "train":
-                importlib.import_module("training.first_look").end_if_nothing_to_do()
+                importlib.import_module("training.first_look").end_unless_there_is_work()
             status = program.main()
         except SystemExit as end:
             status = end.code

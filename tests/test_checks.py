@@ -128,10 +128,17 @@ def test_the_checks_change_nothing(training):
 def test_the_largest_checkpoint_of_a_network_is_under_the_limit(use, training, tmp_path):
     use(networks.NETWORKS["MLP"])
     record, shared = begin(*training, tmp_path, num_processes=64)
-    content = checkpoint.Checkpoints(tmp_path, shared, record)
+    content = checkpoint.CheckpointWriter(tmp_path, shared, record)
     content.save()
     assert (tmp_path / "checkpoint.pt").stat().st_size > 500_000_000
     checkpoint.read_checkpoint(tmp_path / "checkpoint.pt")
+
+
+def test_without_a_folder_no_checkpoint_is_ever_due(tmp_path):
+    for folder in (tmp_path, None):
+        writer = checkpoint.CheckpointWriter(folder, None, None)
+        writer.last_saved -= 60
+        assert writer.is_due() == bool(folder)
 
 
 def test_memory_that_is_too_small_for_the_parameters_is_told(use, training, monkeypatch):

@@ -13,6 +13,7 @@ from unittest import mock
 
 import pytest
 import torch
+from torch.distributed import run as torchrun
 
 import hogwild
 import nodes
@@ -43,7 +44,7 @@ def new_nodes(rank, world, total=None, done=0, **changes):
 @pytest.mark.parametrize("world", [1, 2, 3, 7])
 def test_the_shares_of_the_nodes_are_disjoint_and_together_all_batches_that_are_left(world, done):
     record = new_nodes(0, 1, done=done).record
-    shares = [range(workers.Workers(None, record, None, rank, world).next, 21, world) for rank in range(world)]
+    shares = [range(workers.Workers(None, record, None, rank, world).next_to_send, 21, world) for rank in range(world)]
     assert sorted(number for numbers in shares for number in numbers) == [*range(done, 21)]
     assert max(map(len, shares)) - min(map(len, shares)) <= 1
 
@@ -95,7 +96,7 @@ def test_a_node_trains_on_its_share_and_node_0_alone_writes_to_the_volume(tmp_pa
     args = SimpleNamespace(model=tmp_path, log_interval=None, dry_run=False)
     assert train.train(own.record, own.shared, (torch.zeros(0), torch.zeros(0)), own, args) == 0
     _, given, _, checkpoints, _ = train.train_epochs.call_args.args
-    assert (given.next, given.world) == (rank, 2)
+    assert (given.next_to_send, given.nodes) == (rank, 2)
     checkpoints.save()
     if rank:
         own.publish.call_args.args[0]()  # it would publish the model
@@ -331,10 +332,24 @@ def test_the_node_that_has_the_address_of_the_endpoint_hosts_it(own_address, mon
 
 
 @pytest.mark.parametrize(
+    ("words", "restarts"),
+    [("", 7), ("--max-restarts 5", 5), ("--rdzv-endpoint x:1", 3), ("--rdzv-endpoint x:1 --max-restarts 5", 5)],
+)
+def test_the_restarts_are_those_of_the_flag_or_else_3_at_an_endpoint_or_those_of_torchruns_variable(
+    monkeypatch, words, restarts
+):
+    monkeypatch.setattr("sys.argv", ["launch.py", *words.split()])
+    monkeypatch.setenv("PET_MAX_RESTARTS", "7")
+    args, _ = launch.parse_args()
+    assert int(torchrun.get_args_parser().parse_args(launch.torchrun_words(args, "x", 1)).max_restarts) == restarts
+
+
+@pytest.mark.parametrize(
     "wrong",
     [
         *("--epochs 0", "--nnodes 2:1", "--nnodes two", "--nnodes 0", "--max-restarts -1", "--timeout 0"),
         *("--rdzv-endpoint host0", "--rdzv-endpoint :1", "--rdzv-endpoint host0:one", "--rdzv-endpoint host0:65536"),
+        "--rdzv-id ",
         *("PET_NNODES two", "PET_NODE_RANK one", "PET_NODE_RANK 2", "PET_MASTER_PORT 65536", "PET_MASTER_PORT one"),
         *("PET_MASTER_PORT ", "PET_MASTER_ADDR ", "PET_MAX_RESTARTS -1"),
     ],

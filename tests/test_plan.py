@@ -165,5 +165,5 @@ def test_beside_another_training_a_finished_model_is_a_success_if_nothing_is_ask
 
 @pytest.mark.parametrize(("flags", "status"), [((), 0), (("--epochs", "3"), 2)])
 def test_a_training_that_begins_after_the_first_look_leaves_a_finished_model_in_use(volume, monkeypatch, flags, status):
-    monkeypatch.setattr(first_look, "end_if_nothing_to_do", lambda: None)
+    monkeypatch.setattr(first_look, "end_unless_there_is_work", lambda: None)
     train_beside_another(volume, flags, status)

@@ -46,6 +46,12 @@ def test_a_training_with_an_unknown_setting_is_refused(volume):
     stages.assert_fails(stages.call("train", model=volume), 1, "layers", record.VERSION)
 
 
+def test_the_reason_why_a_checkpoint_cannot_be_used_is_told(unfinished):
+    stages.edit_checkpoint(unfinished, results=lambda text: text.replace('"lr"', '"layers"'))
+    with pytest.raises(Failure, match="layers"):
+        resume(unfinished)
+
+
 @pytest.mark.parametrize("either", ["volume", "unfinished"])
 def test_a_training_on_other_data_is_refused(request, either):
     folder = request.getfixturevalue(either)

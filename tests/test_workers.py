@@ -31,11 +31,11 @@ class FakeTrainer:
 def new_workers(monkeypatch):
     """A function that makes workers, whose training is faked, and their record."""
 
-    def make(do=lambda rank, number: None, trainer=FakeTrainer, count=2, rank=0, world=1, **changes):
+    def make(do=lambda rank, number: None, trainer=FakeTrainer, count=2, node=0, nodes=1, **changes):
         monkeypatch.setattr(workers, "Trainer", partial(trainer, do=do))
         new = record.Record.new(Settings(num_processes=count, **changes), 960, {})
         shared = hogwild.SharedState(new, torch.zeros(960, 28, 28, dtype=torch.uint8), torch.zeros(960).long())
-        return workers.Workers(shared, new, stopping.StopRequest(), rank, world), new
+        return workers.Workers(shared, new, stopping.StopRequest(), node, nodes), new
 
     return make
 
@@ -46,16 +46,16 @@ def finish(pool, limit):
         pass
 
 
-@pytest.mark.parametrize(("rank", "world", "limit"), [(0, 1, 50), (3, 4, 40)])
-def test_each_batch_of_a_share_is_trained_on_once(new_workers, tmp_path, rank, world, limit):
+@pytest.mark.parametrize(("node", "nodes", "limit"), [(0, 1, 50), (3, 4, 40)])
+def test_each_batch_of_a_share_is_trained_on_once(new_workers, tmp_path, node, nodes, limit):
     def note(worker, number):
         (tmp_path / f"{number}-{worker}").touch()
 
-    pool, done = new_workers(note, rank=rank, world=world)
+    pool, done = new_workers(note, node=node, nodes=nodes)
     with pool:
         finish(pool, limit)
     numbers = sorted(int(path.name.split("-")[0]) for path in tmp_path.iterdir())
-    assert numbers == [*range(rank, limit, world)]
+    assert numbers == [*range(node, limit, nodes)]
     assert done.totals() == (len(numbers), 96 * len(numbers), 0.5 * len(numbers))
 
 
@@ -72,7 +72,7 @@ def test_a_worker_has_a_few_batches_ahead_and_no_more_when_they_are_large(new_wo
     with pool:
         pool.poll(1_000)
         assert [len(worker.sent) for worker in pool.living] == [ahead, ahead]
-        assert pool.next == 2 * ahead
+        assert pool.next_to_send == 2 * ahead
         for worker in pool.living:
             worker.process.kill()
 
@@ -81,10 +81,10 @@ def test_to_pause_is_to_hand_out_no_more_and_to_wait(new_workers):
     pool, done = new_workers()
     with pool:
         pool.poll(1_000_000)
-        finish(pool, pool.next)
-        assert done.totals()[0] == pool.next
-        finish(pool, pool.next + 5)
-    assert done.totals()[0] == pool.next
+        finish(pool, pool.next_to_send)
+        assert done.totals()[0] == pool.next_to_send
+        finish(pool, pool.next_to_send + 5)
+    assert done.totals()[0] == pool.next_to_send
 
 
 class KillAtLine(FakeTrainer):
@@ -130,7 +130,7 @@ def test_the_batches_of_a_killed_worker_go_to_the_others_before_any_other(new_wo
     order = sorted(tmp_path.iterdir(), key=lambda path: path.stat().st_mtime_ns)
     assert [int(path.name) for path in order].index(0) < 15
     assert done.lost_workers == [record.LostWorker(0, signal.SIGKILL, 0)]
-    assert "killed by SIGKILL; other workers redo its batches 0, " in capsys.readouterr().out
+    assert "killed by SIGKILL; its batches 0, " in capsys.readouterr().out
 
 
 def test_when_two_workers_fail_one_says_why_and_the_other_is_silent(new_workers, capfd):
@@ -142,6 +142,22 @@ def test_when_two_workers_fail_one_says_why_and_the_other_is_silent(new_workers,
     with pool, pytest.raises(Failure, match="worker 0 failed: ValueError: wrong"):
         finish(pool, 40)
     assert capfd.readouterr().err == ""
+
+
+@pytest.mark.parametrize(
+    ("error", "hint"),
+    [
+        (ValueError(1000 * "\N{GRINNING FACE}"), "\N{GRINNING FACE}. Fix the cause"),
+        (ArithmeticError("the loss is nan"), "nan. Try a smaller --lr.*--fresh --epochs 3"),
+    ],
+)
+def test_an_error_in_a_worker_of_any_length_ends_in_advice_that_is_about_it(new_workers, error, hint):
+    def fail(rank, number):
+        raise error
+
+    pool, _ = new_workers(fail, epochs=3)
+    with pool, pytest.raises(Failure, match=hint):
+        finish(pool, 40)
 
 
 def test_a_worker_that_stands_still_is_killed_and_its_batches_redone(new_workers, monkeypatch):
@@ -159,7 +175,7 @@ def test_a_worker_that_stands_still_is_killed_and_its_batches_redone(new_workers
 
 def test_the_message_of_a_killed_worker_says_what_becomes_of_its_batches():
     assert workers.killed_message(1, signal.SIGKILL, []) == "worker 1 was killed by SIGKILL while idle"
-    assert workers.killed_message(1, signal.SIGKILL, [7]).endswith(" killed by SIGKILL; other workers redo its batch 7")
+    assert workers.killed_message(1, signal.SIGKILL, [7]).endswith(" killed by SIGKILL; its batch 7 will be redone")
 
 
 def test_a_clock_of_running_time_counts_a_pause_for_little(monkeypatch):

@@ -172,6 +172,20 @@ def test_a_stage_whose_copies_are_old_names_make_copies(data, tree, volume, stag
     stages.assert_succeeds(stages.run(stage, *least, model=volume, tree=tree))
 
 
+@pytest.mark.parametrize(
+    ("stage", "name", "file", "old", "new"),
+    [
+        ("evaluate", "net.py", "net.py", "nn.Conv2d(10, 20, kernel_size=5)", "nn.Conv2d(10, 20, kernel_size=3)"),
+        ("infer", "DATA_SET", "stage/dataset.py", 'tuple("0123456789")', 'tuple("0123456789a")'),
+    ],
+)
+def test_make_copies_is_also_named_if_the_old_copies_network_has_another_shape(
+    tree, volume, stage, name, file, old, new
+):
+    replace_in(tree / stages.FOLDERS[stage] / file, old, new)
+    stages.assert_fails(stages.run(stage, model=volume, tree=tree), 1, name, "make copies")
+
+
 # Parts that are removed -----------------------------------------------------------------------------------------------
 
 # What the recipes have removed by hand, as patterns in which a dot can be the end of a line.

@@ -32,7 +32,7 @@ def fresh_hint(*flags: str) -> str:
 
 
 FRESH_HINT = fresh_hint()
-READ_HINT = f"Make it readable for uid {os.getuid()}: chmod -R a+rX data; or run this stage as its owner with --user."
+READ_HINT = f"Make it readable for uid {os.getuid()} (data: chmod -R a+rX data), or run as its owner with --user."
 LINK_HINT = "Copy the files in its place: a container sees only the folders that are mounted into it."
 NO_LOCKS_HINT = (
     "This file system has no locks: use another one, or, if no other host writes to it, mount NFS with -o "

@@ -1,6 +1,7 @@
 """Predicts one image: the classes' probabilities, and whether the prediction is sure, unsure, or "no digit".
 
-Reads   MODEL/mnist_cnn.pt: the model; MODEL/eval_results.json, if it exists; DATA: the training images
+Reads   MODEL/mnist_cnn.pt: the model; DATA: the training images
+        MODEL/train_results.json and MODEL/eval_results.json, if they are there: its code and its accuracy
 
 Images are predicted one at a time, on one thread. So the same pixels get the same probabilities, to the last bit,
 whether they come from the test images, a file or an HTTP request.
@@ -21,7 +22,7 @@ from torch.nn.functional import normalize
 import net
 from pictures.likeness import KNOWN_IMAGES, Likeness, learn_likeness
 from pictures.outcome import UNLIKE, Confidence, Prediction
-from stage import code, files, weights
+from stage import files, weights
 from stage.images import read_images, split_validation
 from stage.limits import count_cores
 from stage.output import percent
@@ -128,7 +129,6 @@ def load_predictor(model_folder: Path, data_folder: Path | None = None) -> Predi
     torch.set_num_threads(1)  # with more, the last bits differ, and a single image takes longer
     model = net.Net()
     sha256 = weights.load_model(model, model_folder)
-    code.check_same(model_folder, sha256)
     predictor = Predictor(model, sha256, read_accuracy(model_folder / files.EVAL_RESULTS, sha256))
     if data_folder is not None:
         (training, _), (validation, _) = split_validation(*read_images(data_folder, "train"))

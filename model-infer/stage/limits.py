@@ -5,7 +5,7 @@ import os
 import threading
 from pathlib import Path
 
-from stage.process import NO_THREADS, Failure
+from stage.process import MORE_MEMORY, NO_THREADS, Failure
 
 
 def count_cores() -> int:
@@ -30,7 +30,7 @@ def check_memory(needed: int, what: str) -> None:
             if limit < needed:
                 raise Failure(  # rounded up and down, or both could be shown as the same
                     f"{what} needs about {-(-needed // 10**6)} MB of memory, but the limit is {limit // 10**6} MB. "
-                    f"Raise MNIST_MEMORY, then run it again.",
+                    f"{MORE_MEMORY}",
                     status=2,
                 )
 

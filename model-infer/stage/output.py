@@ -7,9 +7,9 @@ import sys
 from typing import IO
 
 
-def say(text: str, end: str = "\n") -> None:
+def say(text: str) -> None:
     """Print to standard output."""
-    write(sys.stdout, text + end)
+    write(sys.stdout, text + "\n")
 
 
 def print_error(text: str) -> None:

@@ -31,7 +31,6 @@ import signal
 import socket
 import threading
 import time
-from pathlib import Path
 from typing import NoReturn
 
 from cluster import environment
@@ -44,6 +43,7 @@ TRAIN = Path(__file__).parents[1] / "train.py"
 TRAIN_STOP_SECONDS = 4  # for train to end after a signal; it needs 3 at most
 ELSEWHERE = "192.0.2.1"  # an address reserved for documentation (RFC 5737): the way to it is the default route
 SIOCGIFADDR = 0x8915  # asks Linux for the address of a network interface: netdevice(7)
+MAX_RESTARTS = 3
 RESTART_HINT = "Start all nodes again with the same flags: the training resumes from its last checkpoint"
 
 
@@ -59,8 +59,8 @@ def main() -> int:
         os.environ[environment.HAS_BEGUN] = f"/proc/{os.getpid()}/fd/{os.memfd_create('begun')}"
         announce_own_address(args, host)
         end_when_stopped()
-        return launch(args, host, port)
-    return 1
+        status = launch(args, host, port)
+    return status
 
 
 def parse_args() -> tuple[argparse.Namespace, list[str]]:
@@ -70,15 +70,16 @@ def parse_args() -> tuple[argparse.Namespace, list[str]]:
     text = "number of nodes, or the least and the most (default: PET_NNODES, or 1:1)"
     nodes = os.environ.get("PET_NNODES")
     parser.add_argument("--nnodes", type=parse_nodes, default=nodes, metavar="MIN:MAX", help=text)
-    text = "address of the node that starts the others' training, the same on every node (default: PET_MASTER_ADDR)"
+    text = "where the nodes meet, on one of them: the same on every node (default: PET_MASTER_ADDR, PET_MASTER_PORT)"
     parser.add_argument("--rdzv-endpoint", type=parse_endpoint, metavar="HOST:PORT", help=text)
     text = "name of the training, for several at one endpoint (default: %(default)s)"
-    parser.add_argument("--rdzv-id", default="mnist", metavar="NAME", help=text)
+    parser.add_argument("--rdzv-id", type=flags.nonempty(str), default="mnist", metavar="NAME", help=text)
     text = "address of this node for the others (default: the one on the way to the endpoint)"
     address = os.environ.get("PET_LOCAL_ADDR")
     parser.add_argument("--local-addr", default=address, metavar="HOST", help=text)
-    text = "how often to go on from the last checkpoint after a node was lost (default: %(default)s)"
-    parser.add_argument("--max-restarts", type=flags.integer(0), default=3, metavar="N", help=text)
+    default = f"default: {MAX_RESTARTS}; without --rdzv-endpoint PET_MAX_RESTARTS, or 0"
+    text = f"how often to go on from the last checkpoint after a node was lost ({default})"
+    parser.add_argument("--max-restarts", type=flags.integer(0), metavar="N", help=text)
     for name, (variable, default), text in (
         ("--timeout", environment.TIMEOUT, "seconds to wait for the rendezvous, and for another node while training"),
         ("--join-timeout", environment.JOIN_TIMEOUT, "seconds to wait for the least number of nodes, and their data"),
@@ -213,7 +214,7 @@ def launch(args: argparse.Namespace, host: str, port: int) -> int:
         print_error(f"launch: stopped by {stopped.sigval.name}. {RESTART_HINT}")
         return 128 + stopped.sigval
     except ChildFailedError:
-        raise Failure(f"gave up after {args.max_restarts} restarts. {RESTART_HINT}") from None
+        raise Failure(f"gave up after {config.max_restarts} restarts. {RESTART_HINT}") from None
     except rendezvous.RendezvousClosedError:
         raise Failure(f"the training at {where} has ended. {RESTART_HINT}") from None
     except rendezvous.RendezvousTimeoutError:
@@ -238,12 +239,14 @@ def torchrun_words(args: argparse.Namespace, host: str, port: int) -> list[str]:
         words += ["--local-addr", args.local_addr]
     if args.rdzv_endpoint:
         own, target = find_way(host)
-        if own == target != "":
+        if own and own == target:
             host = "127.0.0.1"  # torchrun hosts the rendezvous here, but would not take this address for this host's
         # Once the least number of nodes is there, others have 5 seconds to come; so much a lost node delays the rest.
         limits = f"last_call_timeout=5,join_timeout={args.join_timeout},read_timeout={args.timeout}"
         words += ["--rdzv-backend", "c10d", "--rdzv-endpoint", f"{host}:{port}", "--rdzv-conf", limits]
-        words += ["--rdzv-id", args.rdzv_id, "--max-restarts", str(args.max_restarts)]
+        words += ["--rdzv-id", args.rdzv_id, "--max-restarts", str(MAX_RESTARTS)]
+    if args.max_restarts is not None:  # the last one counts
+        words += ["--max-restarts", str(args.max_restarts)]
     return [*words, "train.py"]
 
 

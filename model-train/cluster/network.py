@@ -119,7 +119,7 @@ class Node:
         began, clock = time.monotonic(), RunningClock()
         with self.network():
             if not dist.is_initialized():
-                self.limit = self.timeout
+                self.limit = self.timeout  # of hear() at the end: no node is still reading its data
                 limit = timedelta(seconds=self.timeout)
                 dist.init_process_group("gloo", store=self.store, rank=self.rank, world_size=self.world, timeout=limit)
             work = dist.all_reduce(values, async_op=True)

@@ -22,6 +22,7 @@ STOP_SIGNALS = (signal.SIGHUP, signal.SIGINT, signal.SIGQUIT, signal.SIGTERM)
 # With any of these, torch's OpenMP binds the thread that imports it to one core, and so all workers that it forks.
 BINDING_VARIABLES = ("OMP_PROC_BIND", "OMP_PLACES", "GOMP_CPU_AFFINITY", "KMP_AFFINITY")
 NO_THREADS = "cannot start enough processes and threads. Raise MNIST_PIDS (without Docker: ulimit -u), then try again."
+MORE_MEMORY = "Raise MNIST_MEMORY (without Docker: the memory limit), then run it again."
 
 
 def command(stage: str, *flags: str) -> str:
@@ -138,6 +139,6 @@ def exit_on_failure(stage: str) -> Iterator[None]:
 def report_crash(kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:
     """Report an uncaught exception: a lack of memory in one line, anything else, which is a bug, as a traceback."""
     if issubclass(kind, MemoryError) or "failed to map segment" in str(error):
-        print_error(f"{Path(sys.argv[0]).stem}: out of memory ({error}). Raise the memory limit, then run it again.")
+        print_error(f"{Path(sys.argv[0]).stem}: out of memory ({error}). {MORE_MEMORY}")
     elif can_write(sys.stderr):
         sys.__excepthook__(kind, error, traceback)

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from stage import code
 from stage.files import WEIGHTS, read_limited
 from stage.process import Failure, command
 
@@ -34,14 +35,16 @@ def load_model(model: nn.Module, folder: Path) -> str:
     """Load the weights in the volume into a model, and return the sha256 of their file.
 
     The file is a state dict of the model, or of a module with the same keys. Raise Failure if it is missing, damaged,
-    of another network, not finite, or would run code when it is loaded.
+    of another network, trained with other code than this, not finite, or would run code when it is loaded.
     """
     path, hint = folder / WEIGHTS, f"Train a new one with: {command('train', '--fresh')}"
     if not os.path.lexists(path):  # perhaps of an unfinished training, which --fresh would discard
         raise Failure(f"{path} does not exist. Train or resume with: {command('train')}")
     content = read_limited(path, max_file_bytes(model), hint)
+    sha256 = hashlib.sha256(content).hexdigest()
+    code.check_same(folder, sha256)  # first: weights of another network than this copy of net.py do not fit it
     load_weights(model, unpickle(content, model, path, hint), path, hint)
-    return hashlib.sha256(content).hexdigest()
+    return sha256
 
 
 def load_weights(model: nn.Module, state_dict: Any, path: Path, hint: str) -> None:

@@ -4,7 +4,8 @@ from collections.abc import Callable
 
 import torch
 
-from training.stopping import RESUME_HINT, SAVED, Stopped, StopRequest
+from stage.process import command
+from training.stopping import SAVED, Stopped, StopRequest
 from training.workers import Workers
 
 
@@ -12,7 +13,7 @@ class Alone:
     """A machine that trains alone; cluster/nodes.py has the same for one of several."""
 
     rank, world = 0, 1  # its number, and how many there are
-    name, resume_hint = "train", f". {RESUME_HINT}"  # in messages
+    name, resume_hint = "train", f". Resume with: {command('train')}"  # in messages
 
     def next_sync(self, end_of_epoch: int) -> int:
         """Return the batch before which the nodes synchronise next."""

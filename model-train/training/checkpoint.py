@@ -18,7 +18,7 @@ from training.settings import MAX_WORKERS
 CHECKPOINT_SECONDS = 3  # between two checkpoints; saving takes 1 to 2 % of the time
 
 
-class Checkpoints:
+class CheckpointWriter:
     """Saves the checkpoints of a training; without a folder, nothing is saved."""
 
     def __init__(self, folder: Path | None, shared: SharedState, record: Record) -> None:
@@ -27,7 +27,7 @@ class Checkpoints:
 
     def is_due(self) -> bool:
         """Return whether it is time for the next checkpoint."""
-        return time.monotonic() > self.last_saved + CHECKPOINT_SECONDS
+        return self.folder is not None and time.monotonic() > self.last_saved + CHECKPOINT_SECONDS
 
     def write(self, content: bytes) -> None:
         """Publish a checkpoint, then the record: if train is killed in between, the record is older, never newer."""
@@ -73,8 +73,10 @@ def parse_checkpoint(file: bytes | bytearray, path: Path) -> Checkpoint:
         if not 0 <= record.epochs_done() - len(record.history) <= 1:
             raise ValueError("progress and history are inconsistent")
         return Checkpoint(record, parts, path)
-    except (KeyError, TypeError, ValueError):
+    except (KeyError, TypeError):
         raise Failure(f"{path} is damaged. {FRESH_HINT}") from None
+    except ValueError as error:
+        raise Failure(f"{path} cannot be used: {error}. {FRESH_HINT}") from None
 
 
 def restore(shared: SharedState, checkpoint: Checkpoint) -> None:

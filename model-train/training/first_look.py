@@ -10,7 +10,7 @@ from training.details.lock import Busy, volume_lock
 from training.details.needs import check_limits
 
 
-def end_if_nothing_to_do() -> None:
+def end_unless_there_is_work() -> None:
     """End the process if there is nothing to do, after a look at the data, or if what is requested must be refused."""
     args, requested = settings.parse_args()
     if settings.is_node():
@@ -27,7 +27,7 @@ def end_if_nothing_to_do() -> None:
                     check_limits(todo.settings)
                     return
             except Busy as busy:
-                todo = plan.beside_another(busy, bool(requested or args.fresh), args.model)
+                todo = plan.beside_another(busy, requested, args.fresh, args.model)
         try:
             data = read_data(args.data)  # the next stages need the data but cannot write to its folder
         except Failure as failure:

@@ -91,7 +91,7 @@ def decide_on(record: Record, requested: dict[str, Any], folder: Path) -> Plan:
 
 def fresh_hint_for(wanted: Settings) -> str:
     """Return the advice to start over with these settings: without flags, it would be with the defaults."""
-    return files.fresh_hint(*wanted.flags())
+    return files.fresh_hint(*wanted.changed_flags())
 
 
 def check_same_training(record: Record, requested: dict[str, Any], folder: Path, may_change: tuple[str, ...]) -> None:
@@ -131,12 +131,12 @@ def check_epochs(record: Record, epochs: int, folder: Path) -> None:
         raise Failure(f"{has}, so --epochs {epochs} is too few: {hint}", status=2)
 
 
-def beside_another(busy: Busy, is_asked: bool, folder: Path) -> Plan:
-    """Return the plan while another training has the lock: do nothing, if nothing is asked and there is a model.
+def beside_another(busy: Busy, requested: dict[str, Any], fresh: bool, folder: Path) -> Plan:
+    """Return the plan while another training has the lock: do nothing, if nothing is requested and there is a model.
 
     Otherwise raise the Failure. The other stages check the model themselves, so here it need only be a zip to its end.
     """
     model = folder / WEIGHTS
-    if is_asked or not (model.is_file() and zipfile.is_zipfile(model)):
+    if requested or fresh or not (model.is_file() and zipfile.is_zipfile(model)):
         raise busy
     return Plan("nothing", f"{model} stays in use until {busy.holder} has finished", Settings())

@@ -3,7 +3,7 @@
 import platform
 import uuid
 from datetime import UTC, datetime
-from importlib.metadata import version
+from importlib import metadata
 from pathlib import Path
 from typing import Annotated
 
@@ -48,7 +48,7 @@ class WorkerRecord(msgspec.Struct):
 
 
 class LostWorker(msgspec.Struct):
-    """A killed worker: the signal, and the first of the batches that it had, if any (other workers redid them)."""
+    """A killed worker: the signal, and the first of the batches that it had, if any (they are redone)."""
 
     rank: Count
     signal: Count
@@ -57,7 +57,7 @@ class LostWorker(msgspec.Struct):
 
 def package_versions() -> dict[str, str]:
     """Return the versions of Python and of the packages that training depends on."""
-    return {"python": platform.python_version()} | {name: version(name) for name in ("torch", "torchvision")}
+    return {"python": platform.python_version()} | {name: metadata.version(name) for name in ("torch", "torchvision")}
 
 
 class Record(msgspec.Struct):

@@ -44,14 +44,14 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         int, Meta(ge=1, le=10_000, description="batches of a node between averagings; only with several nodes")
     ] = 20
 
-    def flags(self) -> list[str]:
+    def changed_flags(self) -> list[str]:
         """Return the settings that are not defaults, each as a command-line flag with its value."""
         values = msgspec.structs.asdict(self)
         return [f"{flag(name)} {value}" for name, value in values.items() if value != SETTINGS[name].default]
 
     def as_flags(self) -> str:
         """Return the settings that are not defaults, as command-line flags, for messages."""
-        return " ".join(self.flags()) or "default settings"
+        return " ".join(self.changed_flags()) or "default settings"
 
 
 SETTINGS = {item.name: item for item in msgspec.structs.fields(Settings)}

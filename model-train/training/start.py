@@ -40,7 +40,7 @@ def start_or_resume(
     checks.check_training(record, shared)
     if old:
         restore(shared, old)
-        say_what_changes(old.record, record)
+        say_what_becomes_of_velocities(old.record, record)
     record.precision = str(PRECISION if shared.uses_layers else torch.float32).removeprefix("torch.")
     if not (shared.uses_layers or plan.settings.dropout):
         slower = "autograd computes the gradients: a batch takes two to three times as long"
@@ -71,7 +71,7 @@ def resumed(old: Record, new: Record) -> Record:
     return replace(new, start=start, **{name: getattr(old, name) for name in kept})
 
 
-def say_what_changes(old: Record, record: Record) -> None:
+def say_what_becomes_of_velocities(old: Record, record: Record) -> None:
     """Tell the user what becomes of the velocities if there are other nodes or workers than before."""
     before, now = (f"{each.nodes} x {len(each.workers)}" for each in (old, record))
     if before != now:

@@ -3,14 +3,11 @@
 import time
 from types import FrameType
 
-from stage.process import command
-
 # For the batches that the workers have when the training is asked to stop. With saving and ending, that is 3 s at most,
 # and Compose kills after 5 (stop_grace_period).
 BATCH_SECONDS = 1.5
 SAVED = "progress saved"
 LOST = "a batch took too long, so progress since the last checkpoint is lost"
-RESUME_HINT = f"Resume with: {command('train')}"
 
 
 class RunningClock:

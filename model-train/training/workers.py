@@ -20,11 +20,11 @@ from pathlib import Path
 import torch
 
 from hogwild import SharedState, Trainer
-from stage.files import FRESH_HINT
 from stage.output import say
-from stage.process import STOP_SIGNALS, Failure, signal_name
+from stage.process import MORE_MEMORY, STOP_SIGNALS, Failure, signal_name
+from training.plan import fresh_hint_for
 from training.record import LostWorker, Record, WorkerRecord
-from training.stopping import LOST, RESUME_HINT, RunningClock, Stopped, StopRequest
+from training.stopping import LOST, RunningClock, Stopped, StopRequest
 
 LOOK_SECONDS = 0.004  # between two looks at the answers
 DRAIN_SECONDS = 0.0005  # the same, once all batches are sent
@@ -32,7 +32,7 @@ DRAIN_SECONDS = 0.0005  # the same, once all batches are sent
 AHEAD_BATCHES, AHEAD_IMAGES = 6, 600
 # After so long without an answer CPU times are noted; after as long again, busy workers with the same time are killed.
 HANG_SECONDS = 30
-MAX_MESSAGE_BYTES = 1_000
+MAX_MESSAGE_BYTES = 10_000  # an error's 500 characters are up to 12 bytes each in JSON
 PR_SET_PDEATHSIG = 1  # from linux/prctl.h
 
 
@@ -92,13 +92,13 @@ class Worker:
 class Workers:
     """The workers of a training. A context manager: it forks them on entry and ends them on exit.
 
-    On node `rank` of `world`, they train on the batches whose number is rank modulo world: poll() hands them out.
+    On node `node` of `nodes`, they train on the batches whose number is node modulo nodes: poll() hands them out.
     """
 
-    def __init__(self, shared: SharedState, record: Record, stop: StopRequest, rank: int, world: int) -> None:
+    def __init__(self, shared: SharedState, record: Record, stop: StopRequest, node: int, nodes: int) -> None:
         self.shared, self.record, self.stop = shared, record, stop
-        # The first batch that is not done, and whose number is rank modulo world.
-        self.next, self.world = record.batches + (rank - record.batches) % world, world
+        # The node's first batch that has not been sent: now, the first of its batches that is not done.
+        self.next_to_send, self.nodes = record.batches + (node - record.batches) % nodes, nodes
         self.returned: list[int] = []  # batches of killed workers
         self.ahead = max(2, min(AHEAD_BATCHES, AHEAD_IMAGES // record.settings.batch_size))
         self.living: list[Worker] = []
@@ -133,21 +133,21 @@ class Workers:
         Failure if a worker has failed or all were killed, Stopped if a request to stop has waited too long for them.
         """
         self.hand_out(limit)
-        time.sleep(DRAIN_SECONDS if self.next >= limit else LOOK_SECONDS)
+        time.sleep(DRAIN_SECONDS if self.next_to_send >= limit else LOOK_SECONDS)
         self.watch()
-        return bool(self.next < limit or self.returned or any(worker.sent for worker in self.living))
+        return bool(self.next_to_send < limit or self.returned or any(worker.sent for worker in self.living))
 
     def hand_out(self, limit: int) -> None:
         """Send batches, those of killed workers first, to the worker that has the fewest, until all have enough."""
-        while self.returned or self.next < limit:
+        while self.returned or self.next_to_send < limit:
             worker = min(self.living, key=lambda worker: len(worker.sent))
-            number = min(self.returned, default=self.next)
+            number = min(self.returned, default=self.next_to_send)
             if len(worker.sent) >= self.ahead or not worker.send(number):
                 return
             if self.returned:
                 self.returned.remove(number)
             else:
-                self.next += self.world
+                self.next_to_send += self.nodes
 
     def watch(self) -> None:
         """Count answers; notice workers that were killed; kill those that hang. Raise what poll() raises."""
@@ -156,8 +156,7 @@ class Workers:
             if worker.take_answers():
                 self.handle_end(worker)
         if not self.living:
-            hint = "The last checkpoint is intact. If memory ran out, raise MNIST_MEMORY"
-            raise Failure(f"all workers were killed. {hint}. {RESUME_HINT}")
+            raise Failure(f"all workers were killed, perhaps because memory ran out. {MORE_MEMORY}")
         if self.stop.is_overdue():
             raise Stopped(self.stop.number, LOST)
         if self.record.totals() != before:
@@ -171,9 +170,10 @@ class Workers:
         worker.end(time.monotonic() + 1)
         exit_code = worker.process.exitcode or 0
         if exit_code >= 0:
-            flags = self.record.settings.as_flags()
-            hint = "If the loss is not finite, try a smaller --lr"
-            raise Failure(f"worker {worker.rank} failed: {worker.error}. {hint}. Settings: {flags}. {FRESH_HINT}")
+            hint = "Fix the cause, then run it again."
+            if worker.error.startswith("ArithmeticError"):  # hogwild.py: the loss is not finite
+                hint = f"Try a smaller --lr. {fresh_hint_for(self.record.settings)}"
+            raise Failure(f"worker {worker.rank} failed: {worker.error}. {hint}")
         say(f"train: {killed_message(worker.rank, -exit_code, worker.sent)}")
         self.record.lost_workers.append(LostWorker(worker.rank, -exit_code, worker.sent[0] if worker.sent else None))
         self.living.remove(worker)
@@ -192,7 +192,7 @@ def killed_message(rank: int, number: int, batches: list[int]) -> str:
     text = f"worker {rank} was killed by {signal_name(number)}"
     if not batches:
         return f"{text} while idle"
-    return f"{text}; other workers redo its batch{'es' * (len(batches) > 1)} {', '.join(map(str, batches))}"
+    return f"{text}; its batch{'es' * (len(batches) > 1)} {', '.join(map(str, batches))} will be redone"
 
 
 def cpu_time(pid: int | None) -> str:
