@@ -202,6 +202,22 @@ def test_any_size_is_prepared_or_refused(prepare, size, mode):
     assert outcome(prepare, encode(image)) in ((28, 28), "blank: there is nothing to read on it")
 
 
+@pytest.mark.parametrize("name", ["PNG", "JPEG"])
+def test_the_box_of_a_digit_in_the_corner_of_a_picture_of_any_size_is_inside_of_it(predictor, digits, name):
+    rng = np.random.default_rng(6)
+    for _ in range(10):
+        large = Image.new("L", tuple(rng.integers(501, 2500, 2).tolist()), 255)
+        side = min(large.size) // 2
+        ink = paint(digits[0][0][7:27, 5:22], side)  # a 7, without the background around
+        large.paste(ink, (large.width - side, large.height - side))
+        read, _ = reading.read(opening.open_picture(encode(large, name)), predictor)
+        top, left, bottom, right = read["digits"][-1]["box"]
+        assert 0 <= top < bottom <= large.height
+        assert 0 <= left < right <= large.width
+        assert bottom > large.height - 20
+        assert right > large.width - 20
+
+
 @pytest.mark.parametrize("name", FORMATS)
 def test_a_file_of_any_format_is_read_and_a_truncated_one_refused_in_one_line_or_partly_read(prepare, three, name):
     file = encode(three.convert("RGB"), name)
