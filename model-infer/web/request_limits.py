@@ -5,6 +5,7 @@ Where possible, a request is refused before its body is read.
 
 import asyncio
 import ipaddress
+import sys
 import time
 from collections.abc import Iterable
 
@@ -69,6 +70,7 @@ class RequestLimits:
             await refusal(busy("the service is stopping. Try again."))(scope, receive, send_with_headers)
         except Exception:  # a bug: Starlette responds with status 500
             status = 500
+            sys.excepthook(*sys.exc_info())  # uvicorn would log it, but its log is off
             raise
         finally:
             self.requests -= 1

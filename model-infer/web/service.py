@@ -4,6 +4,7 @@ import asyncio
 import html
 import json
 import os
+import sys
 import time
 from collections.abc import AsyncIterator, Iterable
 from contextlib import asynccontextmanager
@@ -163,6 +164,7 @@ async def watch(model: ServedModel) -> None:
             await model.refresh()
             await asyncio.sleep(POLL_SECONDS)
     except Exception as error:
+        sys.excepthook(*sys.exc_info())
         model.watched = False
         model.report(f"looking for a new model failed ({error!r}). Restart the service.", failed=True)
 
