@@ -812,6 +812,8 @@ def test_the_page_is_told_of_the_data_set(letters, service):
     for running in (letters, service):
         (text,) = re.findall(r'<body data-task="([^"]*)">', running("GET", "/", Accept="text/html")[2].decode())
         tasks.append(json.loads(unescape(text)))
+    for task in tasks:
+        assert task.pop("commands") == {stage: process.command(stage) for stage in stages.STAGES}
     assert tasks[0] == {"name": "Letters", "classes": [*LETTERS], "size": [28, 28], "preparation": "resize"}
     assert tasks[1] == {"name": "MNIST", "classes": [*"0123456789"], "size": [28, 28], "preparation": "digit"}
 

@@ -20,6 +20,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from stage.dataset import DATA_SET
+from stage.process import command
 from web import api, results
 from web.metrics import Metrics, memory_of
 from web.pool import FAILED, LARGE, Pool, Reply
@@ -37,6 +38,7 @@ TASK = {
     "classes": DATA_SET.classes,
     "size": DATA_SET.shape[:0:-1],  # width and height
     "preparation": DATA_SET.preparation,
+    "commands": {stage: command(stage) for stage in ("train", "evaluate", "infer")},
 }
 
 
