@@ -5,6 +5,7 @@ import io
 import json
 import os
 import shutil
+import struct
 from functools import partial
 from itertools import pairwise
 
@@ -138,12 +139,16 @@ def test_names_may_be_typed_as_on_windows_and_wildcards_match_any_case(tmp_path)
         assert own.find_pictures([name], tmp_path, tmp_path / "own") == [tmp_path / match for match in expected]
 
 
-def test_a_picture_in_lab_colours_is_predicted_and_drawn(volume, folder, infer):
+def test_pictures_in_lab_colours_and_with_premultiplied_opacity_are_predicted_and_drawn(volume, folder, infer):
     grey = Image.open(folder / "photo.png")
     Image.merge("LAB", [grey, *[Image.new("L", grey.size, 128)] * 2]).save(folder / "lab.tif")
-    stages.assert_succeeds(infer("photo.png", "lab.tif"))
-    one, other = published(volume)[1]
-    assert one["probabilities"] == other["probabilities"]
+    kind = struct.pack("<HHI", 338, 3, 1)  # the tag ExtraSamples of a TIFF: 1 is for premultiplied, 2 for not
+    file = encode(grey.convert("LA"), "TIFF").replace(kind + b"\2", kind + b"\1")
+    assert Image.open(io.BytesIO(file)).mode == "La"
+    (folder / "premultiplied.tif").write_bytes(file)
+    stages.assert_succeeds(infer("photo.png", "lab.tif", "premultiplied.tif"))
+    one, *others = published(volume)[1]
+    assert [other["probabilities"] for other in others] == [one["probabilities"]] * 2
 
 
 def test_pictures_in_the_folder_that_the_results_replace_are_refused_and_kept(volume, folder):
@@ -197,11 +202,11 @@ def test_coloured_images_as_files_are_their_own_pixels_and_larger_ones_are_reduc
 
 @pytest.mark.parametrize("channels", [1, 3])
 @pytest.mark.parametrize(
-    "mode", ["1", "L", "P", "LA", "PA", "RGB", "RGBA", "RGBa", "CMYK", "YCbCr", "I;16", "I", "F", "HSV"]
+    "mode", ["1", "L", "P", "LA", "La", "PA", "RGB", "RGBA", "RGBa", "CMYK", "YCbCr", "I;16", "I;16B", "I", "F", "HSV"]
 )
 def test_a_picture_of_any_mode_is_resized(other, mode, channels):
     other(shape=(channels, 32, 16))
-    prepared = preparation.resize(Image.new(mode, (50, 40)))
+    prepared = preparation.resize(opening.in_8_bits(Image.new(mode, (50, 40))))
     assert prepared.shape == ((32, 16) if channels == 1 else (32, 16, 3))
     assert prepared.dtype == torch.uint8
 

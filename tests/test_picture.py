@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageDraw
-from PIL.PngImagePlugin import PngInfo
+from PIL.PngImagePlugin import PngInfo, putchunk
 
 import example
 import rendering
@@ -28,10 +28,12 @@ LARGEST = [
     ("JPEG", "CMYK", {"progressive": True}),
     ("PNG", "L", {}),
     ("PNG", "I;16", {}),
+    ("PNG", "L", {"transparency": 1}),
     ("PNG", "RGB", {"transparency": (1, 2, 3)}),
     ("GIF", "P", {"transparency": 1}),
     ("TIFF", "CMYK", {"compression": "tiff_deflate", "strip_size": 10**9}),
     ("TIFF", "RGBA", {"compression": "tiff_deflate", "strip_size": 10**9}),
+    ("TIFF", "I;16B", {}),
     ("TIFF", "F", {}),
     ("TIFF", "I", {}),
 ]
@@ -51,7 +53,7 @@ for path in [None, *sys.argv[1:]]:
     print(os.wait4(-1, 0)[2].ru_maxrss)
 """
 FORMATS = ["PNG", "JPEG", "GIF", "BMP", "TIFF", "WEBP", "PPM", "ICO", "TGA", "JPEG2000"]
-MODES = ["1", "L", "P", "LA", "PA", "RGB", "RGBA", "CMYK", "YCbCr", "I;16", "I", "F", "HSV"]
+MODES = ["1", "L", "P", "LA", "La", "PA", "RGB", "RGBA", "RGBa", "CMYK", "YCbCr", "I;16", "I;16B", "I", "F", "HSV"]
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +65,7 @@ def digits(data):
 @pytest.fixture(scope="module")
 def prepare(predictor):
     """A function that returns what the network sees of a picture."""
-    return lambda image: reading.read(image, predictor)[1]
+    return lambda image: reading.read(opening.in_8_bits(image), predictor)[1]
 
 
 @pytest.fixture
@@ -200,6 +202,22 @@ def test_any_size_is_prepared_or_refused(prepare, size, mode):
     assert outcome(prepare, encode(image)) in ((28, 28), "blank: there is nothing to read on it")
 
 
+@pytest.mark.parametrize("name", ["PNG", "JPEG"])
+def test_the_box_of_a_digit_in_the_corner_of_a_picture_of_any_size_is_inside_of_it(predictor, digits, name):
+    rng = np.random.default_rng(6)
+    for _ in range(10):
+        large = Image.new("L", tuple(rng.integers(501, 2500, 2).tolist()), 255)
+        side = min(large.size) // 2
+        ink = paint(digits[0][0][7:27, 5:22], side)  # a 7, without the background around
+        large.paste(ink, (large.width - side, large.height - side))
+        read, _ = reading.read(opening.open_picture(encode(large, name)), predictor)
+        top, left, bottom, right = read["digits"][-1]["box"]
+        assert 0 <= top < bottom <= large.height
+        assert 0 <= left < right <= large.width
+        assert bottom > large.height - 20
+        assert right > large.width - 20
+
+
 @pytest.mark.parametrize("name", FORMATS)
 def test_a_file_of_any_format_is_read_and_a_truncated_one_refused_in_one_line_or_partly_read(prepare, three, name):
     file = encode(three.convert("RGB"), name)
@@ -212,8 +230,9 @@ def test_a_file_of_any_format_is_read_and_a_truncated_one_refused_in_one_line_or
 
 @pytest.mark.parametrize("mode", MODES)
 def test_modes(prepare, three, mode):
-    if mode == "I;16":
-        image = Image.fromarray(np.asarray(three).astype(np.uint16) * 257)
+    if mode.startswith("I;16"):
+        image = Image.fromarray((np.asarray(three).astype(np.uint16) * 257).astype(">u2" if mode == "I;16B" else "<u2"))
+        assert image.mode == mode
     else:
         image = (three if mode in ("I", "F") else three.convert("P" if mode == "PA" else "RGB")).convert(mode)
     limit = 12 if mode == "1" else 2  # mode "1" has no grey levels
@@ -237,11 +256,18 @@ def test_the_texts_of_a_png_are_no_values_of_ours(prepare, three):
         assert prepare(opening.open_picture(encode(image, pnginfo=texts))).equal(prepare(image))
 
 
+def test_a_transparent_colour_after_the_pixels_of_a_png_for_which_no_memory_was_reckoned_is_ignored(three):
+    file, chunk = encode(three), io.BytesIO()
+    putchunk(chunk, b"tRNS", b"\0\0")
+    assert opening.open_picture(file[:33] + chunk.getvalue() + file[33:]).mode == "RGBA"
+    assert opening.open_picture(file[:-12] + chunk.getvalue() + file[-12:]).mode == "L"
+
+
 def test_the_largest_pictures_that_are_accepted_take_no_more_memory_than_planned(tmp_path):
     sizes = []
     for number, (name, mode, options) in enumerate(LARGEST):
-        each = opening.FORMAT_BYTES.get(name, opening.MODE_BYTES.get(mode, opening.OTHER_BYTES))
-        each += 2 * len(mode) if name == "JPEG" else 0  # as in needed_memory()
+        with Image.open(io.BytesIO(encode(Image.new(mode, (10, 10)), name, **options))) as small:
+            each = opening.needed_memory(small, 100) // 100
         width = 50_000 if name == "JPEG" else 5_000  # so long that draft() does not reduce it
         image = Image.new(mode, (width, min(opening.MEMORY // each, opening.MAX_PIXELS) // width))
         sizes.append((tmp_path / f"{number:02}").write_bytes(encode(image, name, **options)))

@@ -572,7 +572,9 @@ def test_the_end_of_the_task_that_looks_for_new_models_fails_the_health_check(tr
             assert b'"status":"SETUP_FAILED"' in (await endpoints.health_check(None)).body
 
     asyncio.run(check())
-    assert len(capsys.readouterr().err.splitlines()) == 1
+    report = capsys.readouterr().err
+    assert report.startswith("Traceback")
+    assert report.splitlines()[-1].startswith("serve: looking for a new model failed (KeyError(")
 
 
 def workers_of(service):
@@ -842,6 +844,8 @@ def test_the_page_is_told_of_the_data_set(letters, service):
     for running in (letters, service):
         (text,) = re.findall(r'<body data-task="([^"]*)">', running("GET", "/", Accept="text/html")[2].decode())
         tasks.append(json.loads(unescape(text)))
+    for task in tasks:
+        assert task.pop("commands") == {stage: process.command(stage) for stage in stages.STAGES}
     assert tasks[0] == {"name": "Letters", "classes": [*LETTERS], "size": [28, 28], "preparation": "resize"}
     assert tasks[1] == {"name": "MNIST", "classes": [*"0123456789"], "size": [28, 28], "preparation": "digit"}
 
@@ -882,3 +886,13 @@ def test_a_model_that_cannot_predict_a_picture_is_the_services_fault(ask):
 def test_a_bug_is_not_taken_for_a_body_that_is_not_json(ask):
     with pytest.raises(ValueError, match="a bug"):
         ask(ValueError("a bug"))
+
+
+def test_a_bug_in_the_service_is_reported(capsys):
+    app = AsyncMock(side_effect=ValueError("a bug"))
+    scope = {"type": "http", "method": "GET", "path": "/health-check", "headers": []}
+    with pytest.raises(ValueError, match="a bug"):
+        asyncio.run(RequestLimits(app, [], Metrics())(scope, None, None))
+    report = capsys.readouterr().err
+    assert report.startswith("Traceback")
+    assert report.endswith("ValueError: a bug\n")

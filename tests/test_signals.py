@@ -3,6 +3,7 @@
 import re
 import shutil
 import signal
+import sys
 from pathlib import Path
 
 import pytest
@@ -36,16 +37,24 @@ os.fsync = fsync
 
 
 @pytest.fixture
-def importing(start, tmp_path):
-    """A function that starts a stage, after a command's words if given, and waits until it is importing torch."""
+def site(tmp_path):
+    """A folder with a torch that is imported slowly."""
     (tmp_path / "site").mkdir()
     (tmp_path / "site" / "torch.py").write_text(SWALLOWS)
+    return tmp_path / "site"
 
-    def begin(stage, *before):
-        words = [*before, *stages.command(stage, model=start(stage))]
-        return stages.running(words, PYTHONPATH=tmp_path / "site")
 
-    return begin
+@pytest.fixture
+def importing(start, site):
+    """A function that starts a stage, after a command's words if given, with the torch above."""
+    return lambda stage, *before: stages.running([*before, *stages.command(stage, model=start(stage))], PYTHONPATH=site)
+
+
+def ignored(process):
+    """The signals that a process ignores, once it is importing torch."""
+    assert process.stdout.readline() == "importing torch\n", process.stderr.read()
+    (mask,) = re.findall(r"SigIgn:\s*(\w+)", Path(f"/proc/{process.pid}/status").read_text())
+    return {number for number in STOPS if int(mask, 16) >> (number - 1) & 1}
 
 
 @pytest.mark.parametrize("number", STOPS, ids=lambda number: number.name)
@@ -62,9 +71,13 @@ def test_a_signal_stops_a_stage_even_while_an_import_swallows_exceptions(importi
 @pytest.mark.parametrize("stage", stages.STAGES)
 def test_a_signal_that_was_ignored_when_a_stage_started_stays_ignored(importing, stage):
     with importing(stage, "nohup") as process:
-        assert process.stdout.readline() == "importing torch\n", process.stderr.read()
-        (ignored,) = re.findall(r"SigIgn:\s*(\w+)", Path(f"/proc/{process.pid}/status").read_text())
-        assert int(ignored, 16) >> (signal.SIGHUP - 1) & 1
+        assert ignored(process) == {signal.SIGHUP}
+
+
+def test_the_signals_of_a_terminal_are_ignored_by_a_worker_of_serve_already_while_it_imports(site):
+    path = f"{site}:{stages.TREE / 'model-infer'}"
+    with stages.running([sys.executable, "-m", "web.worker", "model", "data"], PYTHONPATH=path) as process:
+        assert ignored(process) == {*STOPS}
 
 
 @pytest.mark.parametrize("stage", ["evaluate", "infer"])

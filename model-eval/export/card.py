@@ -35,7 +35,7 @@ def model_card(
         "loss": f"{results['Test loss']:.4f}",
         "test_images": f"{sum(line['count'] for line in results['classes']):,}",
         "difference": f"{difference:.1g}",
-        "classes": as_rows(names, classes),
+        "rows": as_rows(names, classes),
         "columns": as_rows([""], [names]) + "\n|" + " --- |" * (1 + len(names)),
         "matrix": as_rows(names, results["confusion_matrix"]),
         "training": f"```json\n{json.dumps(recorded, indent=1)}\n```"

@@ -127,7 +127,7 @@ class Decoder:
         self.factor = 1
 
     def decode(self, max_pixels: int, side: int) -> Image.Image:
-        """Return the main picture, upright, its longer side reduced to less than four times `side`."""
+        """Return the main picture, upright, reduced to less than four times `side` if its tiles can be halved."""
         number, items = self.items.primary, self.items
         size = self.size(number)
         if size[0] * size[1] > max_pixels:

@@ -17,7 +17,7 @@ LINE_BY_LINE = ("BMP", "DIB", "GIF", "ICO", "PCX", "PNG", "PPM", "SGI", "TGA", "
 # Bytes a pixel, at most, to decode and prepare a picture: by its format, or by its mode if it is decoded line by line.
 # Measured as in tests/test_picture.py; AVIF may have more bits than Pillow writes, which takes more.
 FORMAT_BYTES = {"JPEG2000": 25, "WEBP": 18, "AVIF": 20, "JPEG": 5, "MPO": 5}
-MODE_BYTES = {"1": 4, "L": 4, "P": 8, "CMYK": 12, "I;16": 14, "I": 30, "F": 30}
+MODE_BYTES = {"1": 4, "L": 4, "CMYK": 12, "I;16": 14, "I;16B": 14, "I": 30, "F": 30}
 OTHER_BYTES = 10
 MAX_PIXELS = 60_000_000  # telephones make 50.1 million
 MEMORY = 400_000_000  # bytes for a picture, beside its file; and for the process that decodes a HEIC
@@ -53,23 +53,10 @@ def open_picture(content: bytes | bytearray, memory: int = MEMORY) -> Image.Imag
         Image.init()
         formats = [name for name in Image.OPEN if name in LINE_BY_LINE or name in FORMAT_BYTES]
         with Image.open(io.BytesIO(content), formats=formats) as image:
-            pixels, longer = image.width * image.height, max(image.size)
-            # Of a JPEG only as many pixels are decoded as will be looked at.
-            image.draft(None, (WORKING_SIDE * image.width // longer or 1, WORKING_SIDE * image.height // longer or 1))
-            needed = needed_memory(image, pixels)
-            if needed > memory:
-                limits = f"takes {needed // 10**6:,} MB to decode, of at most {memory // 10**6:,} MB"
-                raise TooLarge(f"too many pixels: this {image.format} ({image.mode}) {limits}")
-            if image.format in ("JPEG", "MPO"):
-                whole = load_jpeg(image, content)
-            else:
-                image.load()
-                whole = image.getchannel("L") if image.mode == "LAB" else image  # Pillow cannot convert Lab colours
-            # The texts of a PNG are in `info` too, under any name. Text is no colour, and takes no other value's place.
-            if isinstance(whole.info.get("transparency"), str):
-                del whole.info["transparency"]
+            longer = max(image.size)
+            whole = in_8_bits(upright(decode(image, content, memory)))
             whole.info["longer_side"] = factor * longer  # before draft()
-            return upright(whole)
+            return whole
     except Failure:
         raise
     except UnidentifiedImageError:
@@ -101,6 +88,25 @@ def decode_heic(content: bytes | bytearray) -> tuple[bytes, int]:
     return result.stdout, int(result.stderr)
 
 
+def decode(image: ImageFile.ImageFile, content: bytes | bytearray, memory: int) -> Image.Image:
+    """Decode a picture, given also as its file. Raise TooLarge if that takes more than some bytes of memory."""
+    pixels, longer = image.width * image.height, max(image.size)
+    # Of a JPEG only as many pixels are decoded as will be looked at.
+    image.draft(None, (WORKING_SIDE * image.width // longer or 1, WORKING_SIDE * image.height // longer or 1))
+    needed, transparent = needed_memory(image, pixels), image.info.get("transparency")
+    if needed > memory:
+        limits = f"takes {needed // 10**6:,} MB to decode, of at most {memory // 10**6:,} MB"
+        raise TooLarge(f"too many pixels: this {image.format} ({image.mode}) {limits}")
+    if image.format in ("JPEG", "MPO"):
+        return load_jpeg(image, content)
+    image.load()
+    # The texts of a PNG are in `info` too, under any name. Text is no colour, and takes no other value's place.
+    # A colour that comes after the pixels is not valid, and takes more memory than was reckoned with.
+    if transparent is None or isinstance(image.info.get("transparency"), str):
+        image.info.pop("transparency", None)
+    return image.getchannel("L") if image.mode == "LAB" else image  # Pillow cannot convert Lab colours
+
+
 def load_jpeg(image: ImageFile.ImageFile, content: bytes | bytearray) -> Image.Image:
     """Decode a JPEG, also one whose end is missing. Raise Failure if that is more than half."""
     rows = image.height
@@ -122,7 +128,8 @@ def load_jpeg(image: ImageFile.ImageFile, content: bytes | bytearray) -> Image.I
 
 def needed_memory(image: Image.Image, pixels: int) -> int:
     """Return the bytes that it takes to decode and prepare a picture; `pixels` is their number before draft()."""
-    each = FORMAT_BYTES.get(image.format or "", MODE_BYTES.get(image.mode, OTHER_BYTES))
+    as_rgba = OTHER_BYTES if "transparency" in image.info else 0  # as in in_8_bits()
+    each = FORMAT_BYTES.get(image.format or "", max(as_rgba, MODE_BYTES.get(image.mode, OTHER_BYTES)))
     # Of a progressive JPEG, libjpeg keeps 2 bytes for each pixel and band, of the whole picture. Any may be one.
     coefficients = 2 * len(image.getbands()) * pixels if image.format in ("JPEG", "MPO") else 0
     return each * image.width * image.height + coefficients
@@ -133,3 +140,31 @@ def upright(image: Image.Image) -> Image.Image:
     with suppress(Exception):
         ImageOps.exif_transpose(image, in_place=True)  # otherwise it copies even what is upright
     return image
+
+
+def in_8_bits(image: Image.Image) -> Image.Image:
+    """Return a picture in a mode of 8 bits a channel that Pillow converts to any other, transparency in a channel."""
+    if image.mode.startswith(("I", "F")):
+        return stretch(image)
+    if image.mode == "La":
+        return image.convert("LA")
+    return image.convert("RGBA") if image.mode in ("P", "PA", "RGBa") or "transparency" in image.info else image
+
+
+def stretch(image: Image.Image) -> Image.Image:
+    """Scale a picture of 16 or 32 bits a pixel to 8 bits, from its darkest to its lightest level.
+
+    Only levels that two neighbours reach count, where there are any: a sensor may have single pixels that are stuck.
+    """
+    values = np.asarray(image)
+    if values.dtype.kind == "f":
+        values = np.nan_to_num(values, posinf=0, neginf=0)
+    pairs = [pair for pair in ((values[1:], values[:-1]), (values[:, 1:], values[:, :-1])) if pair[0].size]
+    low = min((float(np.maximum(*pair).min()) for pair in pairs), default=0)
+    high = max((float(np.minimum(*pair).max()) for pair in pairs), default=0)
+    if low >= high:
+        low, high = float(values.min()), float(values.max())
+    scaled = values.astype(np.float32)  # in place from here on: a picture may be large
+    scaled -= low
+    scaled *= 255 / max(high - low, 1e-9)
+    return Image.fromarray(scaled.clip(0, 255, out=scaled).astype(np.uint8))

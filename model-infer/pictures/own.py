@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from pictures import opening, outcome, prediction, preparation, reading
+from pictures import opening, outcome, prediction, reading
 from stage import files, folders, limits, locks
 from stage.dataset import DATA_SET
 from stage.figures import BLUE, GREY, VERMILION, as_png, new_figure
@@ -190,9 +190,8 @@ def thumbnail(image: Image.Image) -> Image.Image:
 
     The picture itself may be reduced too: there may not be enough memory for a copy.
     """
-    small = preparation.stretch(image) if image.mode.startswith(("I", "F")) else image
-    small.thumbnail((480, 480), reducing_gap=2)
-    small = small.convert("RGBA")
+    image.thumbnail((480, 480), reducing_gap=2)
+    small = image.convert("RGBA")
     return Image.alpha_composite(Image.new("RGBA", small.size, "#dddddd"), small).convert("RGB")
 
 

@@ -56,7 +56,8 @@ def find_parts(cells: Levels, pieces: Pieces, boxes: list[Box]) -> list[Part]:
 def inner_pieces(pieces: Pieces, box: dict[int, Box]) -> tuple[list[int], list[int]]:
     """Return the pieces that are away from the picture's edge and no frames, and others that may be digits too.
 
-    The latter are beside the former, and about as high. If there are none of the former, all but frames are, or all.
+    The latter are beside the former, and about as high; they may be frames, too. If there are none of the former, all
+    but frames are, or all.
     """
     height, width = pieces.shape
     frames = [n for n, (top, left, bottom, right) in box.items()

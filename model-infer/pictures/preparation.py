@@ -26,39 +26,16 @@ THIN, NORMAL = 0.04, 0.09  # of a digit's longer side: thinner strokes than the 
 
 def resize(image: Image.Image) -> torch.Tensor:
     """Return a picture in the data set's colours and size, uint8 [H, W] or [H, W, 3]; its own pixels if it has them."""
-    return torch.from_numpy(np.array(images.fit(stretch(image) if image.mode.startswith(("I", "F")) else image)))
+    return torch.from_numpy(np.array(images.fit(image)))
 
 
 def to_grey(image: Image.Image) -> Levels:
     """Return the grey levels of a picture, 0 to 255, float32 [height, width], at most 1.5 times WORKING_SIDE long."""
-    if image.mode.startswith(("I", "F")):
-        image = stretch(image)
-    if image.mode in ("P", "PA", "La", "RGBa") or "transparency" in image.info:
-        image = image.convert("RGBA")
     factor = max(1, round(max(image.size) / WORKING_SIDE))
     grey = shrink(image.convert("L"), factor)
     if image.mode not in ("RGBA", "LA") or image.getchannel("A").getextrema() == (255, 255):
         return grey
     return fill_transparent(grey, shrink(image.getchannel("A"), factor) / np.float32(255))
-
-
-def stretch(image: Image.Image) -> Image.Image:
-    """Scale a picture of 16 or 32 bits a pixel to 8 bits, from its darkest to its lightest level.
-
-    Only levels that two neighbours reach count, where there are any: a sensor may have single pixels that are stuck.
-    """
-    values = np.asarray(image)
-    if values.dtype.kind == "f":
-        values = np.nan_to_num(values, posinf=0, neginf=0)
-    pairs = [pair for pair in ((values[1:], values[:-1]), (values[:, 1:], values[:, :-1])) if pair[0].size]
-    low = min((float(np.maximum(*pair).min()) for pair in pairs), default=0)
-    high = max((float(np.minimum(*pair).max()) for pair in pairs), default=0)
-    if low >= high:
-        low, high = float(values.min()), float(values.max())
-    scaled = values.astype(np.float32)  # in place from here on: a picture may be large
-    scaled -= low
-    scaled *= 255 / max(high - low, 1e-9)
-    return Image.fromarray(scaled.clip(0, 255, out=scaled).astype(np.uint8))
 
 
 def shrink(image: Image.Image, factor: int) -> Levels:

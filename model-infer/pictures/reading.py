@@ -57,11 +57,14 @@ def read(image: Image.Image, predictor: Predictor) -> tuple[Reading, torch.Tenso
         return cast(Reading, predictor.predict(pixels)), pixels
     grey = to_grey(image)
     candidates = find_digits(grey, predictor)
-    scale = image.info.get("longer_side", max(image.size)) / max(grey.shape)
-    digits: list[Digit] = [
-        {**(candidate.prediction or predictor.predict(candidate.pixels)), "box": scaled(candidate.box, scale)}
-        for candidate in candidates
-    ]
+    longer = image.info.get("longer_side", max(image.size))
+    # Of a picture that was reduced, the last pixels stand for one at least; so do the last cells of a grid.
+    width, height = (1 + longer * (side - 1) // max(image.size) for side in image.size)
+    digits: list[Digit] = []
+    for candidate in candidates:
+        top, left, bottom, right = scaled(candidate.box, longer / max(grey.shape))
+        box = top, left, min(bottom, height), min(right, width)
+        digits.append({**(candidate.prediction or predictor.predict(candidate.pixels)), "box": box})
     return as_reading(digits), torch.cat([candidate.pixels for candidate in candidates], 1)
 
 

@@ -42,7 +42,7 @@ class PredictionRequest(Struct):
 
 
 # What the output of several digits differs in.
-OF_SEVERAL = (
+OR_SEVERAL, LEAST_SURE, SIDE_BY_SIDE = (
     (", or if there are several digits", "; as the confidence, of the least sure of several digits", ", side by side")
     if DATA_SET.preparation == "digit"
     else ("", "", "")
@@ -53,8 +53,8 @@ Class = Annotated[int, Meta(ge=0, le=CLASSES - 1)] | None
 Probabilities = Annotated[list[float], Meta(min_length=CLASSES, max_length=CLASSES)]
 Confidence = Annotated[str, Meta(extra_json_schema={"enum": CONFIDENCES[::-1]})]
 BOX = "Top, left, bottom and right in pixels of the picture, upright; the last two are excluded."
-PREDICTION = f"The class, counted from 0; null if the confidence is `{UNLIKE}`{OF_SEVERAL[0]}."
-SEEN = f"The {SIZE} pixels that the network saw{OF_SEVERAL[2]}, as a data URL of a PNG."
+PREDICTION = f"The class, counted from 0; null if the confidence is `{UNLIKE}`{OR_SEVERAL}."
+SEEN = f"The {SIZE} pixels that the network saw{SIDE_BY_SIDE}, as a data URL of a PNG."
 
 
 class Digit(Struct):
@@ -70,7 +70,7 @@ class Output(Struct):
     """The prediction of a picture."""
 
     prediction: Annotated[Class, Meta(description=PREDICTION)]
-    probabilities: Annotated[Probabilities, Meta(description=f"Of the classes, in order: {NAMES}{OF_SEVERAL[1]}.")]
+    probabilities: Annotated[Probabilities, Meta(description=f"Of the classes, in order: {NAMES}{LEAST_SURE}.")]
     confidence: Confidence
     image: Annotated[str, Meta(description=SEEN)]
     if DATA_SET.preparation == "digit":

@@ -63,11 +63,8 @@ class Worker(asyncio.Protocol):
         """Send a request, and return the future of the reply, which is an EOFError if the worker ends."""
         loop, name = asyncio.get_running_loop(), prediction_id.encode()
         self.reply, self.timer = loop.create_future(), loop.call_later(PICTURE_SECONDS, self.end)
-        if self.transport.is_closing():
-            self.connection_lost(None)
-        else:
-            self.transport.write(REQUEST.pack(may_be_large, len(name), len(body)) + name)
-            self.transport.write(body)
+        self.transport.write(REQUEST.pack(may_be_large, len(name), len(body)) + name)
+        self.transport.write(body)
         return self.reply
 
     def data_received(self, data: bytes) -> None:
@@ -135,7 +132,7 @@ class Pool:
                 raise Failure(reply.body.decode())
             loaded = msgspec.json.decode(reply.body, type=Loaded)
             worker.pid, worker.when_done = loaded.pid, self.worker_done
-            if worker.transport.is_closing():
+            if worker.transport.is_closing():  # it ended, unnoticed by the pool, while others were waited for
                 raise EOFError("the worker has ended")
             self.idle.put_nowait(worker)
         self.loaded = loaded
@@ -145,7 +142,10 @@ class Pool:
         self.requests += 1
         try:
             worker = await self.idle.get()
-            while worker.transport.is_closing() and self.workers:  # it ended while it was idle
+            while worker.transport.is_closing():  # it has ended
+                if not self.workers:
+                    self.idle.put_nowait(worker)  # so that the next request that waits fails at once, too
+                    raise EOFError("all workers have ended")
                 worker = await self.idle.get()
             return await worker.ask(prediction_id, body, may_be_large)
         finally:
@@ -153,11 +153,10 @@ class Pool:
             self.end_if_unused()
 
     def worker_done(self, worker: Worker) -> None:
-        """Note that a worker is idle, or has ended."""
+        """Note that a worker is idle, or has ended: then a request that waits for it is to look for another."""
         if worker.transport.is_closing():
             self.workers = [one for one in self.workers if one is not worker]
-        if not worker.transport.is_closing() or not self.workers:  # so that a request that waits fails at once
-            self.idle.put_nowait(worker)
+        self.idle.put_nowait(worker)
 
     def ids(self) -> list[int]:
         """Return the ids of the workers' processes, as far as they are known."""

@@ -5,6 +5,7 @@ Where possible, a request is refused before its body is read.
 
 import asyncio
 import ipaddress
+import sys
 import time
 from collections.abc import Iterable
 
@@ -69,6 +70,7 @@ class RequestLimits:
             await refusal(busy("the service is stopping. Try again."))(scope, receive, send_with_headers)
         except Exception:  # a bug: Starlette responds with status 500
             status = 500
+            sys.excepthook(*sys.exc_info())  # uvicorn would log it, but its log is off
             raise
         finally:
             self.requests -= 1
@@ -104,8 +106,7 @@ class RequestLimits:
                 raise HTTPException(415, "the Content-Type is not JSON. Send application/json.")
             if asks_for_upgrade(scope):  # uvicorn drops the body then
                 raise HTTPException(400, "no other protocol than HTTP/1.1 is spoken. Send the request without Upgrade.")
-            length = content_length(headers.get(b"content-length", b""))
-            self.check_size(length, length)
+            self.check_size(content_length(scope), content_length(scope))
 
     def check_size(self, size: int, more: int) -> None:
         """Raise HTTPException if the size of a body exceeds its limit, or if `more` bytes exceed that of all bodies."""
@@ -139,8 +140,7 @@ def has_body(scope: Scope) -> bool:
 
 def may_be_endless(scope: Scope) -> bool:
     """Return whether the body of a request may exceed its limit: it is in chunks, or its announced size exceeds it."""
-    headers = dict(scope["headers"])
-    return b"transfer-encoding" in headers or content_length(headers.get(b"content-length", b"")) > MAX_BODY
+    return b"transfer-encoding" in dict(scope["headers"]) or content_length(scope) > MAX_BODY
 
 
 def asks_for_upgrade(scope: Scope) -> bool:
@@ -149,8 +149,9 @@ def asks_for_upgrade(scope: Scope) -> bool:
     return "upgrade" in headers and any("upgrade" in value.lower() for value in headers.getlist("connection"))
 
 
-def content_length(value: bytes) -> int:
-    """Return the number in a Content-Length header; 0 if it is unknown, or not a number."""
+def content_length(scope: Scope) -> int:
+    """Return the announced size of a request's body; 0 if there is none, or it is not a number."""
+    value = dict(scope["headers"]).get(b"content-length", b"")
     return int(value[:20]) if value.isdigit() else 0
 
 

@@ -4,6 +4,7 @@ import asyncio
 import html
 import json
 import os
+import sys
 import time
 from collections.abc import AsyncIterator, Iterable
 from contextlib import asynccontextmanager
@@ -19,6 +20,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from stage.dataset import DATA_SET
+from stage.process import command
 from web import api, results
 from web.metrics import Metrics, memory_of
 from web.pool import FAILED, LARGE, Pool, Reply
@@ -36,6 +38,7 @@ TASK = {
     "classes": DATA_SET.classes,
     "size": DATA_SET.shape[:0:-1],  # width and height
     "preparation": DATA_SET.preparation,
+    "commands": {stage: command(stage) for stage in ("train", "evaluate", "infer")},
 }
 
 
@@ -163,6 +166,7 @@ async def watch(model: ServedModel) -> None:
             await model.refresh()
             await asyncio.sleep(POLL_SECONDS)
     except Exception as error:
+        sys.excepthook(*sys.exc_info())
         model.watched = False
         model.report(f"looking for a new model failed ({error!r}). Restart the service.", failed=True)
 

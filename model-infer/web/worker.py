@@ -6,12 +6,20 @@ pool.py starts it, with a connected socket for each worker, given by its descrip
 not, forks the other workers, and is one itself. A worker answers the requests on its socket until that is closed.
 """
 
+import signal
+
+from stage import process
+
+if __name__ == "__main__":
+    process.prepare_process()  # before other imports, as in infer.py
+    for number in process.STOP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)  # a terminal sends them to all processes; serve ends this one
+
 import binascii
 import ctypes
 import io
 import os
 import re
-import signal
 import socket
 import string
 import struct
@@ -29,7 +37,6 @@ import torch
 from pictures import reading
 from pictures.opening import MEMORY, TooLarge, open_picture
 from pictures.prediction import NotFinite, Predictor, load_predictor
-from stage import process
 from stage.process import Failure
 from web import api
 from web.pool import FAILED, LARGE, REPLY, REQUEST, Loaded, Reply
@@ -42,9 +49,6 @@ MAX_CODED = 1_000_000  # %-coded characters in a data URL: each takes 100 bytes 
 def main() -> None:
     """Load the model, and answer requests in as many workers as there are sockets."""
     model, data, *descriptors = sys.argv[1:]
-    process.prepare_process()
-    for number in process.STOP_SIGNALS:
-        signal.signal(number, signal.SIG_IGN)  # a terminal sends them to all processes; serve ends this one
     connections = [socket.socket(fileno=int(descriptor)) for descriptor in descriptors]
     try:
         predictor = load_predictor(Path(model), Path(data))

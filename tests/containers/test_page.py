@@ -232,11 +232,16 @@ def picture(data, tmp_path):
 @pytest.mark.parametrize("how", ["drop", "paste", "choose"])
 def test_a_picture_can_be_dropped_pasted_or_chosen(page, picture, how):
     opened = page()
+    opened.script("canvas.focus()")
+    opened.press(" ")  # the keyboard's pen is down
     if how == "choose":
         opened.driver.find_element("id", "file").send_keys(str(picture))
     else:
         opened.give(how, picture.read_bytes())
     opened.until(lambda: opened.prediction() == "7")
+    opened.script("canvas.focus()")
+    opened.press("ARROW_LEFT")
+    assert opened.script("return cursor.x < 0.5 && !cursor.down")
     opened.click("clear")
     assert opened.prediction() == NOTHING
 

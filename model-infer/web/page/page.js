@@ -23,8 +23,8 @@ function fixed(value, digits) {
   return (value < 100 ? Math.min(value, 100 - 10 ** -digits) : value).toFixed(digits);
 }
 
-// The task: name and classes of the data set, width and height of its images, and the preparation of pictures: "digit",
-// for which one can draw, or "resize".
+// The task: name and classes of the data set, width and height of its images, the preparation of pictures ("digit", for
+// which one can draw, or "resize"), and the commands that run the stages.
 const TASK = JSON.parse(document.body.dataset.task);
 const CAN_DRAW = TASK.preparation === "digit";
 const SIZE = TASK.size.join(" × ");
@@ -211,16 +211,16 @@ const STEP = 0.04; // by which an arrow key moves the pen
 const arrows = new Set(); // the arrow keys held down
 
 canvas.addEventListener("keydown", (event) => {
-  if (event.ctrlKey || event.metaKey || event.altKey) return;
-  if (event.key.startsWith("Arrow")) {
+  const isArrow = event.key.startsWith("Arrow");
+  if (event.ctrlKey || event.metaKey || event.altKey || !(isArrow || event.key === " ")) return;
+  event.preventDefault();
+  cursor ??= { x: 0.5, y: 0.5, down: false };
+  if (isArrow) {
     arrows.add(event.key);
     movePen(event.shiftKey ? STEP / 4 : STEP);
-  } else if (event.key === " ") {
-    if (!event.repeat) putPen();
-  } else {
-    return;
+  } else if (!event.repeat) {
+    putPen();
   }
-  event.preventDefault();
 });
 
 canvas.addEventListener("keyup", (event) => arrows.delete(event.key));
@@ -231,7 +231,6 @@ canvas.addEventListener("blur", () => {
 });
 
 function movePen(step) {
-  cursor ??= { x: 0.5, y: 0.5, down: false };
   const along = (less, more) => (arrows.has(more) - arrows.has(less)) * step;
   const inside = (value) => Math.min(1, Math.max(0, value));
   cursor.x = inside(cursor.x + along("ArrowLeft", "ArrowRight"));
@@ -241,7 +240,6 @@ function movePen(step) {
 }
 
 function putPen() {
-  cursor ??= { x: 0.5, y: 0.5, down: false };
   cursor.down = !cursor.down;
   if (cursor.down) beginStroke([cursor.x, cursor.y]);
   else show();
@@ -286,6 +284,7 @@ async function loadPicture(file) {
   const image = await createImageBitmap(file).catch(() => null);
   if (load !== loads) return; // another one was given meanwhile
   location.hash = "#draw";
+  cursor = null;
   change({ strokes: [], picture: { url, image, name: file.name } });
 }
 
@@ -455,7 +454,7 @@ function showTraining(training) {
   const speed = Math.round(training.images_per_second).toLocaleString("en");
   const left = training.seconds_left === null ? "" : `, about ${duration(training.seconds_left)} left`;
   const running = `Epoch ${epoch} of ${training.epochs}, ${speed} images/s${left}`;
-  const stopped = "Stopped. Resume with: docker compose run --rm train";
+  const stopped = `Stopped. Resume with: ${TASK.commands.train}`;
   return card(
     `Training: ${percent(training.progress, 0)}`,
     element("div", { class: "bar progress", role: "progressbar", "aria-label": "Training",
@@ -480,7 +479,7 @@ function showTiles(model, training, evaluation) {
   if (evaluation && !evaluation.of_this_model) {
     add("Note", "The evaluation is of another model than the one served", true);
   }
-  return tiles.children.length ? tiles : note("No results yet. Train with: docker compose up");
+  return tiles.children.length ? tiles : note(`No results yet. Train with: ${TASK.commands.train}`);
 }
 
 function showCurves(training) {
@@ -534,7 +533,7 @@ function plot(label, epochs, series, digits) {
 
 function showMatrix(evaluation) {
   const title = "Confusion matrix";
-  if (!evaluation) return card(title, note("No evaluation yet. Start with: docker compose run --rm evaluate"));
+  if (!evaluation) return card(title, note(`No evaluation yet. Start with: ${TASK.commands.evaluate}`));
   const matrix = evaluation.confusion_matrix;
   const largest = Math.max(1, ...matrix.flatMap((row, i) => row.filter((_, j) => i !== j)));
   const head = element("tr", {}, element("td"), ...TASK.classes.map((name) => element("th", { scope: "col" }, name)));
@@ -557,7 +556,7 @@ function showMistakes(mistakes, evaluation) {
 }
 
 function showPredictions(predictions) {
-  if (!predictions) return card("Predictions", note("No predictions yet. Start with: docker compose run --rm infer"));
+  if (!predictions) return card("Predictions", note(`No predictions yet. Start with: ${TASK.commands.infer}`));
   const items = predictions.samples.map(({ index, prediction, truth, probability, picture }) => {
     const predicted = `predicted ${TASK.classes[prediction]} (${percent(probability)})`;
     const text = `Test image ${index}: ${predicted}, true class ${TASK.classes[truth]}`;
