@@ -1,6 +1,7 @@
 """Evaluates the trained model on the test images.
 
-Reads   DATA: the test images; MODEL/mnist_cnn.pt: the model; MODEL/train_results.json, if it is there: its code
+Reads   DATA: the test images; MODEL/mnist_cnn.pt: the model
+        MODEL/train_results.json, if it is there: the code that the model was trained with
 Writes  MODEL/eval_results.json: test loss, accuracy, figures per class, confusion matrix, the model's sha256
         MODEL/confusion_matrix.png: the confusion matrix
         MODEL/mistakes.png: the 25 most confident mistakes
@@ -71,7 +72,7 @@ def main() -> int:
             raise Failure(
                 f"{args.model / WEIGHTS} has {results['Accuracy']} % accuracy, below --min-accuracy "
                 f"{args.min_accuracy}; no results are written. Train longer: {process.command('train', '--epochs N')}; "
-                f"or expect less: --min-accuracy, or min_accuracy. {EDIT_HINT}"
+                f"or expect less: --min-accuracy, or the data set's min_accuracy. {EDIT_HINT}"
             )
         contents = {
             CONFUSION_MATRIX: draw_confusion_matrix(results["confusion_matrix"]),

@@ -1,7 +1,7 @@
 """The infer stage: predicts a few random test images, or the user's own pictures, and draws the predictions.
 
 Reads   DATA: the test images; MODEL/mnist_cnn.pt: the model
-        MODEL/train_results.json and MODEL/eval_results.json, if they are there: its code and its accuracy
+        MODEL/train_results.json, eval_results.json, if they are there: the code it was trained with, its accuracy
 Writes  MODEL/results/{predicted}_{index}.png: a picture of each sample; those of earlier runs are removed
         MODEL/predictions.json: index, prediction, true class and probabilities of each; the model and its accuracy
         MODEL/predictions.png: all samples on one sheet
