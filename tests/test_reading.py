@@ -52,21 +52,6 @@ def test_other_things_are_not_sure(predictor, rows, name):
     assert [confidence for _, _, confidence in outcomes(predictor, rows[name])].count("sure") <= 2
 
 
-def draw_cloth(rng):
-    """A light piece of uneven cloth on black, as Fashion-MNIST has them: its edges alone could be ones."""
-    top, bottom, half = rng.integers(1, 5), rng.integers(23, 27), rng.integers(6, 10)
-    cloth = rng.integers(120, 200) + rng.normal(0, 20, (28, 28)) + 40 * np.cos(np.arange(28) * rng.uniform(0.1, 0.4))
-    pixels = np.zeros((28, 28))
-    pixels[top:bottom, 14 - half : 14 + half] = cloth[top:bottom, 14 - half : 14 + half]
-    return Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).resize((140, 140), Image.Resampling.NEAREST)
-
-
-def test_the_edges_of_something_large_are_not_sure(predictor):
-    rng = np.random.default_rng(1)
-    found = outcomes(predictor, (("", draw_cloth(rng)) for _ in range(COUNT)))
-    assert [confidence for _, _, confidence in found].count("sure") <= 1
-
-
 def test_a_stroke_that_is_no_digit_is_listed_too_and_the_whole_is_not_sure(predictor, data):
     one = 255 - handwriting.enlarge(example.read_test_images(data)[0][2].numpy()) * 255
     cross = np.asarray(handwriting.draw_strokes(handwriting.X, 12, 150, 25))

@@ -18,7 +18,7 @@ GRID_SIDE = 100  # cells of the longer side of the grid on which uneven light is
 BACKGROUND_WINDOW = 0.2  # of the longer side: what is narrower may be ink, what is wider is background
 MIN_CONTRAST = 20  # grey levels between ink and background; with less, a picture is blank
 NOISE_FACTOR = 6  # standard deviations of the background's noise that ink must exceed
-FAINT = (0.35, 0.6)  # of full ink: lines on the paper are at most as dark as that
+FAINT = (0.35, 0.65)  # of full ink: lines on the paper are at most as dark as that
 FLAT_PEAK = 0.75  # of the darkest level: what reaches the edges of a flat background and is all lighter is a shadow
 # Of the distance that is UNLIKE:
 GOOD = 0.5  # as near as 90 % of the validation images

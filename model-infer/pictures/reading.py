@@ -11,7 +11,6 @@ from typing import NamedTuple, cast
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from PIL import Image
 
 from pictures.grids import Levels, average, grid_factor, largest, window_max
@@ -29,10 +28,10 @@ NOISE_SHARE = 0.35  # of the standard deviation that is left in means of 4 x 4 p
 PIECE_LEVEL = 0.25  # of full ink, in the darkest pixel of a grid's cell: what belongs to a piece of ink
 JOINED = 0.3  # of the length of the largest part: how far apart two parts of a digit may be
 DENSE = 75  # grey levels of an image's mean: above that of nearly all of MNIST's
-# If what is between the ink and within CLOSE lengths of it is more uneven, the ink is part of something larger.
-CLOSE, MAX_CLUTTER = 0.06, 0.3  # the standard deviation of levels, of the contrast to the ink
+# If more than NOT_ALONE of what is within CLOSE lengths of the ink is as dark, it is part of something larger.
+CLOSE, NOT_ALONE = 0.15, 0.25
 # Costs, of the distance that is UNLIKE:
-SURROUNDINGS_COST = 0.7  # times the share of what is around the digits that is as dark as they are: paper taken for ink
+SURROUNDINGS_COST = 0.7  # times how much of what is around the digits is as dark as they are
 LATER_COST = 0.15  # of a hypothesis that is not the first
 DIGIT_COST = 0.1  # of a digit
 DENSE_COST = 9.0  # of an image that is dense
@@ -175,8 +174,7 @@ def divide(hypothesis: Hypothesis, predictor: Predictor) -> tuple[float, list[Ca
     if not parts:
         return float("inf"), []
     chosen, levels = np.isin(pieces, numbers_of(parts)), average(raw, factor)
-    inside, around = split_levels(levels, chosen, CLOSE)
-    if around.size and around.std() > MAX_CLUTTER * (np.median(inside) - np.median(around)):
+    if dark_share_around(levels, chosen, CLOSE) > NOT_ALONE:
         return float("inf"), []
     spans = find_spans(parts)
     candidates = [cut_parts(parts[start:end]) for start, end in spans]
@@ -184,9 +182,7 @@ def divide(hypothesis: Hypothesis, predictor: Predictor) -> tuple[float, list[Ca
     distances = predictor.distances(*predictor.forward(images))
     distances = [DENSE_COST if is_dense(image) else one for image, one in zip(images, distances, strict=True)]
     cost, digits = best_division(spans, candidates, distances)
-    inside, around = split_levels(levels, chosen, 1)
-    dark_share = float((around >= np.median(inside)).mean()) if around.size else 0.0
-    return cost / len(parts) + SURROUNDINGS_COST * dark_share, digits
+    return cost / len(parts) + SURROUNDINGS_COST * dark_share_around(levels, chosen, 1), digits
 
 
 def find_spans(parts: list[Part]) -> list[tuple[int, int]]:
@@ -216,13 +212,16 @@ def best_division(
     return best[-1]
 
 
-def split_levels(raw: Levels, chosen: Mask, reach: float) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """Return the levels of the chosen cells, and of the others in their box and within `reach` of its lengths."""
+def dark_share_around(raw: Levels, chosen: Mask, reach: float) -> float:
+    """Return how much of what is around the chosen cells is as dark as they are, or as light: 0 to 1.
+
+    It is much where paper between strokes was taken for ink. Around is what is within `reach` lengths of the cells.
+    """
     top, left, bottom, right = bounding_box(chosen)
     margin = 1 + int(reach * max(bottom - top, right - left))
     rows, columns = slice(max(0, top - margin), bottom + margin), slice(max(0, left - margin), right + margin)
     chosen, raw = chosen[rows, columns], raw[rows, columns]
-    return raw[chosen], raw[~chosen]
+    return float((raw[~chosen] >= np.median(raw[chosen])).mean()) if not chosen.all() else 0.0
 
 
 def cut_out(ink: Levels, full: float, chosen: Mask, inked: Mask, factor: int) -> Candidate:
