@@ -1,7 +1,7 @@
 """Predicts one image: the classes' probabilities, and whether the prediction is sure, unsure, or "no digit".
 
 Reads   MODEL/mnist_cnn.pt: the model; DATA: the training images
-        MODEL/train_results.json and MODEL/eval_results.json, if they are there: its code and its accuracy
+        MODEL/train_results.json, eval_results.json, if they are there: the code it was trained with, its accuracy
 
 Images are predicted one at a time, on one thread. So the same pixels get the same probabilities, to the last bit,
 whether they come from the test images, a file or an HTTP request.
